@@ -1,6 +1,6 @@
 """The whole curriculum on real text, on a laptop's CPU.
 
-    python -m kforcing_jax.main --config=configs/tiny.py --workdir=runs/tiny
+python -m kforcing_jax.main --config=configs/tiny.py --workdir=runs/tiny
 """
 
 from kforcing_jax.config import default_config, default_stage

@@ -15,6 +15,27 @@ import ml_collections
 from kforcing_jax.errors import ConfigError
 
 
+def _one_of(name, value, choices):
+    if value not in choices:
+        raise ConfigError(f"{name} = {value!r} is not one of {', '.join(choices)}")
+
+
+def _at_least(name, value, least):
+    if value < least:
+        raise ConfigError(f"{name} = {value} should be at least {least}")
+
+
+def _positive(name, value):
+    if not 0 < value < float("inf"):
+        raise ConfigError(f"{name} = {value} should be positive and finite")
+
+
+def check_tau(name: str, tau: float):
+    """A temperature is in (0, 1000]."""
+    if not 0 < tau <= 1e3:
+        raise ConfigError(f"{name} = {tau} is not in (0, 1000]")
+
+
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     """Where text comes from and how it becomes rows of `seq_len` tokens."""
@@ -56,9 +77,7 @@ class BackboneConfig:
         for name in ("num_layers", "d_model", "num_heads"):
             _at_least(f"model.{name}", getattr(self, name), 1)
         if self.d_model % self.num_heads:
-            raise ConfigError(
-                f"model.d_model = {self.d_model} is not divisible by model.num_heads = {self.num_heads}"
-            )
+            raise ConfigError(f"model.d_model = {self.d_model} is not divisible by model.num_heads = {self.num_heads}")
         if self.d_model // self.num_heads % 2:
             raise ConfigError(
                 f"model.d_model / model.num_heads = {self.d_model // self.num_heads} is odd; "
@@ -103,9 +122,7 @@ class StageConfig:
             if not 0 <= getattr(self, field) < 1:
                 raise ConfigError(f"{prefix}.{field} = {getattr(self, field)} is not in [0, 1)")
         if not 0 <= self.low_precision_fraction <= 1:
-            raise ConfigError(
-                f"{prefix}.low_precision_fraction = {self.low_precision_fraction} is not in [0, 1]"
-            )
+            raise ConfigError(f"{prefix}.low_precision_fraction = {self.low_precision_fraction} is not in [0, 1]")
         check_tau(f"{prefix}.tau_min", self.tau_min)
         check_tau(f"{prefix}.tau_max", self.tau_max)
         if self.tau_min > self.tau_max:
@@ -216,12 +233,6 @@ def parse(config: Mapping | ml_collections.ConfigDict) -> Config:
     return _build(Config, plain | {"stages": stages}, "")
 
 
-def check_tau(name: str, tau: float):
-    """A temperature is in (0, 1000]."""
-    if not 0 < tau <= 1e3:
-        raise ConfigError(f"{name} = {tau} is not in (0, 1000]")
-
-
 def unknown_field(path: str, known: Iterable[str]) -> ConfigError:
     """The error for a field that does not exist, with the nearest one that does."""
     parent, _, name = path.rpartition(".")
@@ -280,18 +291,3 @@ def _check_student(name, stage, stages, seq_len):
             f"stages.{name}.window = {window} does not double the window of an earlier stage; "
             f"windows go 1, 2, 4, ... (given: {sorted(windows - {0})})"
         )
-
-
-def _one_of(name, value, choices):
-    if value not in choices:
-        raise ConfigError(f"{name} = {value!r} is not one of {', '.join(choices)}")
-
-
-def _at_least(name, value, least):
-    if value < least:
-        raise ConfigError(f"{name} = {value} should be at least {least}")
-
-
-def _positive(name, value):
-    if not 0 < value < float("inf"):
-        raise ConfigError(f"{name} = {value} should be positive and finite")

@@ -75,9 +75,7 @@ class CausalLM(nn.Module):
         """
         del noise_BxAx1, tau_B
         positions_BxAxT = group_positions(first_BxA, tokens_BxAxT.shape[2])
-        x_BxAxTxD, own = self.backbone(
-            self.backbone.embed(tokens_BxAxT), positions_BxAxT, stop_BxA, prefix, past
-        )
+        x_BxAxTxD, own = self.backbone(self.backbone.embed(tokens_BxAxT), positions_BxAxT, stop_BxA, prefix, past)
         return self.backbone.logits(x_BxAxTxD), own
 
     def draw(self, logits_xV: jax.Array, u_x: jax.Array, tau_x: jax.Array) -> jax.Array:

@@ -30,9 +30,7 @@ class ModelConfig:
 
     def __post_init__(self):
         if self.d_model % self.num_heads:
-            raise ValueError(
-                f"model.d_model = {self.d_model} is not divisible by model.num_heads = {self.num_heads}"
-            )
+            raise ValueError(f"model.d_model = {self.d_model} is not divisible by model.num_heads = {self.num_heads}")
         if (self.d_model // self.num_heads) % 2:
             raise ValueError(
                 f"model.d_model / model.num_heads = {self.head_width} is odd; rotary positions need an even head width"
@@ -77,9 +75,7 @@ class Block(nn.Module):
         q, own = rotate(q, cos, sin), KeyValue(rotate(k, cos, sin), v)
         # Without a cache the first token of every group is the text itself, and the text is the prefix.
         shared = prefix if prefix is not None else KeyValue(own.key[:, :, 0], own.value[:, :, 0])
-        attended = group_attention(
-            q, own, shared, where.stop, None if past is None else Past(past, where.past_length)
-        )
+        attended = group_attention(q, own, shared, where.stop, None if past is None else Past(past, where.past_length))
         x_BxAxGxD += dense(cfg.d_model, axis=(-2, -1), use_bias=False, name="attn_out")(attended)
 
         h = norm(name="mlp_norm")(x_BxAxGxD).astype(cfg.dtype)

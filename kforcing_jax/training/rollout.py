@@ -50,9 +50,7 @@ def rollout(model, params, tokens_BxN, noise_BxNxK, tau_B, chunk: int):
             next_position_BxN + done,
             Past(cache, done),
         )
-        cache = jax.tree.map(
-            lambda kept, new: jax.lax.dynamic_update_slice_in_dim(kept, new, done, axis=3), cache, own
-        )
+        cache = jax.tree.map(lambda kept, new: jax.lax.dynamic_update_slice_in_dim(kept, new, done, axis=3), cache, own)
         tokens_BxNxC = model.draw(logits, noise_BxNxC, tau_Bx1x1)
         return (tokens_BxNxC, cache), tokens_BxNxC
 
