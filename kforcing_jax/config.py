@@ -105,14 +105,12 @@ class StageConfig:
     tau_min: float = 1.0  # temperature of each sequence is uniform in [tau_min, tau_max]
     tau_max: float = 1.0
     skip_after_eos: bool = True  # offsets after the teacher's first EOS in a window carry no loss
-    low_precision_dtype: str = "bfloat16"
-    low_precision_fraction: float = 0.0  # of the steps; the rest run in f32 at the highest matmul precision
+    bfloat16_fraction: float = 0.0  # of the steps; the rest run in f32 at the highest matmul precision
 
     def validate(self, name: str):
         prefix = f"stages.{name}"
         _one_of(f"{prefix}.teacher", self.teacher, ("previous", "ar"))
         _one_of(f"{prefix}.schedule", self.schedule, ("constant", "cosine"))
-        _one_of(f"{prefix}.low_precision_dtype", self.low_precision_dtype, ("bfloat16", "float16", "float32"))
         for field in ("steps", "batch_size"):
             _at_least(f"{prefix}.{field}", getattr(self, field), 1)
         _at_least(f"{prefix}.warmup_steps", self.warmup_steps, 0)
@@ -121,8 +119,8 @@ class StageConfig:
         for field in ("beta1", "beta2", "ema_decay"):
             if not 0 <= getattr(self, field) < 1:
                 raise ConfigError(f"{prefix}.{field} = {getattr(self, field)} is not in [0, 1)")
-        if not 0 <= self.low_precision_fraction <= 1:
-            raise ConfigError(f"{prefix}.low_precision_fraction = {self.low_precision_fraction} is not in [0, 1]")
+        if not 0 <= self.bfloat16_fraction <= 1:
+            raise ConfigError(f"{prefix}.bfloat16_fraction = {self.bfloat16_fraction} is not in [0, 1]")
         check_tau(f"{prefix}.tau_min", self.tau_min)
         check_tau(f"{prefix}.tau_max", self.tau_max)
         if self.tau_min > self.tau_max:

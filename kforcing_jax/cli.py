@@ -1,0 +1,78 @@
+"""What the entry points share: flags, and errors as one line with a non-zero exit."""
+
+import difflib
+import sys
+from collections.abc import Callable, Sequence
+
+from absl import app, flags
+
+from kforcing_jax.config import Config, parse, unknown_field
+from kforcing_jax.errors import ConfigError, UserError
+
+_OVERRIDE = "--config."
+
+
+def run(main: Callable[[Sequence[str]], None]):
+    """Runs an entry point: a UserError ends it with one line on stderr and status 2."""
+
+    def guarded(argv):
+        if len(argv) > 1:
+            _fail(f"unexpected argument {argv[1]!r}; every option is a flag, see --help")
+        try:
+            main(argv)
+        except UserError as error:
+            _fail(str(error))
+        except KeyboardInterrupt:
+            _fail("interrupted; the same command goes on from the newest checkpoint")
+
+    app.run(guarded, flags_parser=_parse_flags)
+
+
+def config_from_flag(flag: flags.FlagHolder) -> Config:
+    """The validated configuration of `--config`."""
+    if flag.value is None:
+        raise ConfigError("--config is missing, for example --config=configs/tiny.py")
+    return parse(flag.value)
+
+
+def _parse_flags(argv):
+    try:
+        return flags.FLAGS(argv)
+    except flags.UnrecognizedFlagError as error:
+        near = difflib.get_close_matches(error.flagname, list(flags.FLAGS), n=1)
+        hint = f"; did you mean --{near[0]}?" if near else "; see --help"
+        _fail(f"unknown flag --{error.flagname}{hint}")
+    except Exception as error:  # config files are code, and overrides reach into them: anything can be raised
+        _fail(_explain(argv, error))
+
+
+def _explain(argv, error) -> str:
+    """One line about a config file that does not load or an override that does not fit."""
+    file = next((arg.split("=", 1)[1] for arg in argv if arg.startswith("--config=")), None)
+    if isinstance(error, FileNotFoundError):
+        return f"--config={file}: no such file"
+    for arg in argv:
+        path = arg.split("=", 1)[0].removeprefix(_OVERRIDE)
+        wrong = _missing_field(file, path) if arg.startswith(_OVERRIDE) else None
+        if wrong:
+            return wrong
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _missing_field(file, path) -> str | None:
+    """The message for an override of a field that the config file does not have; None when it has it."""
+    from ml_collections.config_flags import config_flags  # only on the way to an error
+
+    node = config_flags._LoadConfigModule("config", file).get_config()
+    names = path.split(".")
+    for depth, name in enumerate(names):
+        if not hasattr(node, "keys") or name not in node:
+            known = list(node.keys()) if hasattr(node, "keys") else []
+            return str(unknown_field(".".join(names[: depth + 1]), known))
+        node = node[name]
+    return None
+
+
+def _fail(message: str):
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)

@@ -1,0 +1,245 @@
+"""From a source to rows of tokens on disk, once, and from there to batches that depend on (seed, step) alone."""
+
+import dataclasses
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import grain
+import numpy as np
+from array_record.python import array_record_module
+
+from kforcing_jax.config import DataConfig
+from kforcing_jax.data.sources import load_documents, markov_chain, markov_rows
+from kforcing_jax.data.tokenizers import Tokenizer, check_vocabulary, markov_tokenizer, train_tokenizer
+from kforcing_jax.errors import DataError, RunError
+
+_FORMAT = 1
+_SPLITS = ("train", "validation")
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """Prepared data: a tokenizer, and rows of `seq_len` tokens in two splits that share no document."""
+
+    directory: Path
+    tokenizer: Tokenizer
+    seq_len: int
+    dtype: np.dtype
+    num_train_rows: int
+    num_validation_rows: int
+
+    @property
+    def vocab_size(self) -> int:
+        return self.tokenizer.vocab_size
+
+    @property
+    def eos_id(self) -> int | None:
+        return self.tokenizer.eos_id
+
+    @property
+    def mask_id(self) -> int:
+        return self.tokenizer.mask_id
+
+    def check_batch_size(self, name: str, batch_size: int):
+        """Raises DataError, calling the batch size `name`, when the training split cannot fill one batch."""
+        if batch_size > self.num_train_rows:
+            raise DataError(
+                f"{name} = {batch_size} is more than the {self.num_train_rows} training rows of data.seq_len = "
+                f"{self.seq_len} tokens; lower it, shorten data.seq_len or give more text"
+            )
+
+    def train_batches(
+        self, batch_size: int, seed: int, start_step: int = 0, process_index: int = 0, process_count: int = 1
+    ) -> Iterator[np.ndarray]:
+        """Endless batches from batch number `start_step` on, reshuffled every epoch.
+
+        Batch number s is a function of (seed, s). `batch_size` counts the rows of all processes; each gets its
+        contiguous share, (batch_size / process_count, seq_len), int32.
+
+        Raises:
+          DataError: batch_size is not divisible by process_count.
+        """
+        if batch_size % process_count:
+            raise DataError(f"a batch of {batch_size} rows cannot be shared equally by {process_count} processes")
+        rows = grain.MapDataset.source(self._source("train")).seed(seed).shuffle().repeat().map(self._tokens)
+        shares = rows.batch(batch_size // process_count)
+        # The machine's cores belong to the compiled step; reading a batch takes milliseconds.
+        options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+        return iter(shares[process_index::process_count][start_step:].to_iter_dataset(options))
+
+    def validation_rows(self, count: int) -> np.ndarray:
+        """The first validation rows, (min(count, rows there are), seq_len), int32.
+
+        They were put in random order when prepared, so the first few are a sample of all validation documents.
+        """
+        source = self._source("validation")
+        return np.stack([self._tokens(source[i]) for i in range(min(count, self.num_validation_rows))])
+
+    def _source(self, split):
+        return grain.sources.ArrayRecordDataSource(os.fspath(_rows_path(self.directory, split)))
+
+    def _tokens(self, record):
+        return np.frombuffer(record, self.dtype).astype(np.int32)
+
+
+def prepare(config: DataConfig, seed: int, directory: str | Path) -> Corpus:
+    """The corpus of a config, prepared in `directory` unless it is there already.
+
+    The directory appears when it is complete. Processes that share a file system may all call this.
+
+    Raises:
+      ConfigError: no vocabulary can satisfy the config.
+      DataError: the text cannot be read, or is too short for one row in each split.
+      RunError: the directory holds data of another config or seed, or is damaged.
+    """
+    directory = Path(directory)
+    if not directory.exists():
+        check_vocabulary(config)
+        _write_whole(directory, config, seed)
+    return _load(config, seed, directory)
+
+
+def _write_whole(directory, config, seed):
+    """Writes beside the directory and renames, so that nothing half-written ever has its name."""
+    temporary = directory.with_name(f"{directory.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        _write(temporary, config, seed)
+        temporary.rename(directory)
+    except OSError:
+        # Another process may have been first; what it made is the same.
+        if not (directory / "manifest.json").exists():
+            raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write(directory, config, seed):
+    tokenizer, train_RxN, validation_RxN = (_markov if config.source == "markov" else _text)(config, seed)
+    validation_RxN = np.random.default_rng([seed, 3]).permutation(validation_RxN)
+    tokenizer.save(directory / "tokenizer.json")
+    files = {}
+    for split, rows_RxN in zip(_SPLITS, (train_RxN, validation_RxN), strict=True):
+        path = _rows_path(directory, split)
+        _write_rows(path, rows_RxN)
+        files[split] = {"rows": len(rows_RxN), "tokens": rows_RxN.size, "bytes": path.stat().st_size}
+    manifest = {"format": _FORMAT, "made_from": _made_from(config, seed), "dtype": train_RxN.dtype.name, **files}
+    (directory / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+
+
+def _markov(config, seed):
+    """(tokenizer, train rows, validation rows): every row is a sample path of its own."""
+    tokenizer = markov_tokenizer(config.markov_states)
+    rows_RxN = markov_rows(markov_chain(config, seed), seed, config.markov_rows, config.seq_len)
+    rows_RxN = rows_RxN.astype(_token_dtype(tokenizer))
+    num_validation = _num_validation(config.validation_fraction, len(rows_RxN))
+    return tokenizer, rows_RxN[num_validation:], rows_RxN[:num_validation]
+
+
+def _text(config, seed):
+    """(tokenizer, train rows, validation rows): split by document, the tokenizer trained on the training split."""
+    documents = load_documents(config)
+    if len(documents) < 2:
+        raise DataError(
+            f"data.path = {config.path!r} holds 1 document, and one is needed for training and one for validation; "
+            f"check data.document_separator = {config.document_separator!r} or give more text"
+        )
+    order = np.random.default_rng([seed, 2]).permutation(len(documents))
+    shuffled = [documents[i] for i in order]
+    num_validation = _num_validation(config.validation_fraction, len(documents))
+    validation, train = shuffled[:num_validation], shuffled[num_validation:]
+    tokenizer = train_tokenizer(config, train)
+    return tokenizer, *(
+        _pack(tokenizer, text, name, config) for text, name in ((train, "train"), (validation, "validation"))
+    )
+
+
+def _num_validation(fraction, available):
+    return min(max(1, round(fraction * available)), available - 1)
+
+
+def _pack(tokenizer: Tokenizer, documents: Iterable[str], split: str, config: DataConfig) -> np.ndarray:
+    """Documents, each followed by EOS, end to end in rows (rows, seq_len); the remainder is dropped."""
+    dtype = _token_dtype(tokenizer)
+    encoded = [np.array([*ids, tokenizer.eos_id], dtype) for ids in tokenizer.encode_documents(documents)]
+    tokens_T = np.concatenate(encoded)
+    num_rows = len(tokens_T) // config.seq_len
+    if not num_rows:
+        raise DataError(
+            f"the {split} split has {len(tokens_T)} tokens in {len(encoded)} documents, fewer than one row of "
+            f"data.seq_len = {config.seq_len}; shorten it, change data.validation_fraction = "
+            f"{config.validation_fraction} or give more text"
+        )
+    return tokens_T[: num_rows * config.seq_len].reshape(num_rows, config.seq_len)
+
+
+def _token_dtype(tokenizer):
+    return np.min_scalar_type(tokenizer.vocab_size - 1)
+
+
+def _rows_path(directory, split):
+    return directory / f"{split}.arrayrecord"
+
+
+def _write_rows(path, rows_RxN):
+    # Groups of one record: random access then reads nothing but the row.
+    writer = array_record_module.ArrayRecordWriter(os.fspath(path), "group_size:1")
+    for row_N in rows_RxN:
+        writer.write(row_N.tobytes())
+    writer.close()
+
+
+def _made_from(config, seed):
+    return {f"data.{name}": value for name, value in dataclasses.asdict(config).items()} | {"seed": seed}
+
+
+def _load(config: DataConfig, seed: int, directory: Path) -> Corpus:
+    manifest = _read_manifest(directory)
+    for name, value in _made_from(config, seed).items():
+        if manifest["made_from"].get(name) != value:
+            raise RunError(
+                f"{directory} was prepared with {name} = {manifest['made_from'].get(name)!r}, now it is {value!r}; "
+                "set it back, use another work directory or delete the folder"
+            )
+    for split in _SPLITS:
+        _check_rows(_rows_path(directory, split), manifest[split])
+    return Corpus(
+        directory=directory,
+        tokenizer=Tokenizer.load(directory / "tokenizer.json"),
+        seq_len=config.seq_len,
+        dtype=np.dtype(manifest["dtype"]),
+        num_train_rows=manifest["train"]["rows"],
+        num_validation_rows=manifest["validation"]["rows"],
+    )
+
+
+def _read_manifest(directory):
+    path = directory / "manifest.json"
+    try:
+        manifest = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise _damaged(path, error) from None
+    if manifest.get("format") != _FORMAT:
+        raise _damaged(path, f"format {manifest.get('format')}, expected {_FORMAT}")
+    return manifest
+
+
+def _check_rows(path, expected):
+    # The size first: opening a file that was cut short is an error of the reader's own, with a longer text.
+    size = path.stat().st_size if path.exists() else 0
+    if size != expected["bytes"]:
+        raise _damaged(path, f"{size} bytes, expected {expected['bytes']}")
+    try:
+        rows = len(grain.sources.ArrayRecordDataSource(os.fspath(path)))
+    except Exception as error:  # the reader raises whatever its C++ status maps to
+        raise _damaged(path, error) from None
+    if rows != expected["rows"]:
+        raise _damaged(path, f"{rows} rows, expected {expected['rows']}")
+
+
+def _damaged(path, reason):
+    return RunError(f"{path} is damaged ({reason}); delete the folder {path.parent} and it will be prepared again")

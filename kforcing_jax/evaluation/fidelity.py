@@ -1,0 +1,168 @@
+"""How faithful a student is to the AR teacher: agreement under the same noise, and joint distributions."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.special
+import scipy.stats
+
+from kforcing_jax.models import CausalLM, PushForwardLM
+from kforcing_jax.noise import sample_uniform
+from kforcing_jax.training.losses import weights_up_to_eos
+
+# Cells of a G-test that expect fewer counts than this are pooled, as its chi-square limit wants.
+_LEAST_EXPECTED = 5.0
+# The null is the mean over this many samples, so that it adds no noise of its own to the comparison.
+_NULL_SAMPLES = 32
+
+
+def window_logits(teacher: CausalLM, params, tokens_BxN: jax.Array, window_BxNxK: jax.Array) -> jax.Array:
+    """The teacher's logits_BxNxKxV of every window token, given the text and the window tokens before it."""
+    batch, length, window = window_BxNxK.shape
+    variables = {"params": params}
+    logits_BxNx1xV, prefix = teacher.apply(variables, tokens_BxN, method="begin")
+    if window == 1:
+        return logits_BxNx1xV
+    after_BxN = jnp.broadcast_to(jnp.arange(1, length + 1), (batch, length))
+    later, _ = teacher.apply(
+        variables, window_BxNxK[..., :-1], None, None, prefix, after_BxN, after_BxN, method="extend"
+    )
+    return jnp.concatenate([logits_BxNx1xV, later], axis=2)
+
+
+def agreement(
+    teacher: CausalLM,
+    teacher_params,
+    student: PushForwardLM,
+    params,
+    batches_IxBxN: jax.Array,
+    key: jax.Array,
+    *,
+    window: int,
+    tau: float,
+    eos_id: int | None,
+) -> dict:
+    """Agreement with the AR teacher under the same noise and the student's own prefix, at every position.
+
+    Returns:
+      agreement: per offset, P(student's token = the token that the teacher draws for the same uniform).
+      chance: per offset, P(two independent draws of the teacher are equal), its sum of squared probabilities.
+      block_agreement: P(all offsets agree). One minus it bounds the block's total variation from above.
+
+    What follows a window's first EOS is not counted.
+    """
+
+    def one_batch(index_and_tokens):
+        index, tokens_BxN = index_and_tokens
+        noise_BxNxK = sample_uniform(jax.random.fold_in(key, index), (*tokens_BxN.shape, window))
+        tau_B = jnp.full(len(tokens_BxN), tau)
+        logits = student.apply({"params": params}, tokens_BxN, noise_BxNxK, tau_B)
+        drawn_BxNxK = student.draw(logits, noise_BxNxK, tau_B[:, None, None])
+        teacher_logits = window_logits(teacher, teacher_params, tokens_BxN, drawn_BxNxK)
+        agrees = teacher.draw(teacher_logits, noise_BxNxK, tau_B[:, None, None]) == drawn_BxNxK
+        collision = jnp.square(jax.nn.softmax(teacher_logits / tau, axis=-1)).sum(-1)
+        weights = weights_up_to_eos(drawn_BxNxK, eos_id)
+        block = (agrees | (weights == 0)).all(-1).mean()
+        return (weights * agrees).sum((0, 1)), (weights * collision).sum((0, 1)), weights.sum((0, 1)), block
+
+    agree_IxK, collide_IxK, count_IxK, block_I = jax.lax.map(one_batch, (jnp.arange(len(batches_IxBxN)), batches_IxBxN))
+    count_K = np.maximum(np.asarray(count_IxK).sum(0), 1)
+    return {
+        "agreement": (np.asarray(agree_IxK).sum(0) / count_K).tolist(),
+        "chance": (np.asarray(collide_IxK).sum(0) / count_K).tolist(),
+        "block_agreement": float(block_I.mean()),
+    }
+
+
+def exact_joint(teacher: CausalLM, params, contexts_CxN: jax.Array, window: int) -> np.ndarray:
+    """The teacher's joint distribution over all blocks of `window` tokens after each context, f64.
+
+    Shape (contexts, states, ..., states) with one axis per offset; states are all ids but the mask, which is last.
+    """
+    contexts, length = contexts_CxN.shape
+    states = teacher.cfg.vocab_size - 1
+    logits_CxNx1xV, cache = teacher.apply({"params": params}, contexts_CxN, method="begin")
+    joint = _probabilities(logits_CxNx1xV[:, -1, 0], states)
+    if window == 1:
+        return joint
+    blocks_AxT = np.indices((states,) * (window - 1)).reshape(window - 1, -1).T
+    blocks_CxAxT = jnp.broadcast_to(blocks_AxT, (contexts, *blocks_AxT.shape))
+    at_CxA = jnp.full((contexts, len(blocks_AxT)), length)
+    logits_CxAxTxV, _ = teacher.apply(
+        {"params": params}, blocks_CxAxT, None, None, cache, at_CxA, at_CxA, method="extend"
+    )
+    by_block = _probabilities(logits_CxAxTxV, states).reshape(contexts, *(states,) * (window - 1), window - 1, states)
+    for offset in range(1, window):
+        # P(token | its first `offset` predecessors) does not depend on the later ones: take any.
+        later = (0,) * (window - 1 - offset)
+        conditional = by_block[(slice(None),) * (1 + offset) + later + (offset - 1,)]
+        joint = joint[..., None] * conditional
+    return joint
+
+
+def student_counts(
+    student: PushForwardLM, params, contexts_CxN: jax.Array, window: int, samples: int, key: jax.Array
+) -> np.ndarray:
+    """How often the student emits each block after each context, in `samples` draws; shaped like `exact_joint`."""
+    states = student.cfg.vocab_size - 1
+
+    @jax.jit
+    def draw(context_N, key):
+        tokens_1xN, tau_1 = context_N[None], jnp.ones(1)
+        _, cache = student.apply({"params": params}, tokens_1xN, jnp.zeros((*tokens_1xN.shape, 0)), tau_1, method="begin")
+        noise_1xAxK = sample_uniform(key, (1, samples, window))
+        at_1xA = jnp.full((1, samples), len(context_N))
+        nothing_1xAx0 = jnp.zeros((1, samples, 0), jnp.int32)
+        logits, _ = student.apply(
+            {"params": params}, nothing_1xAx0, noise_1xAxK, tau_1, cache, at_1xA, at_1xA, method="extend"
+        )
+        return student.draw(logits, noise_1xAxK, tau_1)[0]
+
+    counts = np.zeros((len(contexts_CxN), *(states,) * window))
+    for index, context_N in enumerate(contexts_CxN):
+        blocks_AxK = np.asarray(draw(context_N, jax.random.fold_in(key, index)))
+        np.add.at(counts[index], tuple(blocks_AxK.T), 1)
+    return counts
+
+
+def compare_with_joint(counts: np.ndarray, joint: np.ndarray, seed: int) -> dict:
+    """Total variation between block frequencies and the exact joint, mean over contexts, next to an AR null.
+
+    The null is what a sample of the same size from that very joint shows: no student can be expected to be below
+    it. Also a G-test of both (cells that expect fewer than 5 are pooled), summed over contexts.
+    """
+    contexts, samples = len(counts), int(counts[0].sum())
+    observed, expected = counts.reshape(contexts, -1), joint.reshape(contexts, -1)
+    expected = expected / expected.sum(axis=1, keepdims=True)
+    rng = np.random.default_rng(seed)
+    null_SxCxE = np.stack([[rng.multinomial(samples, p) for p in expected] for _ in range(_NULL_SAMPLES)])
+    return {
+        "joint_tv": _total_variation(observed / samples, expected),
+        "joint_tv_null": float(np.mean([_total_variation(null / samples, expected) for null in null_SxCxE])),
+        "joint_g_test": _g_test(observed, expected * samples),
+        "joint_g_test_null": _g_test(null_SxCxE[0], expected * samples),
+    }
+
+
+def _total_variation(p_CxE, q_CxE):
+    return float(np.abs(p_CxE - q_CxE).sum(axis=1).mean() / 2)
+
+
+def _g_test(observed_CxE, expected_CxE):
+    statistic, degrees = 0.0, 0
+    for observed, expected in zip(observed_CxE, expected_CxE, strict=True):
+        large = expected >= _LEAST_EXPECTED
+        o = np.append(observed[large], observed[~large].sum())
+        e = np.append(expected[large], expected[~large].sum())
+        o, e = o[e > 0], e[e > 0]
+        statistic += 2 * scipy.special.xlogy(o, o / e).sum()
+        degrees += len(e) - 1
+    return {
+        "statistic": float(statistic),
+        "degrees_of_freedom": degrees,
+        "p_value": float(scipy.stats.chi2.sf(statistic, degrees)),
+    }
+
+
+def _probabilities(logits_xV, states):
+    return np.asarray(jax.nn.softmax(logits_xV[..., :states].astype(jnp.float32), axis=-1), np.float64)

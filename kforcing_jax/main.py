@@ -1,0 +1,34 @@
+"""The whole curriculum of a config: data, AR teacher, k stages, evaluation, report. Run again, it resumes.
+
+python -m kforcing_jax.main --config=configs/tiny.py --workdir=runs/tiny
+"""
+
+from absl import flags
+from ml_collections import config_flags
+
+from kforcing_jax import cli
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/; fields by --config.model.num_layers=6.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "The run directory; it is created, or resumed.", required=True)
+
+
+def main(_):
+    config = cli.config_from_flag(_CONFIG)
+
+    # Heavy imports come after the configuration is known to be right.
+    from kforcing_jax.evaluation.report import samples_text, table
+    from kforcing_jax.evaluation.suite import evaluate
+    from kforcing_jax.training import curriculum
+    from kforcing_jax.training.sharding import make_mesh
+    from kforcing_jax.workdir import Workdir
+
+    mesh = make_mesh(config.mesh)
+    workdir = Workdir.claim(_WORKDIR.value, config)
+    corpus = workdir.corpus()
+    curriculum.run(workdir, corpus, mesh)
+    summary = evaluate(workdir, corpus)
+    print(f"\n{table(summary)}\n\n{samples_text(summary)}\n\nReport: {workdir.path / 'report.html'}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,157 @@
+"""The run directory: whose it is, where its parts are, and the trained models in it.
+
+config.json  data/  stages/<name>/checkpoints/  metrics.jsonl  summary.json  report.html
+"""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from kforcing_jax.config import Config, parse
+from kforcing_jax.data.pipeline import Corpus, prepare
+from kforcing_jax.data.tokenizers import Tokenizer
+from kforcing_jax.errors import ConfigError, RunError
+from kforcing_jax.models import CausalLM, ModelConfig, PushForwardLM
+from kforcing_jax.training.checkpoints import StageCheckpoints, abstract_like
+from kforcing_jax.training.sharding import make_mesh, replicated
+
+# Fields that change what is reported or where it runs, but not what is trained.
+_FREE = ("evaluation", "logging", "mesh")
+
+
+class Workdir:
+    """A run directory and the configuration that it belongs to."""
+
+    def __init__(self, path: Path, config: Config):
+        self.path, self.config = path, config
+
+    @classmethod
+    def claim(cls, path: str | Path, config: Config) -> "Workdir":
+        """Opens the directory for a run of `config`, creating it when it is new.
+
+        New stages may join a run and `evaluation`, `logging` and `mesh` may change; everything else is fixed.
+
+        Raises:
+          RunError: the directory belongs to another configuration; names the first field that differs.
+        """
+        path = Path(path)
+        fields = dataclasses.asdict(config)
+        if (path / "config.json").exists():
+            _check_same_run(path, _read_config(path), fields)
+        path.mkdir(parents=True, exist_ok=True)
+        write_json(path / "config.json", fields)
+        return cls(path, config)
+
+    @classmethod
+    def open(cls, path: str | Path) -> "Workdir":
+        """Opens the directory of an earlier run. Raises RunError when there is none."""
+        path = Path(path)
+        if not (path / "config.json").exists():
+            raise RunError(f"{path} is not a run directory (no config.json); train one with kforcing_jax.main")
+        try:
+            return cls(path, parse(_read_config(path)))
+        except ConfigError as error:
+            raise RunError(f"{path / 'config.json'}: {error}") from None
+
+    @property
+    def metrics_path(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def summary_path(self) -> Path:
+        return self.path / "summary.json"
+
+    def summary(self) -> dict:
+        """What summary.json holds; an empty one before the first stage has ended."""
+        if not self.summary_path.exists():
+            return {"stages": {}}
+        return json.loads(self.summary_path.read_text())
+
+    def write_summary(self, summary: dict):
+        write_json(self.summary_path, summary)
+
+    def corpus(self) -> Corpus:
+        """The prepared data, prepared now if it is not there."""
+        return prepare(self.config.data, self.config.seed, self.path / "data")
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of the prepared data. Raises RunError when there is none."""
+        path = self.path / "data" / "tokenizer.json"
+        if not path.exists():
+            raise RunError(f"{path} is missing; run kforcing_jax.main on this directory first")
+        return Tokenizer.load(path)
+
+    def checkpoints(self, stage: str) -> StageCheckpoints:
+        return StageCheckpoints(self.path / "stages" / stage / "checkpoints")
+
+    def is_finished(self, stage: str) -> bool:
+        """Whether the stage has its last checkpoint."""
+        if not (self.path / "stages" / stage / "checkpoints").exists():
+            return False
+        with self.checkpoints(stage) as checkpoints:
+            return checkpoints.latest_step == self.config.stages[stage].steps
+
+    def finished_stages(self) -> list[str]:
+        """Finished stages in the order of training."""
+        return [name for name in ["ar", *self.config.students] if self.is_finished(name)]
+
+    def model(self, stage: str, vocabulary: Corpus | Tokenizer) -> CausalLM | PushForwardLM:
+        """The model of a stage, without weights."""
+        shape = dataclasses.asdict(self.config.model)
+        cfg = ModelConfig(vocab_size=vocabulary.vocab_size, mask_id=vocabulary.mask_id, **shape)
+        return PushForwardLM(cfg) if self.config.stages[stage].window else CausalLM(cfg)
+
+    def load(self, stage: str, vocabulary: Corpus | Tokenizer):
+        """(model, averaged weights) of a finished stage. Raises RunError when it is not finished or does not fit."""
+        if not self.is_finished(stage):
+            raise RunError(f"stage {stage} of {self.path} is not finished; run kforcing_jax.main on it again")
+        model = self.model(stage, vocabulary)
+        abstract = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+        with self.checkpoints(stage) as checkpoints:
+            return model, checkpoints.restore_ema(abstract_like(abstract, replicated(make_mesh(self.config.mesh))))
+
+
+def init_params(model: CausalLM | PushForwardLM, key: jax.Array) -> dict:
+    """Fresh parameters. Shapes do not depend on the inputs, so the smallest ones serve."""
+    tokens_BxN = jnp.zeros((1, 1), jnp.int32)
+    inputs = (tokens_BxN, jnp.zeros((1, 1, 1)), jnp.ones(1)) if isinstance(model, PushForwardLM) else (tokens_BxN,)
+    return model.init(key, *inputs)["params"]
+
+
+def write_json(path: Path, content):
+    """Writes a file whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(temporary, path)
+
+
+def _read_config(path):
+    try:
+        return json.loads((path / "config.json").read_text())
+    except ValueError as error:
+        raise RunError(
+            f"{path / 'config.json'} is damaged ({error}); restore it or use another work directory"
+        ) from None
+
+
+def _check_same_run(path, before, now):
+    for name, value in _flatten(before).items():
+        if name.split(".")[0] not in _FREE and _flatten(now).get(name) != value:
+            raise RunError(
+                f"{path} belongs to a different config: {name} = {value!r} there, {_flatten(now).get(name)!r} here; "
+                "use another --workdir, or set the field back"
+            )
+
+
+def _flatten(tree, path=""):
+    if not isinstance(tree, dict):
+        return {path: tree}
+    return {
+        name: value
+        for key, child in tree.items()
+        for name, value in _flatten(child, f"{path}.{key}".strip(".")).items()
+    }

@@ -1,0 +1,51 @@
+"""Tiny models shared by the tests, and the XLA settings that suit tests.
+
+Compiling takes most of the time here: less optimisation nearly halves it. XLA_FLAGS gives several CPU devices.
+"""
+
+import os
+
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kforcing_jax.models import CausalLM, ModelConfig, PushForwardLM
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+@pytest.fixture(scope="session")
+def tiny_config():
+    return ModelConfig(vocab_size=13, mask_id=9, num_layers=2, d_model=16, num_heads=2)
+
+
+@pytest.fixture(scope="session")
+def causal_lm(tiny_config):
+    """(model, params) of a CausalLM."""
+    model = CausalLM(tiny_config)
+    return model, _perturbed(jax.jit(model.init)(jax.random.key(1), jnp.zeros((1, 2), int)))
+
+
+@pytest.fixture(scope="session")
+def push_forward_lm(tiny_config):
+    """(model, params) of a PushForwardLM."""
+    model = PushForwardLM(tiny_config)
+    inputs = jnp.zeros((1, 2), int), jnp.zeros((1, 2, 1)), jnp.ones(1)
+    return model, _perturbed(jax.jit(model.init)(jax.random.key(2), *inputs))
+
+
+def _perturbed(variables):
+    """Random biases and scales, which start at 0 and 1 and so would hide a misplaced one; and kernels large
+    enough for tokens to depend on the text and the noise.
+    """
+    rng = np.random.default_rng(3)
+    return jax.tree.map(
+        lambda leaf: 2 * leaf + 0.2 * rng.normal(size=leaf.shape).astype(np.float32), variables["params"]
+    )

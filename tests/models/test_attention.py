@@ -1,0 +1,158 @@
+"""`group_attention` against dense attention over explicitly laid out tokens."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kforcing_jax.models.attention import KeyValue, Past, group_attention
+
+# batch, anchors, group, heads, head width
+SIZES = [(1, 1, 1, 1, 2), (2, 5, 1, 3, 4), (2, 4, 3, 2, 4), (1, 6, 5, 1, 6)]
+
+
+def dense_attention(q_BxTxHxC, k_BxUxHxC, v_BxUxHxC, mask_BxTxU):
+    """Textbook attention: every query against every key, and a mask."""
+    scores = jnp.einsum("bthc,buhc->bhtu", q_BxTxHxC, k_BxUxHxC) / np.sqrt(q_BxTxHxC.shape[-1])
+    weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True)) * mask_BxTxU[:, None]
+    weights = weights / weights.sum(axis=-1, keepdims=True)
+    return jnp.einsum("bhtu,buhc->bthc", weights, v_BxUxHxC)
+
+
+def window_mask(length, window):
+    """Who sees whom when `length` text tokens are followed by a window of `window` tokens for each of them."""
+    tokens = [(t, 0) for t in range(length)]
+    tokens += [(t, j) for t in range(length) for j in range(1, window + 1)]
+    mask = np.zeros((len(tokens), len(tokens)), bool)
+    for (row, (t, j)), (column, (s, i)) in itertools.product(enumerate(tokens), enumerate(tokens)):
+        mask[row, column] = s <= t if i == 0 else (s == t and i <= j)
+    return mask
+
+
+def text_then_windows(x_BxNxGxHxC):
+    """Moves the first token of every group to the front: the order of `window_mask`."""
+    text, windows = x_BxNxGxHxC[:, :, 0], x_BxNxGxHxC[:, :, 1:]
+    return jnp.concatenate([text, windows.reshape(text.shape[0], -1, *text.shape[2:])], axis=1)
+
+
+def arrays(rng, *shapes):
+    return [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
+
+
+def assert_same_values_and_gradients(actual, expected, inputs, rng):
+    """Compares two functions and their gradients with respect to every input."""
+    out, pull_back = jax.vjp(jax.jit(actual), *inputs)
+    expected_out, expected_pull_back = jax.vjp(jax.jit(expected), *inputs)
+    np.testing.assert_allclose(out, expected_out, atol=2e-6)
+    cotangent = arrays(rng, out.shape)[0]
+    for gradient, expected_gradient in zip(pull_back(cotangent), expected_pull_back(cotangent), strict=True):
+        assert jnp.abs(gradient).max() > 0
+        np.testing.assert_allclose(gradient, expected_gradient, atol=1e-5)
+
+
+@pytest.mark.parametrize("batch, length, group, heads, width", SIZES[1:])
+def test_windows_over_a_text_equal_a_dense_mask(rng, batch, length, group, heads, width):
+    shape = (batch, length, group, heads, width)
+    stop = jnp.broadcast_to(jnp.arange(length), (batch, length))
+    mask = np.broadcast_to(window_mask(length, group - 1), (batch, length * group, length * group))
+
+    def ours(q, k, v):
+        text = KeyValue(k[:, :, 0], v[:, :, 0])
+        return text_then_windows(group_attention(q, KeyValue(k, v), text, stop))
+
+    def dense(q, k, v):
+        return dense_attention(text_then_windows(q), text_then_windows(k), text_then_windows(v), mask)
+
+    assert_same_values_and_gradients(ours, dense, arrays(rng, shape, shape, shape), rng)
+
+
+def group_mask(stop_BxA, prefix_length, group, past_capacity=0, past_length=0):
+    """Mask (B, A * G, S + A * (P + G)) of groups over a cached prefix, then (past, own) tokens of every anchor."""
+    batch, anchors = stop_BxA.shape
+    per_anchor = past_capacity + group
+    mask = np.zeros((batch, anchors * group, prefix_length + anchors * per_anchor), bool)
+    for b, a, g in itertools.product(range(batch), range(anchors), range(group)):
+        row, start = mask[b, a * group + g], prefix_length + a * per_anchor
+        row[: stop_BxA[b, a]] = True
+        row[start : start + past_length] = True
+        row[start + past_capacity : start + past_capacity + g + 1] = True
+    return mask
+
+
+def flat_keys(prefix, past, own):
+    """The tokens in the order of `group_mask`'s columns."""
+    batch, heads_and_width = prefix.shape[0], prefix.shape[2:]
+    per_anchor = jnp.concatenate([past, own], axis=2).reshape(batch, -1, *heads_and_width)
+    return jnp.concatenate([prefix, per_anchor], axis=1)
+
+
+@pytest.mark.parametrize("batch, anchors, group, heads, width", SIZES)
+@pytest.mark.parametrize("past_capacity, past_length", [(0, 0), (3, 0), (3, 2), (2, 2)])
+def test_groups_over_a_cache_and_a_past_equal_a_dense_mask(
+    rng, batch, anchors, group, heads, width, past_capacity, past_length
+):
+    prefix_length = 7
+    stop = rng.integers(1, prefix_length + 1, size=(batch, anchors))
+    stop[0, 0], stop[-1, -1] = 0 if past_length else 1, prefix_length
+    mask = group_mask(stop, prefix_length, group, past_capacity, past_length)
+    own_shape = (batch, anchors, group, heads, width)
+    prefix_shape = (batch, prefix_length, heads, width)
+    past_shape = (batch, anchors, past_capacity, heads, width)
+
+    def ours(q, k, v, prefix_k, prefix_v, past_k, past_v):
+        past = Past(KeyValue(past_k, past_v), jnp.int32(past_length)) if past_capacity else None
+        return group_attention(q, KeyValue(k, v), KeyValue(prefix_k, prefix_v), jnp.asarray(stop), past)
+
+    def dense(q, k, v, prefix_k, prefix_v, past_k, past_v):
+        flat_q = q.reshape(batch, -1, heads, width)
+        out = dense_attention(flat_q, flat_keys(prefix_k, past_k, k), flat_keys(prefix_v, past_v, v), mask)
+        return out.reshape(q.shape)
+
+    inputs = arrays(rng, *[own_shape] * 3, *[prefix_shape] * 2, *[past_shape] * 2)
+    np.testing.assert_allclose(jax.jit(ours)(*inputs), dense(*inputs), atol=2e-6)
+
+
+def test_gradients_over_a_cache_and_a_past_equal_a_dense_mask(rng):
+    batch, anchors, group, heads, width, prefix_length, past_capacity, past_length = 2, 3, 2, 2, 4, 5, 3, 2
+    stop = np.array([[0, 2, 5], [1, 3, 4]])
+    mask = group_mask(stop, prefix_length, group, past_capacity, past_length)
+    own_shape, prefix_shape = (batch, anchors, group, heads, width), (batch, prefix_length, heads, width)
+    past_shape = (batch, anchors, past_capacity, heads, width)
+
+    def ours(q, k, v, prefix_k, prefix_v, past_k, past_v):
+        past = Past(KeyValue(past_k, past_v), jnp.int32(past_length))
+        return group_attention(q, KeyValue(k, v), KeyValue(prefix_k, prefix_v), jnp.asarray(stop), past)
+
+    def dense(q, k, v, prefix_k, prefix_v, past_k, past_v):
+        keys, values = flat_keys(prefix_k, past_k, k), flat_keys(prefix_v, past_v, v)
+        return dense_attention(q.reshape(batch, -1, heads, width), keys, values, mask).reshape(q.shape)
+
+    inputs = arrays(rng, *[own_shape] * 3, *[prefix_shape] * 2, *[past_shape] * 2)
+    assert_same_values_and_gradients(ours, dense, inputs, rng)
+
+
+def test_what_lies_beyond_stop_and_beyond_the_past_changes_nothing(rng):
+    own, prefix, past = (1, 2, 2, 1, 4), (1, 5, 1, 4), (1, 2, 3, 1, 4)
+    q, k, v, prefix_k, prefix_v, past_k, past_v = arrays(rng, *[own] * 3, *[prefix] * 2, *[past] * 2)
+    stop = jnp.array([[2, 3]])
+
+    @jax.jit
+    def attend(garbage):
+        cache = KeyValue(prefix_k.at[:, 3:].set(garbage), prefix_v.at[:, 3:].set(garbage))
+        unreal = KeyValue(past_k.at[:, :, 1:].set(garbage), past_v.at[:, :, 1:].set(garbage))
+        return group_attention(q, KeyValue(k, v), cache, stop, Past(unreal, jnp.int32(1)))
+
+    np.testing.assert_array_equal(attend(0.0), attend(1e6))
+
+
+def test_scores_of_half_precision_queries_are_computed_in_f32():
+    """Two keys whose scores, 256 and 256.5, are one number in bfloat16; in f32 the second weighs 1.65 times as much."""
+    q = jnp.array([[16.0, 1.0]], jnp.bfloat16).reshape(1, 1, 1, 1, 2)
+    scale = np.sqrt(2.0)
+    keys = jnp.array([[16.0, 0.0], [16.0, 0.5]], jnp.bfloat16).reshape(1, 2, 1, 2)
+    values = jnp.array([[0.0, 0.0], [1.0, 1.0]], jnp.bfloat16).reshape(1, 2, 1, 2)
+    nothing = jnp.full((1, 1, 1, 1, 2), -16.0, jnp.bfloat16)
+    out = group_attention(q, KeyValue(nothing, 0 * nothing), KeyValue(keys, values), jnp.array([[2]]))
+    np.testing.assert_allclose(out[0, 0, 0, 0].astype(jnp.float32), 1 / (1 + np.exp(-0.5 / scale)), rtol=2**-8)

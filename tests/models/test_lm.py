@@ -1,0 +1,222 @@
+"""What each model sees, and that cached passes equal a full one."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kforcing_jax.models import CausalLM, PushForwardLM
+from kforcing_jax.models.attention import KeyValue, Past
+from kforcing_jax.models.lm import fourier_features
+
+BATCH, LENGTH, WINDOW = 2, 6, 3
+TAU = jnp.array([0.7, 1.0])
+KINDS = ("causal_lm", "push_forward_lm")
+
+
+@functools.partial(jax.jit, static_argnames=("model", "method"))
+def call(model, params, method, *args):
+    return model.apply({"params": params}, *args, method=method)
+
+
+@pytest.fixture
+def text(rng, tiny_config):
+    return jnp.asarray(rng.integers(0, tiny_config.vocab_size, size=(BATCH, LENGTH)), jnp.int32)
+
+
+@pytest.fixture
+def noise(rng):
+    return jnp.asarray(rng.random((BATCH, LENGTH, 4)), jnp.float32)
+
+
+def with_embedding(params, embedding):
+    return params | {"backbone": params["backbone"] | {"embedding": {"embedding": embedding}}}
+
+
+def influence(jacobian, axes):
+    """Whether each output depends on each input at all: exactly zero means it cannot."""
+    return np.abs(np.asarray(jacobian)).max(axis=axes) > 0
+
+
+def test_causal_lm_logits_depend_on_exactly_the_tokens_so_far(rng, causal_lm):
+    """The gradient with respect to the embedding of token m, where every token has an id of its own."""
+    model, params = causal_lm
+    text, probe = jnp.arange(LENGTH)[None], rng.normal(size=model.cfg.vocab_size)
+
+    def probes(embedding):
+        return model.apply({"params": with_embedding(params, embedding)}, text)[0] @ probe
+
+    jacobian = jax.jit(jax.jacrev(probes))(params["backbone"]["embedding"]["embedding"])
+    np.testing.assert_array_equal(influence(jacobian[:, :LENGTH], -1), np.tri(LENGTH, dtype=bool))
+
+
+@pytest.fixture(scope="module")
+def window_jacobians(push_forward_lm):
+    """Gradients of the logits (N, K) of every window with respect to tokens (N, V, D) and noise (N, K)."""
+    model, params = push_forward_lm
+    rng = np.random.default_rng(0)
+    text, probe = jnp.arange(LENGTH)[None], rng.normal(size=model.cfg.vocab_size)
+    noise = jnp.asarray(rng.random((LENGTH, WINDOW)), jnp.float32)
+
+    def probes(embedding, noise):
+        variables = {"params": with_embedding(params, embedding)}
+        return model.apply(variables, text, noise[None], jnp.ones(1))[0] @ probe
+
+    return jax.jit(jax.jacrev(probes, argnums=(0, 1)))(params["backbone"]["embedding"]["embedding"], noise)
+
+
+def test_a_window_sees_the_text_up_to_and_including_its_anchor(window_jacobians):
+    seen = influence(window_jacobians[0][:, :, :LENGTH], -1)
+    for offset in range(WINDOW):
+        np.testing.assert_array_equal(seen[:, offset], np.tri(LENGTH, dtype=bool))
+
+
+def test_a_window_never_sees_another_window(window_jacobians):
+    seen = influence(window_jacobians[1], (1, 4))
+    np.testing.assert_array_equal(seen, np.eye(LENGTH, dtype=bool))
+
+
+def test_an_offset_sees_its_own_noise_and_that_of_earlier_offsets(window_jacobians):
+    seen = influence(window_jacobians[1], ())
+    for anchor in range(LENGTH):
+        np.testing.assert_array_equal(seen[anchor, :, anchor], np.tri(WINDOW, dtype=bool))
+
+
+def test_the_text_is_blind_to_windows(push_forward_lm, text, noise):
+    model, params = push_forward_lm
+    _, seen = call(model, params, "begin", text, noise, TAU)
+    _, unseen = call(model, params, "begin", text, 1 - noise, 2 * TAU)
+    jax.tree.map(np.testing.assert_array_equal, seen, unseen)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_a_narrow_window_is_the_start_of_a_wide_one(push_forward_lm, text, noise, k):
+    model, params = push_forward_lm
+    wide = call(model, params, "__call__", text, noise, TAU)
+    narrow = call(model, params, "__call__", text, noise[..., :k], TAU)
+    np.testing.assert_allclose(narrow, wide[:, :, :k], atol=1e-5)
+
+
+def test_temperature_and_noise_reach_the_student(push_forward_lm, text, noise):
+    model, params = push_forward_lm
+    logits = call(model, params, "__call__", text, noise, TAU)
+    assert jnp.abs(logits - call(model, params, "__call__", text, noise, TAU + 0.2)).min(axis=-1).max() > 0
+    assert jnp.abs(logits - call(model, params, "__call__", text, noise, TAU.at[1].set(0.5)))[0].max() < 1e-5
+    assert jnp.abs(logits - call(model, params, "__call__", text, 1 - noise, TAU)).max() > 0.1
+
+
+def test_a_causal_lm_on_a_cache_equals_a_full_pass(causal_lm, text):
+    model, params = causal_lm
+    full = call(model, params, "__call__", text)
+    cached, prefix = call(model, params, "begin", text[:, :2])
+    np.testing.assert_allclose(cached[:, :, 0], full[:, :2], atol=1e-5)
+    at = jnp.full((BATCH, 1), 2)
+    logits, own = call(model, params, "extend", text[:, None, 2:], None, None, prefix, at, at)
+    np.testing.assert_allclose(logits[:, 0], full[:, 2:], atol=1e-5)
+    _, whole = call(model, params, "begin", text)
+    jax.tree.map(
+        lambda kept, new: np.testing.assert_allclose(new[:, :, 0], kept[:, :, 2:], atol=1e-5), whole, own
+    )
+
+
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_a_push_forward_lm_on_a_cache_equals_a_full_pass(push_forward_lm, text, noise, k):
+    """Two tokens in the cache, then the other four and a window."""
+    model, params = push_forward_lm
+    noise = noise[..., :k]
+    full = call(model, params, "__call__", text, noise, TAU)
+    cached, prefix = call(model, params, "begin", text[:, :2], noise[:, :2], TAU)
+    np.testing.assert_allclose(cached, full[:, :2], atol=1e-5)
+    at = jnp.full((BATCH, 1), 2)
+    logits, own = call(model, params, "extend", text[:, None, 2:], noise[:, -1:], TAU, prefix, at, at)
+    np.testing.assert_allclose(logits[:, 0], full[:, -1], atol=1e-5)
+    _, whole = call(model, params, "begin", text, noise, TAU)
+    jax.tree.map(
+        lambda kept, new: np.testing.assert_allclose(new[:, :, 0], kept[:, :, 2:], atol=1e-5), whole, own
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_past_and_slack_in_the_cache_equal_a_full_pass(request, kind, text, noise):
+    """Two tokens in a cache of nine slots, one in a past of three slots, three new ones."""
+    model, params = request.getfixturevalue(kind)
+    full = call(model, params, "begin", text, noise, TAU)[0][:, -1]
+    _, prefix = call(model, params, "begin", text[:, :2], noise[:, :2], TAU)
+    prefix = jax.tree.map(lambda kv: jnp.pad(kv, [(0, 0), (0, 0), (0, 7), (0, 0), (0, 0)], constant_values=5), prefix)
+    at = jnp.full((BATCH, 1), 2)
+    _, past = call(model, params, "extend", text[:, None, 2:3], noise[:, :1], TAU, prefix, at, at)
+    past = jax.tree.map(lambda kv: jnp.pad(kv, [(0, 0)] * 3 + [(0, 2), (0, 0), (0, 0)], constant_values=5), past)
+    past = Past(past, jnp.int32(1))
+    logits, _ = call(model, params, "extend", text[:, None, 3:], noise[:, -1:], TAU, prefix, at, at + 1, past)
+    offsets = full.shape[1]
+    np.testing.assert_allclose(logits[:, 0, -offsets:], full, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_of_different_lengths_share_a_cache(request, kind, text, noise):
+    """Row 0 has two tokens in the cache and row 1 four; both read their next one."""
+    model, params = request.getfixturevalue(kind)
+    full = call(model, params, "begin", text, noise, TAU)[0]
+    _, prefix = call(model, params, "begin", text, noise, TAU)
+    at, row = jnp.array([[2], [4]]), jnp.arange(BATCH)
+    tokens, u = text[row, at[:, 0]][:, None, None], noise[row, at[:, 0]][:, None]
+    logits, _ = call(model, params, "extend", tokens, u, TAU, prefix, at, at)
+    np.testing.assert_allclose(logits[:, 0], full[row, at[:, 0]], atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_mask_id_always_has_logit_minus_1000(request, kind, text, noise):
+    model, params = request.getfixturevalue(kind)
+    logits, _ = call(model, params, "begin", text, noise, TAU)
+    assert (logits[..., model.cfg.mask_id] == -1000).all()
+    assert (jnp.delete(logits, model.cfg.mask_id, axis=-1) > -900).all()
+    assert (model.draw(logits, noise[..., : logits.shape[2]], TAU[:, None, None]) != model.cfg.mask_id).all()
+
+
+@pytest.mark.parametrize("mask_id", [0, 2, 3])
+def test_a_causal_lm_never_draws_the_mask_however_hot(tiny_config, mask_id):
+    """At tau = 1000 a logit of -1000 is a weight of 1/e next to a logit of 0."""
+    model = CausalLM(dataclasses.replace(tiny_config, vocab_size=4, mask_id=mask_id))
+    u = (jnp.arange(999) / 999).at[-1].set(1 - 2.0**-24)
+    logits = jnp.zeros((999, 4)).at[:, mask_id].set(-1000.0)
+    drawn = np.bincount(model.draw(logits, u, jnp.full(999, 1000.0)), minlength=4)
+    assert drawn[mask_id] == 0
+    np.testing.assert_allclose(np.delete(drawn, mask_id), 333, atol=1)
+
+
+def test_a_push_forward_lm_draws_the_argmax_whatever_the_noise(rng, tiny_config):
+    logits = jnp.asarray(rng.normal(size=(3, 4, 13)), jnp.float32)
+    tokens = PushForwardLM(tiny_config).draw(logits, rng.random((3, 4)), jnp.full((3, 1), 0.3))
+    np.testing.assert_array_equal(tokens, logits.argmax(-1))
+
+
+def test_noise_features_are_cosines_then_sines_from_the_highest_frequency():
+    frequencies = np.array([1.0, 0.1, 0.01, 0.001])
+    angles = 2 * np.pi * 0.3 * frequencies
+    expected = np.concatenate([np.cos(angles), np.sin(angles)])
+    np.testing.assert_allclose(fourier_features(jnp.float32(0.3), 8), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bfloat16_blocks_keep_parameters_and_logits_in_f32(request, kind, text, noise):
+    model, params = request.getfixturevalue(kind)
+    half = type(model)(dataclasses.replace(model.cfg, dtype="bfloat16"))
+    logits, kept = call(half, params, "begin", text, noise, TAU)
+    exact, _ = call(model, params, "begin", text, noise, TAU)
+    assert logits.dtype == jnp.float32
+    assert kept.key.dtype == kept.value.dtype == jnp.bfloat16
+    gap = jnp.abs(logits - exact)
+    assert 1e-4 < gap.max() < 1.0
+    shapes = jax.eval_shape(half.init, jax.random.key(0), text, *((noise, TAU) if kind == "push_forward_lm" else ()))
+    assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
+
+
+def test_kept_keys_and_values_have_one_entry_per_layer_and_text_token(push_forward_lm, text, noise):
+    model, params = push_forward_lm
+    _, kept = call(model, params, "begin", text, noise, TAU)
+    cfg = model.cfg
+    assert isinstance(kept, KeyValue)
+    assert kept.key.shape == kept.value.shape == (cfg.num_layers, BATCH, LENGTH, cfg.num_heads, cfg.head_width)

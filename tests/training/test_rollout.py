@@ -1,0 +1,109 @@
+"""`rollout` against a slow loop that shows the whole model its own tokens."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kforcing_jax.training.rollout import rollout
+
+LENGTH = 5
+TAU = np.array([0.6, 1.3], np.float32)
+
+
+@pytest.fixture
+def text(rng, tiny_config):
+    return rng.integers(0, tiny_config.vocab_size, size=(2, LENGTH)).astype(np.int32)
+
+
+def uniforms(rng, window):
+    return rng.random((2, LENGTH, window), np.float32)
+
+
+def rolled_out(model_and_params, text, noise, tau, chunk):
+    model, params = model_and_params
+    return np.asarray(jax.jit(functools.partial(rollout, model, chunk=chunk))(params, text, noise, jnp.asarray(tau)))
+
+
+def inverse_cdf_oracle(logits_V, u, tau, mask_id):
+    scaled = np.where(np.arange(len(logits_V)) == mask_id, -np.inf, logits_V.astype(np.float64) / tau)
+    weights = np.exp(scaled - scaled.max())
+    return np.searchsorted(weights.cumsum() / weights.sum(), u, side="right")
+
+
+def looped(next_tokens, text, noise, chunk):
+    """Tokens generated after every position, one row and one position at a time.
+
+    `next_tokens(row, context, u)` gives the tokens after a context of real and own tokens, one for each u.
+    """
+    out = np.zeros(noise.shape, np.int32)
+    for row, position in np.ndindex(noise.shape[:2]):
+        context = text[row, : position + 1]
+        for u in noise[row, position].reshape(-1, chunk):
+            context = np.concatenate([context, next_tokens(row, context, u)])
+        out[row, position] = context[position + 1 :]
+    return out
+
+
+def padded(context, size):
+    return np.pad(context, (0, size - len(context)))[None]
+
+
+@pytest.mark.parametrize("window", [1, 3])
+def test_a_causal_lm_rolls_out_its_own_samples(rng, causal_lm, text, window):
+    model, params = causal_lm
+    noise = uniforms(rng, window)
+    apply = jax.jit(model.apply)
+
+    def next_tokens(row, context, u):
+        logits = apply({"params": params}, padded(context, LENGTH + window))[0, len(context) - 1]
+        return [inverse_cdf_oracle(np.asarray(logits), u[0], TAU[row], model.cfg.mask_id)]
+
+    expected = looped(next_tokens, text, noise, 1)
+    assert len(np.unique(expected)) > 3
+    np.testing.assert_array_equal(rolled_out(causal_lm, text, noise, TAU, chunk=1), expected)
+
+
+@pytest.mark.parametrize("chunk, window", [(1, 1), (1, 3), (2, 4), (4, 4), (4, 8)])
+def test_a_push_forward_lm_rolls_out_on_its_own_tokens(rng, push_forward_lm, text, chunk, window):
+    model, params = push_forward_lm
+    noise = uniforms(rng, window)
+    apply = jax.jit(model.apply)
+
+    def next_tokens(row, context, u):
+        everywhere = np.broadcast_to(u, (1, LENGTH + window, chunk))
+        logits = apply({"params": params}, padded(context, LENGTH + window), everywhere, TAU[row : row + 1])
+        return np.asarray(logits)[0, len(context) - 1].argmax(-1)
+
+    expected = looped(next_tokens, text, noise, chunk)
+    assert len(np.unique(expected)) > 3
+    np.testing.assert_array_equal(rolled_out(push_forward_lm, text, noise, TAU, chunk), expected)
+
+
+@pytest.mark.parametrize("chunk, window", [(2, 3), (4, 2)])
+def test_a_chunk_that_does_not_divide_the_window_is_refused(rng, push_forward_lm, text, chunk, window):
+    model, params = push_forward_lm
+    with pytest.raises(ValueError, match=f"chunk = {chunk} does not divide the window of {window}"):
+        rollout(model, params, text, uniforms(rng, window), TAU, chunk)
+
+
+@pytest.mark.parametrize("teacher, chunk", [("causal_lm", 1), ("push_forward_lm", 2)])
+def test_a_row_does_not_depend_on_its_batch(rng, request, text, teacher, chunk):
+    teacher, noise = request.getfixturevalue(teacher), uniforms(rng, 4)
+    together = rolled_out(teacher, text, noise, TAU, chunk)
+    swapped = rolled_out(teacher, text[::-1], noise[::-1], TAU[::-1], chunk)
+    alone = rolled_out(teacher, text[1:], noise[1:], TAU[1:], chunk)
+    np.testing.assert_array_equal(together, swapped[::-1])
+    np.testing.assert_array_equal(together[1:], alone)
+
+
+@pytest.mark.parametrize("teacher, chunk", [("causal_lm", 1), ("push_forward_lm", 2)])
+def test_tokens_after_a_position_do_not_depend_on_later_text(rng, request, text, teacher, chunk):
+    teacher, noise = request.getfixturevalue(teacher), uniforms(rng, 4)
+    other = text.copy()
+    other[:, 3:] = (other[:, 3:] + 1) % 9
+    first, second = (rolled_out(teacher, x, noise, TAU, chunk) for x in (text, other))
+    np.testing.assert_array_equal(first[:, :3], second[:, :3])
+    assert (first[:, 3:] != second[:, 3:]).any()
