@@ -19,12 +19,15 @@ def main(_):
     from kforcing_jax.evaluation.report import samples_text, table
     from kforcing_jax.evaluation.suite import evaluate
     from kforcing_jax.training import curriculum
+    from kforcing_jax.training.progress import say
     from kforcing_jax.training.sharding import make_mesh
     from kforcing_jax.workdir import Workdir
 
     mesh = make_mesh(config.mesh)
     workdir = Workdir.claim(_WORKDIR.value, config)
+    say(f"{'data':<11} {config.data.source}, preparing or reading {workdir.path / 'data'}")
     corpus = workdir.corpus()
+    say(f"{'data':<11} {corpus.num_train_rows:,} training rows of {corpus.seq_len}, vocabulary {corpus.vocab_size}")
     curriculum.run(workdir, corpus, mesh)
     summary = evaluate(workdir, corpus)
     print(f"\n{table(summary)}\n\n{samples_text(summary)}\n\nReport: {workdir.path / 'report.html'}")

@@ -80,6 +80,16 @@ class Corpus:
         source = self._source("validation")
         return np.stack([self._tokens(source[i]) for i in range(min(count, self.num_validation_rows))])
 
+    def validation_batches(self, count: int, batch_size: int) -> np.ndarray:
+        """The first validation rows in batches of equal size, (batches, rows, seq_len), int32.
+
+        A remainder is left out; there is at least one batch, of fewer rows when there are fewer.
+        """
+        rows_RxN = self.validation_rows(count)
+        batch_size = min(batch_size, len(rows_RxN))
+        whole = len(rows_RxN) // batch_size * batch_size
+        return rows_RxN[:whole].reshape(-1, batch_size, self.seq_len)
+
     def _source(self, split):
         return grain.sources.ArrayRecordDataSource(os.fspath(_rows_path(self.directory, split)))
 

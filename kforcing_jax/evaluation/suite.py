@@ -62,7 +62,7 @@ def _measure_map(workdir, corpus, name, student, params, teacher, teacher_params
     """Agreement with the teacher, and the joint distribution where it can be enumerated."""
     settings, window = workdir.config.evaluation, workdir.config.stages[name].window
     rows_RxN = corpus.validation_rows(settings.rows)
-    batches_IxBxN = in_batches(rows_RxN, settings.batch_size)
+    batches_IxBxN = corpus.validation_batches(settings.rows, settings.batch_size)
     measured = agreement(
         teacher,
         teacher_params,
@@ -75,7 +75,8 @@ def _measure_map(workdir, corpus, name, student, params, teacher, teacher_params
         eos_id=corpus.eos_id,
     )
     if workdir.config.data.source == "markov" and (corpus.vocab_size - 1) ** window <= _MOST_BLOCKS:
-        contexts_CxN = jnp.asarray(rows_RxN[: settings.joint_contexts])
+        # Half a row leaves room for the window inside the positions that were trained.
+        contexts_CxN = jnp.asarray(rows_RxN[: settings.joint_contexts, : rows_RxN.shape[1] // 2])
         joint = exact_joint(teacher, teacher_params, contexts_CxN, window)
         counts = student_counts(student, params, contexts_CxN, window, settings.joint_samples, key)
         measured |= compare_with_joint(counts, joint, workdir.config.seed)
@@ -101,12 +102,6 @@ def _continuations(workdir, corpus):
         )
         continuations[name] = corpus.tokenizer.decode(decoded.tokens[0, prompt.shape[1] : decoded.lengths[0]])
     return {"prompt": corpus.tokenizer.decode(prompt[0]), "seed": seed, "continuations": continuations}
-
-
-def in_batches(rows_RxN: np.ndarray, batch_size: int) -> np.ndarray:
-    """batches_IxBxN of equal size; a remainder is left out, and B shrinks when there are fewer rows."""
-    batch_size = min(batch_size, len(rows_RxN))
-    return rows_RxN[: len(rows_RxN) // batch_size * batch_size].reshape(-1, batch_size, rows_RxN.shape[1])
 
 
 def _prompts(workdir, corpus, count):

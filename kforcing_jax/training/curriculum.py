@@ -5,7 +5,6 @@ import zlib
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
 from kforcing_jax.data.pipeline import Corpus
@@ -94,12 +93,8 @@ def _initial_params(workdir, corpus, name, key, mesh):
 
 
 def _validation_loss(workdir, corpus, objective, params, teacher_params, key):
-    batch_size = workdir.config.evaluation.batch_size
-    rows_RxN = corpus.validation_rows(workdir.config.evaluation.rows)
-    batch_size = min(batch_size, len(rows_RxN))
-    batches_IxBxN = np.reshape(
-        rows_RxN[: len(rows_RxN) // batch_size * batch_size], (-1, batch_size, rows_RxN.shape[1])
-    )
+    settings = workdir.config.evaluation
+    batches_IxBxN = corpus.validation_batches(settings.rows, settings.batch_size)
     compiled = jax.jit(lambda *args: mean_loss(objective, *args))
     return float(compiled(params, teacher_params, jnp.asarray(batches_IxBxN), key))
 

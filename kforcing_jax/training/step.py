@@ -47,7 +47,7 @@ def make_train_step(objective: Objective, optimizer: optax.GradientTransformatio
             ema=optax.incremental_update(params, state.ema, 1 - ema_decay),
             opt_state=opt_state,
         )
-        return new_state, metrics | {"loss": loss, "grad_norm": optax.global_norm(grads)}
+        return new_state, metrics | {"loss": loss, "grad_norm": optax.tree.norm(grads)}
 
     whole = replicated(mesh)
     return jax.jit(

@@ -1,0 +1,27 @@
+"""A configuration that trains in seconds, for tests of what surrounds training."""
+
+from kforcing_jax.config import Config, default_config, default_stage, parse
+
+
+def micro_config(**stages: dict) -> Config:
+    """A Markov chain of four states under a two-layer model; `stages` override fields of ar, k1 and k2."""
+    config = default_config()
+    config.data.source = "markov"
+    config.data.markov_states = 4
+    config.data.markov_rows = 64
+    config.data.validation_fraction = 0.25
+    config.data.seq_len = 8
+    config.model.num_layers = 2
+    config.model.d_model = 16
+    config.model.num_heads = 2
+    config.evaluation.update(
+        dict(batch_size=4, rows=8, samples=4, prompt_length=3, new_tokens=4, joint_contexts=2, joint_samples=200)
+    )
+    config.logging.update(dict(log_every=2, checkpoint_every=2))
+    config.stages.unlock()
+    for name, window in (("ar", 0), ("k1", 1), ("k2", 2)):
+        fields = dict(window=window, steps=5, batch_size=4, learning_rate=1e-2) | stages.pop(name, {})
+        config.stages[name] = default_stage(**fields)
+    for name, fields in stages.items():
+        config.stages[name] = default_stage(**fields)
+    return parse(config)

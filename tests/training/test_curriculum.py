@@ -1,0 +1,134 @@
+"""The curriculum on a micro configuration: order, teachers, resuming, and what it writes."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from micro import micro_config
+
+from kforcing_jax.config import MeshConfig
+from kforcing_jax.errors import ConfigError, DataError, RunError
+from kforcing_jax.training import curriculum
+from kforcing_jax.training.curriculum import predecessors
+from kforcing_jax.training.sharding import make_mesh
+from kforcing_jax.workdir import Workdir
+
+K2_FROM_AR = {"k2-from-ar": dict(window=2, teacher="ar", steps=5, batch_size=4)}
+
+
+def train(path, config):
+    workdir = Workdir.claim(path, config)
+    corpus = workdir.corpus()
+    curriculum.run(workdir, corpus, make_mesh(config.mesh))
+    return workdir, corpus
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    return train(tmp_path_factory.mktemp("run"), micro_config(**K2_FROM_AR))
+
+
+def weights(workdir, corpus, stage):
+    return jax.tree.leaves(workdir.load(stage, corpus)[1])
+
+
+def test_every_stage_is_trained_in_order(finished):
+    workdir, _ = finished
+    lines = [json.loads(line) for line in workdir.metrics_path.read_text().splitlines()]
+    order = list(dict.fromkeys(line["stage"] for line in lines))
+    assert order == ["ar", "k1", "k2", "k2-from-ar"] == workdir.finished_stages()
+    assert {"agreement_1", "agreement_2", "loss_2", "block_agreement"} <= lines[-1].keys()
+
+
+def test_the_summary_holds_steps_seconds_and_validation_loss_of_every_stage(finished):
+    workdir, _ = finished
+    stages = workdir.summary()["stages"]
+    assert stages.keys() == {"ar", "k1", "k2", "k2-from-ar"}
+    assert all(s["steps"] == 5 and s["seconds"] > 0 and 0 < s["validation_loss"] < 10 for s in stages.values())
+
+
+def test_a_second_run_skips_finished_stages(finished, monkeypatch):
+    workdir, _ = finished
+    monkeypatch.setattr(curriculum, "train", lambda *args: pytest.fail("a finished stage was trained again"))
+    train(workdir.path, workdir.config)
+
+
+def test_a_run_stopped_between_and_within_stages_ends_like_an_uninterrupted_one(finished, tmp_path, monkeypatch):
+    whole, corpus = finished
+    real = type(corpus).train_batches
+    budget = iter(range(5 + 3))  # all of ar, and k1 up to its third step
+
+    def limited(self, *args):
+        for batch in real(self, *args):
+            if next(budget, None) is None:
+                raise InterruptedError
+            yield batch
+
+    monkeypatch.setattr(type(corpus), "train_batches", limited)
+    with pytest.raises(InterruptedError):
+        train(tmp_path / "cut", micro_config())
+    monkeypatch.undo()
+    resumed, _ = train(tmp_path / "cut", micro_config())
+    for stage in ("ar", "k1", "k2"):
+        for a, b in zip(weights(whole, corpus, stage), weights(resumed, corpus, stage), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_a_student_starts_from_its_teachers_weights(finished):
+    workdir, corpus = finished
+    key = jax.random.key(0)
+    start = curriculum._initial_params(workdir, corpus, "k2", key, make_mesh(MeshConfig()))
+    for a, b in zip(jax.tree.leaves(start), weights(workdir, corpus, "k1"), strict=True):
+        np.testing.assert_array_equal(a, b)
+    first = curriculum._initial_params(workdir, corpus, "k1", key, make_mesh(MeshConfig()))
+    for a, b in zip(jax.tree.leaves(first["backbone"]), weights(workdir, corpus, "ar"), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_teachers_and_origins_follow_the_recipe():
+    config = micro_config(**K2_FROM_AR, k4=dict(window=4), **{"k4-from-ar": dict(window=4, teacher="ar")})
+    assert predecessors(config, "ar") == (None, None)
+    assert predecessors(config, "k1") == ("ar", "ar")
+    assert predecessors(config, "k2") == ("k1", "k1")
+    assert predecessors(config, "k2-from-ar") == ("ar", "k1")
+    assert predecessors(config, "k4") == ("k2", "k2")
+    assert predecessors(config, "k4-from-ar") == ("ar", "k2-from-ar")
+
+
+def test_a_batch_larger_than_the_corpus_is_refused_before_any_stage(tmp_path):
+    with pytest.raises(DataError, match=r"stages\.k2\.batch_size = 49 is more than the 48 training rows"):
+        train(tmp_path, micro_config(k2=dict(batch_size=49)))
+    assert not (tmp_path / "stages").exists()
+
+
+@pytest.mark.parametrize("axis", ["data", "fsdp", "tensor"])
+def test_a_mesh_that_does_not_fit_is_refused(axis):
+    with pytest.raises(ConfigError, match=rf"mesh\.{axis} = 3"):
+        make_mesh(dataclasses.replace(MeshConfig(), **{axis: 3}))
+
+
+def test_a_directory_of_another_config_is_refused_by_field(finished):
+    workdir, _ = finished
+    before = (workdir.path / "config.json").read_text()
+    with pytest.raises(RunError, match=r"belongs to a different config: stages\.k1\.learning_rate = 0\.01 there, 0\.5"):
+        Workdir.claim(workdir.path, micro_config(**K2_FROM_AR, k1=dict(learning_rate=0.5)))
+    assert (workdir.path / "config.json").read_text() == before
+
+
+def test_stages_may_join_a_run_and_evaluation_may_change(finished, tmp_path):
+    config = micro_config()
+    Workdir.claim(tmp_path, config)
+    wider = micro_config(k4=dict(window=4))
+    Workdir.claim(tmp_path, dataclasses.replace(wider, evaluation=dataclasses.replace(wider.evaluation, rows=5)))
+    with pytest.raises(RunError, match="stages.k4"):
+        Workdir.claim(tmp_path, config)
+
+
+def test_an_unfinished_or_foreign_directory_cannot_be_opened(tmp_path):
+    with pytest.raises(RunError, match="is not a run directory"):
+        Workdir.open(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(RunError, match="is damaged"):
+        Workdir.open(tmp_path)

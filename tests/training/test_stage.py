@@ -1,0 +1,132 @@
+"""The training loop on a problem small enough to see through: fit a vector to the mean of the batch."""
+
+import itertools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kforcing_jax.config import LoggingConfig, MeshConfig, StageConfig
+from kforcing_jax.errors import RunError
+from kforcing_jax.training import stage as stage_module
+from kforcing_jax.training.checkpoints import StageCheckpoints
+from kforcing_jax.training.sharding import make_mesh
+from kforcing_jax.training.stage import Phase, Stage, precision_phases, train
+
+POISON = 99
+
+
+def objective(params, teacher_params, tokens_BxN, key):
+    noisy = params["w"] + 0.1 * jax.random.normal(key, params["w"].shape)
+    loss = jnp.mean((noisy - tokens_BxN) ** 2) + jnp.where(jnp.any(tokens_BxN == POISON), jnp.nan, 0.0)
+    return loss, {"agreement_1": jnp.float32(0.5)}
+
+
+def batches(first, poisoned_step=None):
+    for step in itertools.count(first + 1):
+        yield np.full((2, 3), POISON if step == poisoned_step else step % 5, np.int32)
+
+
+def make_stage(batches=batches, **config):
+    return Stage(
+        name="k1",
+        config=StageConfig(**({"window": 1, "steps": 7, "batch_size": 2, "learning_rate": 0.1} | config)),
+        objective=lambda dtype: objective,
+        initial_params={"w": jnp.zeros(3)},
+        teacher_params={},
+        batches=batches,
+        seq_len=3,
+        key=jax.random.key(0),
+    )
+
+
+def run(directory, stage, **logging):
+    with StageCheckpoints(directory / "checkpoints") as checkpoints:
+        settings = LoggingConfig(**({"log_every": 2, "checkpoint_every": 3} | logging))
+        return train(stage, make_mesh(MeshConfig()), checkpoints, directory / "metrics.jsonl", settings)[0]
+
+
+def latest_step(directory):
+    with StageCheckpoints(directory / "checkpoints") as checkpoints:
+        return checkpoints.latest_step
+
+
+class Interruption(Exception):
+    pass
+
+
+def interrupted_before(step):
+    def interrupted(first):
+        yield from itertools.islice(batches(first), step - 1)
+        raise Interruption
+
+    return interrupted
+
+
+@pytest.mark.parametrize("step", [2, 4, 5, 7])
+def test_an_interrupted_stage_ends_exactly_like_an_uninterrupted_one(tmp_path, step):
+    expected = run(tmp_path / "whole", make_stage())
+    with pytest.raises(Interruption):
+        run(tmp_path / "cut", make_stage(interrupted_before(step)))
+    resumed = run(tmp_path / "cut", make_stage())
+    np.testing.assert_array_equal(resumed["w"], expected["w"])
+
+
+def test_a_stage_is_one_compiled_program(tmp_path, monkeypatch):
+    made = []
+    real = stage_module.make_train_step
+    monkeypatch.setattr(stage_module, "make_train_step", lambda *args: made.append(real(*args)) or made[-1])
+    run(tmp_path, make_stage())
+    assert [step._cache_size() for step in made] == [1]
+
+
+def test_two_precisions_are_two_programs_and_f32_comes_last(tmp_path, monkeypatch):
+    made, dtypes = [], []
+    real = stage_module.make_train_step
+    monkeypatch.setattr(stage_module, "make_train_step", lambda *args: made.append(real(*args)) or made[-1])
+    stage = make_stage(bfloat16_fraction=0.6)
+    object.__setattr__(stage, "objective", lambda dtype: dtypes.append(dtype) or objective)
+    run(tmp_path, stage)
+    assert dtypes == ["bfloat16", "float32"]
+    assert [step._cache_size() for step in made] == [1, 1]
+
+
+def test_precision_phases_split_the_steps():
+    assert precision_phases(StageConfig(steps=10)) == [Phase("float32", 10)]
+    assert precision_phases(StageConfig(steps=10, bfloat16_fraction=0.8)) == [Phase("bfloat16", 8), Phase("float32", 10)]
+    assert precision_phases(StageConfig(steps=10, bfloat16_fraction=1.0)) == [Phase("bfloat16", 10)]
+
+
+@pytest.mark.parametrize("poisoned", [1, 4, 6, 7])
+def test_a_nan_stops_the_stage_by_name_and_keeps_the_last_good_checkpoint(tmp_path, poisoned):
+    with pytest.raises(RunError, match=f"stage k1, step {poisoned}: loss is nan"):
+        run(tmp_path, make_stage(lambda first: batches(first, poisoned)))
+    good = (poisoned - 1) // 3 * 3
+    assert latest_step(tmp_path) == (good or None)
+    resumed = run(tmp_path, make_stage())
+    assert np.isfinite(resumed["w"]).all()
+
+
+def test_the_average_follows_the_parameters_with_its_decay(tmp_path):
+    follows = run(tmp_path / "a", make_stage(ema_decay=0.0))
+    lags = run(tmp_path / "b", make_stage(ema_decay=0.9))
+    assert np.all(np.abs(lags["w"]) < np.abs(follows["w"]))
+
+
+def test_metrics_are_averaged_between_reports_and_the_last_step_is_reported(tmp_path):
+    run(tmp_path, make_stage())
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4, 6, 7]
+    wanted = {"stage", "step", "loss", "agreement_1", "grad_norm", "tokens_per_second", "seconds"}
+    assert all(wanted <= line.keys() and line["stage"] == "k1" for line in lines)
+    assert lines[-1]["seconds"] >= lines[0]["seconds"] > 0
+
+
+def test_a_checkpoint_of_another_shape_is_refused_by_path(tmp_path):
+    run(tmp_path, make_stage(), checkpoint_every=2)
+    stage = make_stage(steps=9)
+    object.__setattr__(stage, "initial_params", {"w": jnp.zeros(4)})
+    with pytest.raises(RunError, match=r"checkpoints/7 does not fit this model"):
+        run(tmp_path, stage)
