@@ -3,6 +3,7 @@
 import difflib
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from absl import app, flags, logging
 
@@ -38,6 +39,9 @@ def config_from_flag(flag: flags.FlagHolder) -> Config:
 
 
 def _parse_flags(argv):
+    file = _config_file(argv)
+    if file is not None and not Path(file).is_file():
+        _fail(f"--config={file}: no such file")
     try:
         return flags.FLAGS(argv)
     except flags.UnrecognizedFlagError as error:
@@ -45,14 +49,20 @@ def _parse_flags(argv):
         hint = f"; did you mean --{near[0]}?" if near else "; see --help"
         _fail(f"unknown flag --{error.flagname}{hint}")
     except Exception as error:  # config files are code, and overrides reach into them: anything can be raised
-        _fail(_explain(argv, error))
+        _fail(_explain(argv, file, error))
 
 
-def _explain(argv, error) -> str:
+def _config_file(argv) -> str | None:
+    """The file of `--config=FILE` or `--config FILE`; what follows a colon is its argument."""
+    for arg, following in zip(argv, [*argv[1:], None], strict=True):
+        name, given, value = arg.partition("=")
+        if name.removeprefix("-") == "-config" and (given or following):
+            return (value if given else following).split(":")[0]
+    return None
+
+
+def _explain(argv, file, error) -> str:
     """One line about a config file that does not load or an override that does not fit."""
-    file = next((arg.split("=", 1)[1] for arg in argv if arg.startswith("--config=")), None)
-    if isinstance(error, FileNotFoundError):
-        return f"--config={file}: no such file"
     for arg in argv:
         path = arg.split("=", 1)[0].removeprefix(_OVERRIDE)
         wrong = _missing_field(file, path) if arg.startswith(_OVERRIDE) else None

@@ -19,7 +19,9 @@ _K = flags.DEFINE_integer("k", None, "Tokens per pass; the largest trained windo
 _STAGE = flags.DEFINE_string("stage", None, "Decode with this stage (k4-from-ar, ...), not the nearest window's.")
 _SEED = flags.DEFINE_integer("seed", 0, "Noise seed of the first sample; the others count up.", lower_bound=0)
 _NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, "How many continuations.", lower_bound=1)
-_MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", None, "As many as the context holds by default.", lower_bound=1)
+_MAX_NEW_TOKENS = flags.DEFINE_integer(
+    "max_new_tokens", None, "As many as the context holds by default.", lower_bound=1
+)
 _TAU = flags.DEFINE_float("tau", 1.0, "Temperature, in (0, 1000].")
 _FREQUENCY_PENALTY = flags.DEFINE_float("frequency_penalty", 0.0, "Logit penalty per earlier use of a token.")
 _JSON = flags.DEFINE_bool("json", False, 'Print one object: {"tokens": [[...]], "text": [...], "passes": [...]}.')

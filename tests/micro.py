@@ -1,9 +1,16 @@
 """A configuration that trains in seconds, for tests of what surrounds training."""
 
+import ml_collections
+
 from kforcing_jax.config import Config, default_config, default_stage, parse
 
 
 def micro_config(**stages: dict) -> Config:
+    """`micro_config_dict`, validated."""
+    return parse(micro_config_dict(**stages))
+
+
+def micro_config_dict(**stages: dict) -> ml_collections.ConfigDict:
     """A Markov chain of four states under a two-layer model; `stages` override fields of ar, k1 and k2."""
     config = default_config()
     config.data.source = "markov"
@@ -24,4 +31,4 @@ def micro_config(**stages: dict) -> Config:
         config.stages[name] = default_stage(**fields)
     for name, fields in stages.items():
         config.stages[name] = default_stage(**fields)
-    return parse(config)
+    return config

@@ -109,7 +109,9 @@ def student_counts(
     @jax.jit
     def draw(context_N, key):
         tokens_1xN, tau_1 = context_N[None], jnp.ones(1)
-        _, cache = student.apply({"params": params}, tokens_1xN, jnp.zeros((*tokens_1xN.shape, 0)), tau_1, method="begin")
+        _, cache = student.apply(
+            {"params": params}, tokens_1xN, jnp.zeros((*tokens_1xN.shape, 0)), tau_1, method="begin"
+        )
         noise_1xAxK = sample_uniform(key, (1, samples, window))
         at_1xA = jnp.full((1, samples), len(context_N))
         nothing_1xAx0 = jnp.zeros((1, samples, 0), jnp.int32)

