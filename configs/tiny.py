@@ -21,8 +21,8 @@ def get_config():
     # The paper's constant 1e-4 over 500k steps does not fit into minutes: a higher rate that ends at zero does.
     shared = dict(learning_rate=2e-3, schedule="cosine", warmup_steps=20, ema_decay=0.99)
     config.stages.unlock()
-    config.stages.ar = default_stage(steps=500, batch_size=32, **shared)
-    config.stages.k1 = default_stage(window=1, steps=350, batch_size=16, **shared)
-    config.stages.k2 = default_stage(window=2, steps=250, batch_size=16, **shared)
-    config.stages.k4 = default_stage(window=4, steps=250, batch_size=8, **shared)
+    config.stages.ar = default_stage(steps=800, batch_size=16, **shared)
+    config.stages.k1 = default_stage(window=1, steps=600, batch_size=8, **shared)
+    config.stages.k2 = default_stage(window=2, steps=550, batch_size=8, **shared)
+    config.stages.k4 = default_stage(window=4, steps=700, batch_size=4, **shared)
     return config.lock()

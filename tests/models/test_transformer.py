@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kforcing_jax.models import CausalLM
 from kforcing_jax.models.transformer import Backbone, ModelConfig, rotary_angles, rotate
 
 
@@ -61,10 +62,8 @@ def test_layers_are_stacked_on_a_leading_axis(request, kind):
 
 
 def test_layers_start_from_different_weights(tiny_config):
-    backbone = Backbone(tiny_config)
-    x = jnp.zeros((1, 1, 1, tiny_config.d_model))
-    variables = backbone.init(jax.random.key(0), x, jnp.zeros((1, 1, 1), int), jnp.zeros((1, 1), int))
-    kernel = variables["params"]["blocks"]["attn_qkv"]["kernel"]
+    variables = jax.jit(CausalLM(tiny_config).init)(jax.random.key(0), jnp.zeros((1, 2), int))
+    kernel = variables["params"]["backbone"]["blocks"]["attn_qkv"]["kernel"]
     assert jnp.abs(kernel[0] - kernel[1]).max() > 0
 
 

@@ -1,0 +1,54 @@
+"""The configurations of `configs/`: all of them load, and (slow) the CPU ones reach what they promise."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from ml_collections.config_flags import config_flags
+
+from kforcing_jax.config import parse
+
+REPOSITORY = Path(__file__).parents[1]
+CONFIGS = sorted((REPOSITORY / "configs").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_is_valid_and_says_how_it_is_run(path):
+    module = config_flags._LoadConfigModule(path.stem, str(path))
+    assert parse(module.get_config()).students
+    assert f"python -m kforcing_jax.main --config=configs/{path.name}" in module.__doc__
+
+
+def run_config(name, workdir, longest):
+    """summary.json's stages after `main` has run a config of the repository within `longest` seconds."""
+    command = [sys.executable, "-m", "kforcing_jax.main", f"--config=configs/{name}.py", f"--workdir={workdir}"]
+    # The settings that make other tests compile faster would make this one train slower.
+    environment = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
+    done = subprocess.run(
+        command, cwd=REPOSITORY, env=os.environ | environment, capture_output=True, text=True, timeout=longest
+    )
+    print(done.stdout)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (workdir / "report.html").stat().st_size > 10_000
+    return json.loads((workdir / "summary.json").read_text())["stages"]
+
+
+@pytest.mark.slow
+def test_tiny_students_follow_their_teacher_on_real_text(tmp_path):
+    stages = run_config("tiny", tmp_path, longest=1200)
+    k1, k4, ar = stages["k1"], stages["k4"], stages["ar"]
+    assert k1["agreement"][0] >= max(0.6, 1.8 * k1["chance"][0])
+    for agreement, chance in zip(k4["agreement"], k4["chance"], strict=True):
+        assert agreement >= 1.15 * chance
+    assert abs(k1["sample_entropy"] / ar["sample_entropy"] - 1) <= 0.1
+
+
+@pytest.mark.slow
+def test_markov_students_have_their_teachers_joint_distribution(tmp_path):
+    stages = run_config("markov", tmp_path, longest=900)
+    for name, tolerance in (("k1", 0.01), ("k2", 0.01), ("k4-from-ar", 0.05)):
+        assert stages[name]["joint_tv"] <= stages[name]["joint_tv_null"] + tolerance, name
+    assert {"joint_tv", "joint_tv_null"} <= stages["k4"].keys()
