@@ -116,6 +116,8 @@ class StageConfig:
         _at_least(f"{prefix}.warmup_steps", self.warmup_steps, 0)
         for field in ("learning_rate", "epsilon", "clip_norm"):
             _positive(f"{prefix}.{field}", getattr(self, field))
+        if not 0 <= self.weight_decay < float("inf"):
+            raise ConfigError(f"{prefix}.weight_decay = {self.weight_decay} should be zero or positive, and finite")
         for field in ("beta1", "beta2", "ema_decay"):
             if not 0 <= getattr(self, field) < 1:
                 raise ConfigError(f"{prefix}.{field} = {getattr(self, field)} is not in [0, 1)")
@@ -226,6 +228,8 @@ def parse(config: Mapping | ml_collections.ConfigDict) -> Config:
         raise ConfigError('stages is empty; a run needs at least stages = {"ar": default_stage(...)}')
     stages = {}
     for key, fields in raw_stages.items():
+        if stage_name(key) in stages:
+            raise ConfigError(f"stages.{key} is there twice, once with a dash and once with an underscore")
         stages[stage_name(key)] = stage = _build(StageConfig, fields, f"stages.{key}")
         stage.validate(key)
     return _build(Config, plain | {"stages": stages}, "")
@@ -275,17 +279,18 @@ def _check_stages(stages, seq_len):
 
 
 def _check_student(name, stage, stages, seq_len):
-    window = stage.window
+    window, key = stage.window, name.replace("-", "_")
     expected = f"k{window}" + ("-from-ar" if stage.teacher == "ar" else "")
     if window < 1 or name != expected:
         raise ConfigError(
-            f'stages.{name} has window = {window} and teacher = "{stage.teacher}", so its name should be {expected}'
+            f'stages.{key} has window = {window} and teacher = "{stage.teacher}", so it should be called '
+            f"{expected.replace('-', '_')}"
         )
     if window > seq_len:
-        raise ConfigError(f"stages.{name}.window = {window} is longer than data.seq_len = {seq_len}")
+        raise ConfigError(f"stages.{key}.window = {window} is longer than data.seq_len = {seq_len}")
     windows = {other.window for other in stages.values()}
     if window > 1 and (window % 2 or window // 2 not in windows):
         raise ConfigError(
-            f"stages.{name}.window = {window} does not double the window of an earlier stage; "
-            f"windows go 1, 2, 4, ... (given: {sorted(windows - {0})})"
+            f"stages.{key}.window = {window} does not double the window of an earlier stage; "
+            f"windows go 1, 2, 4, ... (others given: {sorted(windows - {0, window})})"
         )

@@ -153,25 +153,25 @@ REFUSED = [
     ),
     (
         {"stages__k1__window": 2},
-        'stages.k1 has window = 2 and teacher = "previous", so its name should be k2',
+        'stages.k1 has window = 2 and teacher = "previous", so it should be called k2',
     ),
     (
         {"stages__k2__teacher": "ar"},
-        'stages.k2 has window = 2 and teacher = "ar", so its name should be k2-from-ar',
+        'stages.k2 has window = 2 and teacher = "ar", so it should be called k2_from_ar',
     ),
     (
         {"stages__warm": {}},
-        'stages.warm has window = 0 and teacher = "previous", so its name should be k0',
+        'stages.warm has window = 0 and teacher = "previous", so it should be called k0',
     ),
     (
         {"stages__k8": {"window": 8}},
         "stages.k8.window = 8 does not double the window of an earlier stage; windows go 1, 2, 4, ... "
-        "(given: [1, 2, 8])",
+        "(others given: [1, 2])",
     ),
     (
         {"stages__k3": {"window": 3}},
         "stages.k3.window = 3 does not double the window of an earlier stage; windows go 1, 2, 4, ... "
-        "(given: [1, 2, 3])",
+        "(others given: [1, 2])",
     ),
     (
         {"data__seq_len": 4, "evaluation__prompt_length": 1, "evaluation__new_tokens": 1}

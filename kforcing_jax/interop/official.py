@@ -17,6 +17,7 @@ import ml_dtypes
 import numpy as np
 
 from kforcing_jax.models import CausalLM, ModelConfig, PushForwardLM
+from kforcing_jax.models.transformer import ROPE_BASE, rotary_frequencies
 
 _PREFIX = "backbone."
 _MASK_IDS = {30_522: 103, 50_258: 50_257}  # bert-base-uncased [MASK]; the id added to GPT-2's vocabulary
@@ -67,7 +68,9 @@ def read_state_dict(path: str | Path) -> dict[str, np.ndarray]:
             raise CheckpointFormatError("a zip archive without a data.pkl, so not a torch checkpoint")
         content = _load_pickle(archive, pickles[0])
     state = content.get("state_dict") if isinstance(content, dict) else None
-    if not isinstance(state, dict) or not all(isinstance(v, np.ndarray) for v in state.values()):
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(value, np.ndarray) for name, value in state.items()
+    ):
         raise CheckpointFormatError('no "state_dict" of tensors in this checkpoint')
     return dict(state)
 
@@ -76,14 +79,14 @@ def from_state_dict(state: dict[str, np.ndarray], mask_id: int | None = None):
     """Converts released tensors, with or without the `backbone.` prefix: (model, params)."""
     tensors = _Tensors({name.removeprefix(_PREFIX): value for name, value in state.items()})
     vocab_size, d_model = tensors.shape("vocab_embed.embedding", 2)
-    half_head = tensors.shape("rotary_emb.inv_freq", 1)[0]
+    head_width = _head_width(tensors, d_model)
     try:
         cfg = ModelConfig(
             vocab_size=vocab_size,
             mask_id=_MASK_IDS.get(vocab_size, vocab_size - 1) if mask_id is None else mask_id,
             num_layers=_count_layers(tensors),
             d_model=d_model,
-            num_heads=d_model // (2 * half_head),
+            num_heads=d_model // head_width,
         )
     except ValueError as error:
         raise CheckpointFormatError(str(error)) from None
@@ -125,6 +128,19 @@ def _noise_encoder(tensors, d):
         "mlp_in": tensors.dense("noise_encoder.mlp.0", d, 4 * d),
         "mlp_out": tensors.dense("noise_encoder.mlp.2", 4 * d, d),
     }
+
+
+def _head_width(tensors, d_model):
+    """The rotary frequencies are the only trace of the number of heads."""
+    (pairs,) = tensors.shape("rotary_emb.inv_freq", 1)
+    if pairs == 0 or d_model % (2 * pairs):
+        raise CheckpointFormatError(
+            f"rotary_emb.inv_freq has {pairs} entries, which is not half a head width that divides {d_model}"
+        )
+    expected = rotary_frequencies(2 * pairs)
+    if not np.allclose(tensors.by_name["rotary_emb.inv_freq"], expected, rtol=1e-3):
+        raise CheckpointFormatError(f"rotary_emb.inv_freq is not that of base {ROPE_BASE:g}")
+    return 2 * pairs
 
 
 def _count_layers(tensors):

@@ -43,10 +43,14 @@ class ModelConfig:
         return self.d_model // self.num_heads
 
 
+def rotary_frequencies(head_width: int) -> jax.Array:
+    """Radians per position of each of the C / 2 channel pairs, f32."""
+    return ROPE_BASE ** (-jnp.arange(0, head_width, 2, dtype=jnp.float32) / head_width)
+
+
 def rotary_angles(positions: jax.Array, head_width: int) -> tuple[jax.Array, jax.Array]:
     """(cos, sin) of shape (*positions.shape, 1, C / 2), f32; the 1 broadcasts over heads."""
-    frequencies = ROPE_BASE ** (-jnp.arange(0, head_width, 2, dtype=jnp.float32) / head_width)
-    angles = positions[..., None, None].astype(jnp.float32) * frequencies
+    angles = positions[..., None, None].astype(jnp.float32) * rotary_frequencies(head_width)
     return jnp.cos(angles), jnp.sin(angles)
 
 

@@ -10,6 +10,7 @@ import optax
 import pytest
 
 from kforcing_jax import noise
+from kforcing_jax.decoding import generate
 from kforcing_jax.interop import official
 from kforcing_jax.models import CausalLM, PushForwardLM
 from kforcing_jax.training.rollout import rollout
@@ -143,11 +144,10 @@ def test_noise_inversion_in_order_of_descending_probability():
 @pytest.mark.parametrize("k", _WINDOWS)
 @pytest.mark.parametrize("penalty", [0.0, 0.5])
 def test_decoding_emits_the_recorded_tokens(k, penalty):
-    decoding = pytest.importorskip("kforcing_jax.decoding")
     key, prompt, new = f"sample{k}_fp{penalty}", 5, 11
     u = recorded()[f"{key}/noise"]
     model, params = released(f"pflm{k}")
-    decoded = decoding.generate(
+    decoded = generate(
         model,
         params,
         np.asarray(tokens()[:, :prompt]),

@@ -122,7 +122,7 @@ def test_stages_may_join_a_run_and_evaluation_may_change(finished, tmp_path):
     Workdir.claim(tmp_path, config)
     wider = micro_config(k4=dict(window=4))
     Workdir.claim(tmp_path, dataclasses.replace(wider, evaluation=dataclasses.replace(wider.evaluation, rows=5)))
-    with pytest.raises(RunError, match="stages.k4"):
+    with pytest.raises(RunError, match=r"stages\.k4"):
         Workdir.claim(tmp_path, config)
 
 
