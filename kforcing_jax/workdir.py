@@ -9,13 +9,12 @@ import os
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 
 from kforcing_jax.config import Config, parse
 from kforcing_jax.data.pipeline import Corpus, prepare
 from kforcing_jax.data.tokenizers import Tokenizer
 from kforcing_jax.errors import ConfigError, RunError
-from kforcing_jax.models import CausalLM, ModelConfig, PushForwardLM
+from kforcing_jax.models import CausalLM, ModelConfig, PushForwardLM, init_params
 from kforcing_jax.training.checkpoints import StageCheckpoints, abstract_like
 from kforcing_jax.training.sharding import make_mesh, replicated
 
@@ -113,13 +112,6 @@ class Workdir:
         abstract = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
         with self.checkpoints(stage) as checkpoints:
             return model, checkpoints.restore_ema(abstract_like(abstract, replicated(make_mesh(self.config.mesh))))
-
-
-def init_params(model: CausalLM | PushForwardLM, key: jax.Array) -> dict:
-    """Fresh parameters. Shapes do not depend on the inputs, so the smallest ones serve."""
-    tokens_BxN = jnp.zeros((1, 1), jnp.int32)
-    inputs = (tokens_BxN, jnp.zeros((1, 1, 1)), jnp.ones(1)) if isinstance(model, PushForwardLM) else (tokens_BxN,)
-    return model.init(key, *inputs)["params"]
 
 
 def write_json(path: Path, content):

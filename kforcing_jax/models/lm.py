@@ -154,6 +154,13 @@ class NoiseEncoder(nn.Module):
         return x_xD + nn.Dense(self.d_model, name="mlp_out")(h)
 
 
+def init_params(model: CausalLM | PushForwardLM, key: jax.Array) -> dict:
+    """Fresh parameters. Shapes do not depend on the inputs, so the smallest ones serve."""
+    tokens_BxN = jnp.zeros((1, 1), jnp.int32)
+    inputs = (tokens_BxN, jnp.zeros((1, 1, 1)), jnp.ones(1)) if isinstance(model, PushForwardLM) else (tokens_BxN,)
+    return model.init(key, *inputs)["params"]
+
+
 def fourier_features(value_x: jax.Array, width: int) -> jax.Array:
     """[cos(2 pi f v), sin(2 pi f v)] at width / 2 frequencies 10000^(-i / (width / 2)), f32."""
     half = width // 2

@@ -2,18 +2,20 @@
 
 import dataclasses
 import zlib
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from kforcing_jax.config import Config
 from kforcing_jax.data.pipeline import Corpus
-from kforcing_jax.models import CausalLM, PushForwardLM
-from kforcing_jax.training.objectives import distillation, language_modelling, mean_loss
+from kforcing_jax.models import CausalLM, PushForwardLM, init_params
+from kforcing_jax.training.objectives import Objective, distillation, language_modelling, mean_loss
 from kforcing_jax.training.progress import clock, say
 from kforcing_jax.training.sharding import replicated
 from kforcing_jax.training.stage import Stage, train
-from kforcing_jax.workdir import Workdir, init_params
+from kforcing_jax.workdir import Workdir
 
 Model = CausalLM | PushForwardLM
 
@@ -33,10 +35,13 @@ def run(workdir: Workdir, corpus: Corpus, mesh: Mesh):
             if workdir.is_finished(name):
                 say(f"{name:<11} finished, skipped")
             else:
-                _run_stage(workdir, corpus, name, mesh)
+                _train_stage(workdir, corpus, name, mesh)
+            # Also for a stage whose run was stopped right after its last checkpoint.
+            if name not in workdir.summary()["stages"]:
+                _summarise_stage(workdir, corpus, name)
 
 
-def predecessors(config, name: str) -> tuple[str | None, str | None]:
+def predecessors(config: Config, name: str) -> tuple[str | None, str | None]:
     """(teacher, origin): the stages that give a stage its targets and its first weights; None, None for `ar`.
 
     The origin of k is the student of k / 2, by preference one taught like this one. A stage with
@@ -53,35 +58,61 @@ def predecessors(config, name: str) -> tuple[str | None, str | None]:
     return ("ar" if stage.teacher == "ar" else origin), origin
 
 
-def _run_stage(workdir: Workdir, corpus: Corpus, name: str, mesh: Mesh):
+def _train_stage(workdir: Workdir, corpus: Corpus, name: str, mesh: Mesh):
     config = workdir.config
-    stage_config = config.stages[name]
-    teacher_name, _ = predecessors(config, name)
-    # The key depends on the name alone, so adding a stage to a run changes nothing in the others.
-    key = jax.random.fold_in(jax.random.key(config.seed), zlib.crc32(name.encode()))
-    model = workdir.model(name, corpus)
-    teacher, teacher_params = workdir.load(teacher_name, corpus) if teacher_name else (None, {})
-
-    def objective(dtype: str):
-        if teacher is None:
-            return language_modelling(_in_dtype(model, dtype))
-        return distillation(_in_dtype(model, dtype), _in_dtype(teacher, dtype), stage_config, corpus.eos_id)
-
+    objective, teacher_params = _objective(workdir, corpus, name)
+    key = _stage_key(config, name)
     stage = Stage(
         name=name,
-        config=stage_config,
+        config=config.stages[name],
         objective=objective,
         initial_params=_initial_params(workdir, corpus, name, key, mesh),
         teacher_params=teacher_params,
-        batches=lambda first: corpus.train_batches(stage_config.batch_size, config.seed, first),
+        batches=lambda first: corpus.train_batches(config.stages[name].batch_size, config.seed, first),
         seq_len=config.data.seq_len,
         key=key,
     )
     with workdir.checkpoints(name) as checkpoints:
-        params, seconds = train(stage, mesh, checkpoints, workdir.metrics_path, config.logging)
-    loss = _validation_loss(workdir, corpus, objective("float32"), params, teacher_params, key)
+        train(stage, mesh, checkpoints, workdir.metrics_path, config.logging)
+
+
+def _summarise_stage(workdir: Workdir, corpus: Corpus, name: str):
+    """Adds steps, seconds and validation loss of a finished stage to summary.json."""
+    objective, teacher_params = _objective(workdir, corpus, name)
+    _, params = workdir.load(name, corpus)
+    settings = workdir.config.evaluation
+    batches_IxBxN = jnp.asarray(corpus.validation_batches(settings.rows, settings.batch_size))
+    validate = jax.jit(lambda *args: mean_loss(objective("float32"), *args))
+    loss = float(validate(params, teacher_params, batches_IxBxN, _stage_key(workdir.config, name)))
+    with workdir.checkpoints(name) as checkpoints:
+        seconds = checkpoints.seconds()
     say(f"{name:<11} done in {clock(seconds)}, validation loss {loss:.4f} nats per token")
-    _add_to_summary(workdir, name, {"steps": stage_config.steps, "seconds": round(seconds, 1), "validation_loss": loss})
+    summary = workdir.summary()
+    summary["stages"][name] = {
+        "steps": workdir.config.stages[name].steps,
+        "seconds": round(seconds, 1),
+        "validation_loss": loss,
+    }
+    workdir.write_summary(summary)
+
+
+def _objective(workdir: Workdir, corpus: Corpus, name: str) -> tuple[Callable[[str], Objective], dict]:
+    """What a stage minimises, as a function of the compute dtype, and its teacher's parameters."""
+    model = workdir.model(name, corpus)
+    teacher_name, _ = predecessors(workdir.config, name)
+    if teacher_name is None:
+        return lambda dtype: language_modelling(_in_dtype(model, dtype)), {}
+    teacher, teacher_params = workdir.load(teacher_name, corpus)
+    stage = workdir.config.stages[name]
+    return (
+        lambda dtype: distillation(_in_dtype(model, dtype), _in_dtype(teacher, dtype), stage, corpus.eos_id),
+        teacher_params,
+    )
+
+
+def _stage_key(config: Config, name: str) -> jax.Array:
+    """Depends on the name alone, so that adding a stage to a run changes nothing in the others."""
+    return jax.random.fold_in(jax.random.key(config.seed), zlib.crc32(name.encode()))
 
 
 def _initial_params(workdir, corpus, name, key, mesh):
@@ -90,19 +121,6 @@ def _initial_params(workdir, corpus, name, key, mesh):
     fresh = jax.jit(lambda k: init_params(model, k), out_shardings=replicated(mesh))(key)
     _, origin = predecessors(workdir.config, name)
     return fresh | workdir.load(origin, corpus)[1] if origin else fresh
-
-
-def _validation_loss(workdir, corpus, objective, params, teacher_params, key):
-    settings = workdir.config.evaluation
-    batches_IxBxN = corpus.validation_batches(settings.rows, settings.batch_size)
-    compiled = jax.jit(lambda *args: mean_loss(objective, *args))
-    return float(compiled(params, teacher_params, jnp.asarray(batches_IxBxN), key))
-
-
-def _add_to_summary(workdir, name, measured):
-    summary = workdir.summary()
-    summary["stages"][name] = summary["stages"].get(name, {}) | measured
-    workdir.write_summary(summary)
 
 
 def _in_dtype(model: Model, dtype: str) -> Model:

@@ -46,12 +46,8 @@ def precision_phases(config: StageConfig) -> list[Phase]:
     return [phase for phase, start in zip(phases, (0, low), strict=True) if phase.last_step > start]
 
 
-def train(
-    stage: Stage, mesh: Mesh, checkpoints: StageCheckpoints, metrics_path: Path, logging: LoggingConfig
-) -> tuple[dict, float]:
-    """Trains a stage to its last step, from its newest checkpoint if there is one.
-
-    Returns the averaged parameters, and the seconds that the stage took over all its sessions.
+def train(stage: Stage, mesh: Mesh, checkpoints: StageCheckpoints, metrics_path: Path, logging: LoggingConfig) -> None:
+    """Trains a stage to its last step, from its newest checkpoint if there is one, and leaves a last checkpoint.
 
     Raises:
       RunError: a loss or gradient that is not finite, and then the newest checkpoint is from before it; or a
@@ -77,7 +73,6 @@ def train(
                 log.check()
                 checkpoints.save(state, step, log.seconds)
         first = max(first, phase.last_step)
-    return state.ema, log.seconds
 
 
 def _objective(stage, phase):

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 
 from kforcing_jax.evaluation.fidelity import agreement, compare_with_joint, exact_joint, student_counts, window_logits
-from kforcing_jax.models import CausalLM, ModelConfig, PushForwardLM
+from kforcing_jax.models import CausalLM, ModelConfig, PushForwardLM, init_params
 from kforcing_jax.noise import sample_uniform
-from kforcing_jax.workdir import init_params
 
 STATES = 3
 CFG = ModelConfig(vocab_size=STATES + 1, mask_id=STATES, num_layers=2, d_model=16, num_heads=2)

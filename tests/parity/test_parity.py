@@ -6,13 +6,13 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from kforcing_jax import noise
 from kforcing_jax.decoding import generate
 from kforcing_jax.interop import official
 from kforcing_jax.models import CausalLM, PushForwardLM
+from kforcing_jax.training.losses import window_loss
 from kforcing_jax.training.rollout import rollout
 
 _HERE = Path(__file__).parent
@@ -121,7 +121,7 @@ def test_loss_and_agreement_of_a_student_with_its_teacher():
     text = tokens()[:, : u.shape[1]]
     target = targets("pflm2", text, u, 2)
     logits = run("pflm4", "__call__", text, u, ones())
-    loss = optax.softmax_cross_entropy_with_integer_labels(logits, target)
+    loss = window_loss(logits, target)
     agreement = logits.argmax(-1) == target
     for j in range(4):
         assert_logits_equal(loss[..., j], f"loss4/loss_{j + 1}")

@@ -55,6 +55,14 @@ def test_a_second_run_skips_finished_stages(finished, monkeypatch):
     train(workdir.path, workdir.config)
 
 
+def test_a_run_stopped_after_its_last_checkpoint_still_gets_its_summary(finished):
+    workdir, _ = finished
+    whole = workdir.summary()
+    workdir.write_summary({"stages": {name: s for name, s in whole["stages"].items() if name != "k2"}})
+    train(workdir.path, workdir.config)
+    assert workdir.summary()["stages"]["k2"].keys() == whole["stages"]["k2"].keys()
+
+
 def test_a_run_stopped_between_and_within_stages_ends_like_an_uninterrupted_one(finished, tmp_path, monkeypatch):
     whole, corpus = finished
     real = type(corpus).train_batches

@@ -11,8 +11,8 @@ import pytest
 from kforcing_jax.config import LoggingConfig, MeshConfig, StageConfig
 from kforcing_jax.errors import RunError
 from kforcing_jax.training import stage as stage_module
-from kforcing_jax.training.checkpoints import StageCheckpoints
-from kforcing_jax.training.sharding import make_mesh
+from kforcing_jax.training.checkpoints import StageCheckpoints, abstract_like
+from kforcing_jax.training.sharding import make_mesh, replicated
 from kforcing_jax.training.stage import Phase, Stage, precision_phases, train
 
 POISON = 99
@@ -45,7 +45,8 @@ def make_stage(batches=batches, **config):
 def run(directory, stage, **logging):
     with StageCheckpoints(directory / "checkpoints") as checkpoints:
         settings = LoggingConfig(**({"log_every": 2, "checkpoint_every": 3} | logging))
-        return train(stage, make_mesh(MeshConfig()), checkpoints, directory / "metrics.jsonl", settings)[0]
+        train(stage, make_mesh(MeshConfig()), checkpoints, directory / "metrics.jsonl", settings)
+        return checkpoints.restore_ema(abstract_like(stage.initial_params, replicated(make_mesh(MeshConfig()))))
 
 
 def latest_step(directory):
