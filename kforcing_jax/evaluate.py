@@ -14,8 +14,8 @@ _JSON = flags.DEFINE_bool("json", False, "Print what summary.json holds instead 
 
 
 def main(_):
-    from kforcing_jax.evaluation.report import samples_text, table
     from kforcing_jax.evaluation.suite import evaluate
+    from kforcing_jax.evaluation.tables import samples_text, table
     from kforcing_jax.workdir import Workdir
 
     workdir = Workdir.open(_WORKDIR.value)

@@ -16,8 +16,8 @@ def main(_):
     config = cli.config_from_flag(_CONFIG)
 
     # Heavy imports come after the configuration is known to be right.
-    from kforcing_jax.evaluation.report import samples_text, table
     from kforcing_jax.evaluation.suite import evaluate
+    from kforcing_jax.evaluation.tables import samples_text, table
     from kforcing_jax.training import curriculum
     from kforcing_jax.training.progress import say
     from kforcing_jax.training.sharding import make_mesh

@@ -1,0 +1,1 @@
+"""From text to a teacher, and from a teacher to students of doubling window."""
