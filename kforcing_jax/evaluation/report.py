@@ -14,7 +14,6 @@ from pathlib import Path
 
 from kforcing_jax.evaluation.plots import Line, panel
 from kforcing_jax.evaluation.tables import (
-    table_rows,
     columns_for,
     continuations,
     in_order,
@@ -23,6 +22,7 @@ from kforcing_jax.evaluation.tables import (
     origin,
     sample_blocks,
     stages_of,
+    table_rows,
     window_of,
 )
 
