@@ -1,6 +1,7 @@
 """What the entry points share: flags, and errors as one line with a non-zero exit."""
 
 import difflib
+import runpy
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -73,9 +74,7 @@ def _explain(argv, file, error) -> str:
 
 def _missing_field(file, path) -> str | None:
     """The message for an override of a field that the config file does not have; None when it has it."""
-    from ml_collections.config_flags import config_flags  # only on the way to an error
-
-    node = config_flags._LoadConfigModule("config", file).get_config()
+    node = runpy.run_path(file)["get_config"]()
     names = path.split(".")
     for depth, name in enumerate(names):
         if not hasattr(node, "keys") or name not in node:

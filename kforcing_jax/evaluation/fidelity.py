@@ -1,5 +1,7 @@
 """How faithful a student is to the AR teacher: agreement under the same noise, and joint distributions."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -51,27 +53,34 @@ def agreement(
 
     What follows a window's first EOS is not counted.
     """
-
-    def one_batch(index_and_tokens):
-        index, tokens_BxN = index_and_tokens
+    agree_K, collide_K, count_K, blocks = 0, 0, 0, []
+    for index, tokens_BxN in enumerate(batches_IxBxN):
         noise_BxNxK = sample_uniform(jax.random.fold_in(key, index), (*tokens_BxN.shape, window))
         tau_B = jnp.full(len(tokens_BxN), tau)
-        logits = student.apply({"params": params}, tokens_BxN, noise_BxNxK, tau_B)
-        drawn_BxNxK = student.draw(logits, noise_BxNxK, tau_B[:, None, None])
-        teacher_logits = window_logits(teacher, teacher_params, tokens_BxN, drawn_BxNxK)
-        agrees = teacher.draw(teacher_logits, noise_BxNxK, tau_B[:, None, None]) == drawn_BxNxK
-        collision = jnp.square(jax.nn.softmax(teacher_logits / tau, axis=-1)).sum(-1)
-        weights = weights_up_to_eos(drawn_BxNxK, eos_id)
-        block = (agrees | (weights == 0)).all(-1).mean()
-        return (weights * agrees).sum((0, 1)), (weights * collision).sum((0, 1)), weights.sum((0, 1)), block
-
-    agree_IxK, collide_IxK, count_IxK, block_I = jax.lax.map(one_batch, (jnp.arange(len(batches_IxBxN)), batches_IxBxN))
-    count_K = np.maximum(np.asarray(count_IxK).sum(0), 1)
+        sums = _agreement_sums(teacher, teacher_params, student, params, tokens_BxN, noise_BxNxK, tau_B, eos_id)
+        agree, collide, count, block = jax.device_get(sums)
+        agree_K, collide_K, count_K = agree_K + agree, collide_K + collide, count_K + count
+        blocks.append(block)
+    count_K = np.maximum(count_K, 1)
     return {
-        "agreement": (np.asarray(agree_IxK).sum(0) / count_K).tolist(),
-        "chance": (np.asarray(collide_IxK).sum(0) / count_K).tolist(),
-        "block_agreement": float(block_I.mean()),
+        "agreement": (agree_K / count_K).tolist(),
+        "chance": (collide_K / count_K).tolist(),
+        "block_agreement": float(np.mean(blocks)),
     }
+
+
+@functools.partial(jax.jit, static_argnames=("teacher", "student", "eos_id"))
+def _agreement_sums(teacher, teacher_params, student, params, tokens_BxN, noise_BxNxK, tau_B, eos_id):
+    """(agreements, collision probabilities, counts) summed per offset, and block agreement, of one batch."""
+    tau_Bx1x1 = tau_B[:, None, None]
+    logits = student.apply({"params": params}, tokens_BxN, noise_BxNxK, tau_B)
+    drawn_BxNxK = student.draw(logits, noise_BxNxK, tau_Bx1x1)
+    teacher_logits = window_logits(teacher, teacher_params, tokens_BxN, drawn_BxNxK)
+    agrees = teacher.draw(teacher_logits, noise_BxNxK, tau_Bx1x1) == drawn_BxNxK
+    collision = jnp.square(jax.nn.softmax(teacher_logits / tau_Bx1x1[..., None], axis=-1)).sum(-1)
+    weights = weights_up_to_eos(drawn_BxNxK, eos_id)
+    block = (agrees | (weights == 0)).all(-1).mean()
+    return (weights * agrees).sum((0, 1)), (weights * collision).sum((0, 1)), weights.sum((0, 1)), block
 
 
 def exact_joint(teacher: CausalLM, params, contexts_CxN: jax.Array, window: int) -> np.ndarray:
@@ -79,19 +88,11 @@ def exact_joint(teacher: CausalLM, params, contexts_CxN: jax.Array, window: int)
 
     Shape (contexts, states, ..., states) with one axis per offset; states are all ids but the mask, which is last.
     """
-    contexts, length = contexts_CxN.shape
-    states = teacher.cfg.vocab_size - 1
-    logits_CxNx1xV, cache = teacher.apply({"params": params}, contexts_CxN, method="begin")
-    joint = _probabilities(logits_CxNx1xV[:, -1, 0], states)
-    if window == 1:
-        return joint
+    contexts, states = len(contexts_CxN), teacher.cfg.vocab_size - 1
     blocks_AxT = np.indices((states,) * (window - 1)).reshape(window - 1, -1).T
-    blocks_CxAxT = jnp.broadcast_to(blocks_AxT, (contexts, *blocks_AxT.shape))
-    at_CxA = jnp.full((contexts, len(blocks_AxT)), length)
-    logits_CxAxTxV, _ = teacher.apply(
-        {"params": params}, blocks_CxAxT, None, None, cache, at_CxA, at_CxA, method="extend"
-    )
-    by_block = _probabilities(logits_CxAxTxV, states).reshape(contexts, *(states,) * (window - 1), window - 1, states)
+    first_CxE, later_CxAxTxE = _conditionals(teacher, params, contexts_CxN, blocks_AxT)
+    joint = np.asarray(first_CxE, np.float64)
+    by_block = np.asarray(later_CxAxTxE, np.float64).reshape(contexts, *(states,) * (window - 1), window - 1, states)
     for offset in range(1, window):
         # P(token | its first `offset` predecessors) does not depend on the later ones: take any.
         later = (0,) * (window - 1 - offset)
@@ -100,31 +101,39 @@ def exact_joint(teacher: CausalLM, params, contexts_CxN: jax.Array, window: int)
     return joint
 
 
+@functools.partial(jax.jit, static_argnames="teacher")
+def _conditionals(teacher, params, contexts_CxN, blocks_AxT):
+    """P(next token) after each context (C, E), and after every token of every block there (C, A, T, E)."""
+    states, (contexts, length) = teacher.cfg.vocab_size - 1, contexts_CxN.shape
+    logits_CxNx1xV, prefix = teacher.apply({"params": params}, contexts_CxN, method="begin")
+    blocks_CxAxT = jnp.broadcast_to(blocks_AxT, (contexts, *blocks_AxT.shape))
+    at_CxA = jnp.full(blocks_CxAxT.shape[:2], length)
+    later, _ = teacher.apply({"params": params}, blocks_CxAxT, None, None, prefix, at_CxA, at_CxA, method="extend")
+    return jax.nn.softmax(logits_CxNx1xV[:, -1, 0, :states]), jax.nn.softmax(later[..., :states])
+
+
 def student_counts(
     student: PushForwardLM, params, contexts_CxN: jax.Array, window: int, samples: int, key: jax.Array
 ) -> np.ndarray:
     """How often the student emits each block after each context, in `samples` draws; shaped like `exact_joint`."""
     states = student.cfg.vocab_size - 1
-
-    @jax.jit
-    def draw(context_N, key):
-        tokens_1xN, tau_1 = context_N[None], jnp.ones(1)
-        _, cache = student.apply(
-            {"params": params}, tokens_1xN, jnp.zeros((*tokens_1xN.shape, 0)), tau_1, method="begin"
-        )
-        noise_1xAxK = sample_uniform(key, (1, samples, window))
-        at_1xA = jnp.full((1, samples), len(context_N))
-        nothing_1xAx0 = jnp.zeros((1, samples, 0), jnp.int32)
-        logits, _ = student.apply(
-            {"params": params}, nothing_1xAx0, noise_1xAxK, tau_1, cache, at_1xA, at_1xA, method="extend"
-        )
-        return student.draw(logits, noise_1xAxK, tau_1)[0]
-
     counts = np.zeros((len(contexts_CxN), *(states,) * window))
     for index, context_N in enumerate(contexts_CxN):
-        blocks_AxK = np.asarray(draw(context_N, jax.random.fold_in(key, index)))
+        noise_AxK = sample_uniform(jax.random.fold_in(key, index), (samples, window))
+        blocks_AxK = np.asarray(_windows_after(student, params, context_N, noise_AxK))
         np.add.at(counts[index], tuple(blocks_AxK.T), 1)
     return counts
+
+
+@functools.partial(jax.jit, static_argnames="student")
+def _windows_after(student, params, context_N, noise_AxK):
+    """The blocks_AxK that the student emits after one context: A windows hang off the same prefix."""
+    variables, tokens_1xN, tau_1 = {"params": params}, context_N[None], jnp.ones(1)
+    no_noise, no_tokens = jnp.zeros((*tokens_1xN.shape, 0)), jnp.zeros((1, len(noise_AxK), 0), jnp.int32)
+    _, prefix = student.apply(variables, tokens_1xN, no_noise, tau_1, method="begin")
+    at_1xA = jnp.full((1, len(noise_AxK)), len(context_N))
+    logits, _ = student.apply(variables, no_tokens, noise_AxK[None], tau_1, prefix, at_1xA, at_1xA, method="extend")
+    return student.draw(logits, noise_AxK, tau_1)[0]
 
 
 def compare_with_joint(counts: np.ndarray, joint: np.ndarray, seed: int) -> dict:
@@ -164,7 +173,3 @@ def _g_test(observed_CxE, expected_CxE):
         "degrees_of_freedom": degrees,
         "p_value": float(scipy.stats.chi2.sf(statistic, degrees)),
     }
-
-
-def _probabilities(logits_xV, states):
-    return np.asarray(jax.nn.softmax(logits_xV[..., :states].astype(jnp.float32), axis=-1), np.float64)

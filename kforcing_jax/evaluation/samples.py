@@ -1,5 +1,6 @@
 """Samples of teacher and students: what the AR teacher thinks of them, and how fast they came."""
 
+import functools
 import time
 
 import jax
@@ -13,61 +14,44 @@ from kforcing_jax.models import CausalLM
 _TIMED_RUNS = 3
 
 
-def measure_samples(
-    model,
-    params,
-    teacher: CausalLM,
-    teacher_params,
-    prompts_BxP: np.ndarray,
-    *,
-    new_tokens: int,
-    k: int,
-    tau: float,
-    seeds: np.ndarray,
-    eos_id: int | None,
-) -> dict:
-    """Continues the prompts and measures the continuations, up to their EOS.
+def decode(model, params, prompts_BxP: np.ndarray, **settings) -> tuple[Generation, float]:
+    """Continues the prompts with `generate`: what it decoded, and its useful tokens (up to EOS) per second.
 
-    Returns:
-      sample_nll, sample_entropy: nats per token under the AR teacher, given prompt and sample so far. Low NLL with
-        low entropy is repetition, not quality.
-      token_entropy, distinct_2, repetition_4: of the samples alone, see `text_metrics`.
-      tokens_per_second: useful tokens (up to EOS) per second of the compiled decoder, median of three runs.
-      tokens_per_pass: k, or 1 for the teacher.
+    The rate is the median of three runs after the one that compiles.
     """
-    settings = dict(max_new_tokens=new_tokens, k=k, tau=tau, seeds=seeds, eos_id=eos_id)
     decoded = generate(model, params, prompts_BxP, **settings)
     seconds = []
     for _ in range(_TIMED_RUNS):
         start = time.perf_counter()
         generate(model, params, prompts_BxP, **settings)
         seconds.append(time.perf_counter() - start)
+    return decoded, float((decoded.lengths - prompts_BxP.shape[1]).sum() / np.median(seconds))
 
-    prompt_length = prompts_BxP.shape[1]
-    useful_tokens = int((decoded.lengths - prompt_length).sum())
+
+def measure(teacher: CausalLM, teacher_params, decoded: Generation, prompt_length: int) -> dict:
+    """Figures of decoded continuations, up to their EOS.
+
+    Returns:
+      sample_nll, sample_entropy: nats per token under the AR teacher, given prompt and sample so far. Low NLL with
+        low entropy is repetition, not quality.
+      token_entropy, distinct_2, repetition_4: of the samples alone, see `text_metrics`.
+    """
     rows = [tokens[prompt_length:length] for tokens, length in zip(decoded.tokens, decoded.lengths, strict=True)]
-    nll, entropy = _under_teacher(teacher, teacher_params, decoded, prompt_length)
+    nll_BxM, entropy_BxM = map(np.asarray, _under_teacher(teacher, teacher_params, decoded.tokens))
+    position_M = np.arange(1, decoded.tokens.shape[1])
+    new_BxM = (position_M >= prompt_length) & (position_M < decoded.lengths[:, None])
     return {
-        "sample_nll": nll,
-        "sample_entropy": entropy,
+        "sample_nll": float(nll_BxM[new_BxM].mean()),
+        "sample_entropy": float(entropy_BxM[new_BxM].mean()),
         "token_entropy": token_entropy(rows),
         "distinct_2": distinct_n(rows, 2),
         "repetition_4": repetition(rows, 4),
-        "tokens_per_second": round(useful_tokens / float(np.median(seconds)), 1),
-        "tokens_per_pass": k,
     }
 
 
-def _under_teacher(teacher, params, decoded: Generation, prompt_length: int) -> tuple[float, float]:
-    """Mean NLL and mean predictive entropy (nats) of the new tokens."""
-
-    @jax.jit
-    def score(tokens_BxN):
-        log_probs = jax.nn.log_softmax(teacher.apply({"params": params}, tokens_BxN)[:, :-1])
-        nll_BxM = -jnp.take_along_axis(log_probs, tokens_BxN[:, 1:, None], axis=-1)[..., 0]
-        return nll_BxM, -(jnp.exp(log_probs) * log_probs).sum(-1)
-
-    nll_BxM, entropy_BxM = map(np.asarray, score(jnp.asarray(decoded.tokens)))
-    position_M = np.arange(1, decoded.tokens.shape[1])
-    new_BxM = (position_M >= prompt_length) & (position_M < decoded.lengths[:, None])
-    return float(nll_BxM[new_BxM].mean()), float(entropy_BxM[new_BxM].mean())
+@functools.partial(jax.jit, static_argnames="teacher")
+def _under_teacher(teacher, params, tokens_BxN):
+    """NLL and predictive entropy (nats) of every token after the first, both (B, N - 1)."""
+    log_probs = jax.nn.log_softmax(teacher.apply({"params": params}, tokens_BxN)[:, :-1])
+    nll_BxM = -jnp.take_along_axis(log_probs, tokens_BxN[:, 1:, None], axis=-1)[..., 0]
+    return nll_BxM, -(jnp.exp(log_probs) * log_probs).sum(-1)

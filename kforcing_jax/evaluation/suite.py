@@ -8,13 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from kforcing_jax.data.pipeline import Corpus
-from kforcing_jax.decoding import generate
 from kforcing_jax.evaluation.fidelity import agreement, compare_with_joint, exact_joint, student_counts
 from kforcing_jax.evaluation.report import write_report
-from kforcing_jax.evaluation.samples import measure_samples
+from kforcing_jax.evaluation.samples import decode, measure
 from kforcing_jax.training.progress import say
 from kforcing_jax.workdir import Workdir
 
+# Noise seed of the first continued prompt; the others count up.
+_FIRST_SEED = 0
 # The largest joint that is enumerated, in blocks.
 _MOST_BLOCKS = 100_000
 
@@ -25,38 +26,45 @@ def evaluate(workdir: Workdir, corpus: Corpus) -> dict:
     Raises:
       RunError: the AR teacher is not finished.
     """
+    settings = workdir.config.evaluation
     teacher, teacher_params = workdir.load("ar", corpus)
-    summary = workdir.summary()
-    summary |= {"device": _device(), "date": datetime.date.today().isoformat()}
+    summary = workdir.summary() | {"device": _device(), "date": datetime.date.today().isoformat()}
     key = jax.random.fold_in(jax.random.key(workdir.config.seed), zlib.crc32(b"evaluation"))
+    prompts_BxP = corpus.validation_rows(settings.samples)[:, : settings.prompt_length]
+    continuations = {}
     for name in workdir.finished_stages():
         say(f"{name:<11} evaluating")
         model, params = workdir.load(name, corpus)
-        measured = _measure_samples(workdir, corpus, name, model, params, teacher, teacher_params)
+        decoded, speed = _decode(workdir, corpus, name, model, params, prompts_BxP)
+        measured = measure(teacher, teacher_params, decoded, settings.prompt_length)
+        measured |= {"tokens_per_second": round(speed, 1), "tokens_per_pass": _tokens_per_pass(workdir, name)}
         if workdir.config.stages[name].window:
             measured |= _measure_map(workdir, corpus, name, model, params, teacher, teacher_params, key)
         summary["stages"][name] = summary["stages"].get(name, {}) | measured
-    summary["samples"] = [_continuations(workdir, corpus)]
+        continuations[name] = corpus.tokenizer.decode(decoded.tokens[0, settings.prompt_length : decoded.lengths[0]])
+    prompt = corpus.tokenizer.decode(prompts_BxP[0])
+    summary["samples"] = [{"prompt": prompt, "seed": _FIRST_SEED, "continuations": continuations}]
     workdir.write_summary(summary)
     write_report(workdir.path)
     return summary
 
 
-def _measure_samples(workdir, corpus, name, model, params, teacher, teacher_params):
-    settings = workdir.config.evaluation
-    prompts_BxP = _prompts(workdir, corpus, settings.samples)
-    return measure_samples(
+def _decode(workdir, corpus, name, model, params, prompts_BxP):
+    """Every stage continues the same prompts under the same noise."""
+    return decode(
         model,
         params,
-        teacher,
-        teacher_params,
         prompts_BxP,
-        new_tokens=settings.new_tokens,
-        k=max(workdir.config.stages[name].window, 1),
+        max_new_tokens=workdir.config.evaluation.new_tokens,
+        k=_tokens_per_pass(workdir, name),
         tau=workdir.config.stages[name].tau_max,
-        seeds=np.arange(len(prompts_BxP)),
+        seeds=_FIRST_SEED + np.arange(len(prompts_BxP)),
         eos_id=corpus.eos_id,
     )
+
+
+def _tokens_per_pass(workdir, name):
+    return max(workdir.config.stages[name].window, 1)
 
 
 def _measure_map(workdir, corpus, name, student, params, teacher, teacher_params, key):
@@ -82,31 +90,6 @@ def _measure_map(workdir, corpus, name, student, params, teacher, teacher_params
         counts = student_counts(student, params, contexts_CxN, window, settings.joint_samples, key)
         measured |= compare_with_joint(counts, joint, workdir.config.seed)
     return measured
-
-
-def _continuations(workdir, corpus):
-    """One validation prompt continued by every finished stage under the same noise."""
-    settings, seed = workdir.config.evaluation, workdir.config.seed
-    prompt = _prompts(workdir, corpus, 1)
-    continuations = {}
-    for name in workdir.finished_stages():
-        model, params = workdir.load(name, corpus)
-        decoded = generate(
-            model,
-            params,
-            prompt,
-            max_new_tokens=settings.new_tokens,
-            k=max(workdir.config.stages[name].window, 1),
-            tau=workdir.config.stages[name].tau_max,
-            seeds=[seed],
-            eos_id=corpus.eos_id,
-        )
-        continuations[name] = corpus.tokenizer.decode(decoded.tokens[0, prompt.shape[1] : decoded.lengths[0]])
-    return {"prompt": corpus.tokenizer.decode(prompt[0]), "seed": seed, "continuations": continuations}
-
-
-def _prompts(workdir, corpus, count):
-    return corpus.validation_rows(count)[:, : workdir.config.evaluation.prompt_length]
 
 
 def _device() -> str:
