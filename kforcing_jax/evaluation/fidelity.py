@@ -89,6 +89,9 @@ def exact_joint(teacher: CausalLM, params, contexts_CxN: jax.Array, window: int)
     Shape (contexts, states, ..., states) with one axis per offset; states are all ids but the mask, which is last.
     """
     contexts, states = len(contexts_CxN), teacher.cfg.vocab_size - 1
+    if window == 1:
+        logits_CxV = jax.jit(teacher.apply)({"params": params}, contexts_CxN)[:, -1, :states]
+        return np.asarray(jax.nn.softmax(logits_CxV), np.float64)
     blocks_AxT = np.indices((states,) * (window - 1)).reshape(window - 1, -1).T
     first_CxE, later_CxAxTxE = _conditionals(teacher, params, contexts_CxN, blocks_AxT)
     joint = np.asarray(first_CxE, np.float64)

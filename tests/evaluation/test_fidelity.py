@@ -54,6 +54,13 @@ def test_the_exact_joint_is_the_chain_rule_over_every_block(teacher):
         assert joint[(c, *block)] == pytest.approx(float(expected), rel=1e-4)
 
 
+def test_the_joint_of_one_token_is_the_next_token_distribution(teacher):
+    model, params = teacher
+    contexts = jnp.array([[0, 1, 2, 0], [2, 2, 1, 0]])
+    expected = jax.nn.softmax(model.apply({"params": params}, contexts)[:, -1, :STATES])
+    np.testing.assert_allclose(exact_joint(model, params, contexts, 1), expected, atol=1e-6)
+
+
 def test_student_counts_follow_the_students_own_windows(student):
     model, params = student
     contexts = jnp.array([[0, 1, 2]])
