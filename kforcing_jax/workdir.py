@@ -32,7 +32,8 @@ class Workdir:
     def claim(cls, path: str | Path, config: Config) -> "Workdir":
         """Opens the directory for a run of `config`, creating it when it is new.
 
-        New stages may join a run and `evaluation`, `logging` and `mesh` may change; everything else is fixed.
+        `evaluation`, `logging` and `mesh` may change at any time, a stage until it has a checkpoint, and the rest until
+        the data is prepared; new stages may join.
 
         Raises:
           RunError: the directory belongs to another configuration; names the first field that differs.
@@ -131,12 +132,22 @@ def _read_config(path):
 
 
 def _check_same_run(path, before, now):
-    for name, value in _flatten(before).items():
-        if name.split(".")[0] not in _FREE and _flatten(now).get(name) != value:
+    before, now = _flatten(before), _flatten(now)
+    for name, value in before.items():
+        if now.get(name) != value and _is_settled(path, name):
             raise RunError(
-                f"{path} belongs to a different config: {name} = {value!r} there, {_flatten(now).get(name)!r} here; "
+                f"{path} belongs to a different config: {name} = {value!r} there, {now.get(name)!r} here; "
                 "use another --workdir, or set the field back"
             )
+
+
+def _is_settled(path, field) -> bool:
+    """Whether the directory already holds something that this field has shaped."""
+    group, _, rest = field.partition(".")
+    if group == "stages":
+        checkpoints = path / "stages" / rest.split(".")[0] / "checkpoints"
+        return any(child.name.isdecimal() for child in checkpoints.glob("*"))
+    return group not in _FREE and (path / "data").exists()
 
 
 def _flatten(tree, path=""):

@@ -125,13 +125,19 @@ def test_a_directory_of_another_config_is_refused_by_field(finished):
     assert (workdir.path / "config.json").read_text() == before
 
 
-def test_stages_may_join_a_run_and_evaluation_may_change(finished, tmp_path):
-    config = micro_config()
-    Workdir.claim(tmp_path, config)
-    wider = micro_config(k4=dict(window=4))
-    Workdir.claim(tmp_path, dataclasses.replace(wider, evaluation=dataclasses.replace(wider.evaluation, rows=5)))
-    with pytest.raises(RunError, match=r"stages\.k4"):
-        Workdir.claim(tmp_path, config)
+def test_what_has_left_no_trace_yet_may_change(finished, tmp_path):
+    workdir, _ = finished
+    evaluation = dataclasses.replace(workdir.config.evaluation, rows=5)
+    joined = micro_config(**K2_FROM_AR, k4=dict(window=4))
+    Workdir.claim(workdir.path, dataclasses.replace(joined, evaluation=evaluation))
+    Workdir.claim(workdir.path, micro_config(**K2_FROM_AR, k4=dict(window=4, learning_rate=0.5)))
+    Workdir.claim(workdir.path, workdir.config)
+
+    Workdir.claim(tmp_path, dataclasses.replace(joined, seed=1))
+    Workdir.claim(tmp_path, dataclasses.replace(joined, seed=2))
+    (tmp_path / "data").mkdir()
+    with pytest.raises(RunError, match="seed = 2 there, 3 here"):
+        Workdir.claim(tmp_path, dataclasses.replace(joined, seed=3))
 
 
 def test_an_unfinished_or_foreign_directory_cannot_be_opened(tmp_path):
