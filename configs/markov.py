@@ -29,6 +29,6 @@ def get_config():
     config.stages.ar = default_stage(steps=600, **shared)
     config.stages.k1 = default_stage(window=1, steps=2500, **shared)
     config.stages.k2 = default_stage(window=2, steps=2000, **shared)
-    config.stages.k4 = default_stage(window=4, steps=1000, **shared)
-    config.stages.k4_from_ar = default_stage(window=4, teacher="ar", steps=1000, **shared)
+    config.stages.k4 = default_stage(window=4, steps=800, **shared)
+    config.stages.k4_from_ar = default_stage(window=4, teacher="ar", steps=800, **shared)
     return config.lock()
