@@ -45,6 +45,7 @@ class DataConfig:
     tokenizer: str = "characters"  # characters | bpe
     vocab_size: int = 96  # at most this many entries, special ones included
     seq_len: int = 64
+    packing: str = "wrapped"  # wrapped: documents end to end | segments: several whole ones a row | padded: one a row
     validation_fraction: float = 0.05
     document_separator: str = "\n\n"  # in txt files; "" makes each file one document
     markov_states: int = 6
@@ -54,6 +55,9 @@ class DataConfig:
     def __post_init__(self):
         _one_of("data.source", self.source, ("news", "text_files", "markov"))
         _one_of("data.tokenizer", self.tokenizer, ("characters", "bpe"))
+        _one_of("data.packing", self.packing, ("wrapped", "segments", "padded"))
+        if self.source == "markov" and self.packing != "wrapped":
+            raise ConfigError(f'data.packing = "{self.packing}" should be "wrapped": rows of a Markov chain are full')
         _at_least("data.seq_len", self.seq_len, 2)
         _at_least("data.vocab_size", self.vocab_size, 5)
         _at_least("data.markov_states", self.markov_states, 2)
@@ -72,8 +76,12 @@ class BackboneConfig:
     num_layers: int = 4
     d_model: int = 128
     num_heads: int = 4
+    remat: str = "blocks"  # blocks | attention | matmuls | nothing: what is kept for the backward pass, least first
+    attention: str = "auto"  # auto (by platform and size) | dense | blockwise | splash (TPU) | cudnn (GPU)
 
     def __post_init__(self):
+        _one_of("model.remat", self.remat, ("blocks", "attention", "matmuls", "nothing"))
+        _one_of("model.attention", self.attention, ("auto", "dense", "blockwise", "splash", "cudnn"))
         for name in ("num_layers", "d_model", "num_heads"):
             _at_least(f"model.{name}", getattr(self, name), 1)
         if self.d_model % self.num_heads:
@@ -92,7 +100,8 @@ class StageConfig:
     window: int = 0  # tokens per pass; 0 for the AR teacher
     teacher: str = "previous"  # previous (the paper) | ar; ignored by the AR stage
     steps: int = 1000
-    batch_size: int = 32
+    batch_size: int = 32  # rows per step, over all devices
+    accumulation: int = 1  # parts that a step works its batch off in; more parts take less memory
     learning_rate: float = 1e-4
     schedule: str = "constant"  # constant | cosine (to zero), both after a linear warm-up
     warmup_steps: int = 0
@@ -111,7 +120,7 @@ class StageConfig:
         prefix = f"stages.{name}"
         _one_of(f"{prefix}.teacher", self.teacher, ("previous", "ar"))
         _one_of(f"{prefix}.schedule", self.schedule, ("constant", "cosine"))
-        for field in ("steps", "batch_size"):
+        for field in ("steps", "batch_size", "accumulation"):
             _at_least(f"{prefix}.{field}", getattr(self, field), 1)
         _at_least(f"{prefix}.warmup_steps", self.warmup_steps, 0)
         for field in ("learning_rate", "epsilon", "clip_norm"):
@@ -131,15 +140,20 @@ class StageConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Sizes of the device mesh. Their product is the number of devices."""
+    """Sizes of the device mesh: one of them may be -1, all devices that the others leave."""
 
-    data: int = 1
-    fsdp: int = 1
-    tensor: int = 1
+    data: int = -1  # copies of the model that share each batch
+    fsdp: int = 1  # parts of the parameters, which also share each batch
+    tensor: int = 1  # parts of every head group and MLP
 
     def __post_init__(self):
-        for name in ("data", "fsdp", "tensor"):
-            _at_least(f"mesh.{name}", getattr(self, name), 1)
+        sizes = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        for name, size in sizes.items():
+            if size != -1:
+                _at_least(f"mesh.{name}", size, 1)
+        open_axes = [f"mesh.{name}" for name, size in sizes.items() if size == -1]
+        if len(open_axes) > 1:
+            raise ConfigError(f"{' and '.join(open_axes)} are both -1; only one can take the devices that are left")
 
 
 @dataclasses.dataclass(frozen=True)

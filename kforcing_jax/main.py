@@ -27,7 +27,7 @@ def main(_):
     workdir = Workdir.claim(_WORKDIR.value, config)
     say(f"{'data':<11} {config.data.source}, preparing or reading {workdir.path / 'data'}")
     corpus = workdir.corpus()
-    say(f"{'data':<11} {corpus.num_train_rows:,} training rows of {corpus.seq_len}, vocabulary {corpus.vocab_size}")
+    say(f"{'data':<11} {corpus.describe()}")
     curriculum.run(workdir, corpus, mesh)
     summary = evaluate(workdir, corpus)
     print(f"\n{table(summary)}\n\n{samples_text(summary)}\n\nReport: {workdir.path / 'report.html'}")

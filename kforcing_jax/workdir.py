@@ -9,14 +9,16 @@ import os
 from pathlib import Path
 
 import jax
+from jax.sharding import Mesh
 
 from kforcing_jax.config import Config, parse
 from kforcing_jax.data.pipeline import Corpus, prepare
 from kforcing_jax.data.tokenizers import Tokenizer
 from kforcing_jax.errors import ConfigError, RunError
-from kforcing_jax.models import CausalLM, ModelConfig, PushForwardLM, init_params
-from kforcing_jax.training.checkpoints import StageCheckpoints, abstract_like
-from kforcing_jax.training.sharding import make_mesh, replicated
+from kforcing_jax.models import CausalLM, PushForwardLM, init_params
+from kforcing_jax.training.checkpoints import StageCheckpoints
+from kforcing_jax.training.recipes import stage_model
+from kforcing_jax.training.sharding import abstract_on, parameter_shardings, replicated
 
 # Fields that change what is reported or where it runs, but not what is trained.
 _FREE = ("evaluation", "logging", "mesh")
@@ -101,22 +103,36 @@ class Workdir:
 
     def model(self, stage: str, vocabulary: Corpus | Tokenizer) -> CausalLM | PushForwardLM:
         """The model of a stage, without weights."""
-        shape = dataclasses.asdict(self.config.model)
-        cfg = ModelConfig(vocab_size=vocabulary.vocab_size, mask_id=vocabulary.mask_id, **shape)
-        return PushForwardLM(cfg) if self.config.stages[stage].window else CausalLM(cfg)
+        return stage_model(self.config, stage, vocabulary)
 
-    def load(self, stage: str, vocabulary: Corpus | Tokenizer):
-        """(model, averaged weights) of a finished stage. Raises RunError when it is not finished or does not fit."""
+    def load(self, stage: str, vocabulary: Corpus | Tokenizer, mesh: Mesh | None = None):
+        """(model, averaged weights) of a finished stage, spread over a mesh or whole on this process's first device.
+
+        All processes of a run have to call this together.
+
+        Raises:
+          RunError: the stage is not finished, or does not fit the model.
+        """
         if not self.is_finished(stage):
             raise RunError(f"stage {stage} of {self.path} is not finished; run kforcing_jax.main on it again")
         model = self.model(stage, vocabulary)
-        abstract = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+        shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+        shardings = parameter_shardings(shapes, mesh) if mesh else _whole_everywhere()
         with self.checkpoints(stage) as checkpoints:
-            return model, checkpoints.restore_ema(abstract_like(abstract, replicated(make_mesh(self.config.mesh))))
+            params = checkpoints.restore_ema(abstract_on(shapes, shardings))
+        return model, params if mesh else jax.tree.map(lambda x: x.addressable_data(0), params)
+
+
+def _whole_everywhere():
+    """One whole copy on the first device of every process: checkpoints are restored by all processes together."""
+    firsts = {device.process_index: device for device in reversed(jax.devices())}
+    return replicated(Mesh([firsts[i] for i in sorted(firsts)], "process"))
 
 
 def write_json(path: Path, content):
-    """Writes a file whole or not at all."""
+    """Writes a file whole or not at all; of several processes, the first one does."""
+    if jax.process_index():
+        return
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(content, indent=2) + "\n")
     os.replace(temporary, path)

@@ -21,6 +21,7 @@ def micro_config_dict(**stages: dict) -> ml_collections.ConfigDict:
     config.model.num_layers = 2
     config.model.d_model = 16
     config.model.num_heads = 2
+    config.mesh.data = 1
     config.evaluation.update(
         dict(batch_size=4, rows=8, samples=4, prompt_length=3, new_tokens=4, joint_contexts=2, joint_samples=200)
     )

@@ -19,7 +19,7 @@ CONFIGS = sorted((REPOSITORY / "configs").glob("*.py"))
 def test_every_config_is_valid_and_says_how_it_is_run(path):
     module = runpy.run_path(str(path))
     assert parse(module["get_config"]()).students
-    assert f"python -m kforcing_jax.main --config=configs/{path.name}" in module["__doc__"]
+    assert f"--config=configs/{path.name}" in module["__doc__"]
 
 
 def run_config(name, workdir, longest):

@@ -9,28 +9,38 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import grain
+import jax
 import numpy as np
 from array_record.python import array_record_module
 
 from kforcing_jax.config import DataConfig
+from kforcing_jax.data import packing
+from kforcing_jax.data.packing import Batch, Rows
 from kforcing_jax.data.sources import load_documents, markov_chain, markov_rows
 from kforcing_jax.data.tokenizers import Tokenizer, check_vocabulary, markov_tokenizer, train_tokenizer
 from kforcing_jax.errors import DataError, RunError
 
-_FORMAT = 1
+_FORMAT = 2
 _SPLITS = ("train", "validation")
 
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """Prepared data: a tokenizer, and rows of `seq_len` tokens in two splits that share no document."""
+    """Prepared data: a tokenizer, and rows of `seq_len` tokens in two splits that share no document.
+
+    `useful_tokens_per_row` are those that are not padding; `tokens_per_document` how many there would be if every
+    document had a row of its own. Both are means over the training split.
+    """
 
     directory: Path
     tokenizer: Tokenizer
     seq_len: int
     dtype: np.dtype
+    segmented: bool
     num_train_rows: int
     num_validation_rows: int
+    useful_tokens_per_row: float
+    tokens_per_document: float
 
     @property
     def vocab_size(self) -> int:
@@ -52,49 +62,86 @@ class Corpus:
                 f"{self.seq_len} tokens; lower it, shorten data.seq_len or give more text"
             )
 
+    def describe(self) -> str:
+        """Rows, positions, useful tokens and vocabulary in one line."""
+        fill = ""
+        if self.segmented:
+            fill = (
+                f", {self.useful_tokens_per_row:.1f} useful tokens each "
+                f"({self.useful_tokens_per_row / self.seq_len:.1%}; one document a row: {self.tokens_per_document:.1f})"
+            )
+        return f"{self.num_train_rows:,} training rows of {self.seq_len}{fill}, vocabulary {self.vocab_size:,}"
+
     def train_batches(
         self, batch_size: int, seed: int, start_step: int = 0, process_index: int = 0, process_count: int = 1
-    ) -> Iterator[np.ndarray]:
+    ) -> Iterator[Batch]:
         """Endless batches from batch number `start_step` on, reshuffled every epoch.
 
         Batch number s is a function of (seed, s). `batch_size` counts the rows of all processes; each gets its
-        contiguous share, (batch_size / process_count, seq_len), int32.
+        contiguous share, batch_size / process_count rows.
 
         Raises:
           DataError: batch_size is not divisible by process_count.
         """
         if batch_size % process_count:
             raise DataError(f"a batch of {batch_size} rows cannot be shared equally by {process_count} processes")
-        rows = grain.MapDataset.source(self._source("train")).seed(seed).shuffle().repeat().map(self._tokens)
+        rows = grain.MapDataset.source(self._source("train")).seed(seed).shuffle().repeat().map(self._row)
         # There is no remainder in an endless stream, but Grain's length overflows unless it may drop one.
         shares = rows.batch(batch_size // process_count, drop_remainder=True)
         # The machine's cores belong to the compiled step; reading a batch takes milliseconds.
         options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
-        return iter(shares[process_index::process_count][start_step:].to_iter_dataset(options))
+        batches = shares[process_index::process_count][start_step:].to_iter_dataset(options)
+        return (Batch(*arrays) for arrays in batches)
 
-    def validation_rows(self, count: int) -> np.ndarray:
-        """The first validation rows, (min(count, rows there are), seq_len), int32.
+    def validation_rows(self, count: int) -> Batch:
+        """The first min(count, rows there are) validation rows.
 
         They were put in random order when prepared, so the first few are a sample of all validation documents.
         """
         source = self._source("validation")
-        return np.stack([self._tokens(source[i]) for i in range(min(count, self.num_validation_rows))])
+        rows = [self._row(source[i]) for i in range(min(count, self.num_validation_rows))]
+        return Batch(*(np.stack(arrays) for arrays in zip(*rows, strict=True)))
 
-    def validation_batches(self, count: int, batch_size: int) -> np.ndarray:
-        """The first validation rows in batches of equal size, (batches, rows, seq_len), int32.
+    def validation_batches(self, count: int, batch_size: int) -> Batch:
+        """The first validation rows in batches of equal size; leaves (batches, rows, seq_len).
 
         A remainder is left out; there is at least one batch, of fewer rows when there are fewer.
         """
-        rows_RxN = self.validation_rows(count)
-        batch_size = min(batch_size, len(rows_RxN))
-        whole = len(rows_RxN) // batch_size * batch_size
-        return rows_RxN[:whole].reshape(-1, batch_size, self.seq_len)
+        batch = self.validation_rows(count)
+        batch_size = min(batch_size, len(batch.tokens))
+        whole = len(batch.tokens) // batch_size * batch_size
+        return jax.tree.map(lambda x: x[:whole].reshape(-1, batch_size, self.seq_len), batch)
+
+    def prompts(self, count: int, length: int) -> np.ndarray:
+        """Up to `count` beginnings of validation text, (count, length): of rows, or of documents that go on after it.
+
+        Raises:
+          DataError: no document is longer than `length` tokens.
+        """
+        if not self.segmented:
+            return self.validation_rows(count).tokens[:, :length]
+        tokens_RxN, segments_RxN = self.validation_rows(self.num_validation_rows)
+        # A document begins where the id changes; it goes on if its id is still there `length` positions later.
+        first_RxN = np.diff(segments_RxN, axis=1, prepend=0) > 0
+        goes_on_RxN = np.zeros_like(first_RxN)
+        goes_on_RxN[:, :-length] = segments_RxN[:, :-length] == segments_RxN[:, length:]
+        rows, starts = np.nonzero(first_RxN & goes_on_RxN)
+        if not len(rows):
+            raise DataError(
+                f"evaluation.prompt_length = {length}: no validation document is longer; shorten it or give more text"
+            )
+        return np.stack([tokens_RxN[r, s : s + length] for r, s in zip(rows[:count], starts[:count], strict=True)])
 
     def _source(self, split):
         return grain.sources.ArrayRecordDataSource(os.fspath(_rows_path(self.directory, split)))
 
-    def _tokens(self, record):
-        return np.frombuffer(record, self.dtype).astype(np.int32)
+    def _row(self, record):
+        """(tokens_N,) or (tokens_N, segments_N) of one record."""
+        tokens_N = np.frombuffer(record, self.dtype, count=self.seq_len).astype(np.int32)
+        if not self.segmented:
+            return (tokens_N,)
+        segments_N = np.frombuffer(record, packing.SEGMENT_DTYPE, offset=self.seq_len * self.dtype.itemsize)
+        return tokens_N, segments_N.astype(np.int32)
 
 
 def prepare(config: DataConfig, seed: int, directory: str | Path) -> Corpus:
@@ -130,15 +177,26 @@ def _write_whole(directory, config, seed):
 
 
 def _write(directory, config, seed):
-    tokenizer, train_RxN, validation_RxN = (_markov if config.source == "markov" else _text)(config, seed)
-    validation_RxN = np.random.default_rng([seed, 3]).permutation(validation_RxN)
+    tokenizer, train, validation = (_markov if config.source == "markov" else _text)(config, seed)
+    validation = validation.in_order(np.random.default_rng([seed, 3]).permutation(len(validation.tokens_RxN)))
     tokenizer.save(directory / "tokenizer.json")
     files = {}
-    for split, rows_RxN in zip(_SPLITS, (train_RxN, validation_RxN), strict=True):
+    for split, rows in zip(_SPLITS, (train, validation), strict=True):
         path = _rows_path(directory, split)
-        _write_rows(path, rows_RxN)
-        files[split] = {"rows": len(rows_RxN), "tokens": rows_RxN.size, "bytes": path.stat().st_size}
-    manifest = {"format": _FORMAT, "made_from": _made_from(config, seed), "dtype": train_RxN.dtype.name, **files}
+        _write_rows(path, rows)
+        files[split] = {
+            "rows": len(rows.tokens_RxN),
+            "documents": rows.documents,
+            "useful_tokens": rows.useful_tokens,
+            "bytes": path.stat().st_size,
+        }
+    manifest = {
+        "format": _FORMAT,
+        "made_from": _made_from(config, seed),
+        "dtype": train.tokens_RxN.dtype.name,
+        "segmented": train.segments_RxN is not None,
+        **files,
+    }
     (directory / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
 
 
@@ -148,7 +206,8 @@ def _markov(config, seed):
     rows_RxN = markov_rows(markov_chain(config, seed), seed, config.markov_rows, config.seq_len)
     rows_RxN = rows_RxN.astype(_token_dtype(tokenizer))
     num_validation = _num_validation(config.validation_fraction, len(rows_RxN))
-    return tokenizer, rows_RxN[num_validation:], rows_RxN[:num_validation]
+    train_RxN, validation_RxN = rows_RxN[num_validation:], rows_RxN[:num_validation]
+    return tokenizer, *(Rows(split_RxN, documents=len(split_RxN)) for split_RxN in (train_RxN, validation_RxN))
 
 
 def _text(config, seed):
@@ -171,19 +230,17 @@ def _num_validation(fraction, available):
     return min(max(1, round(fraction * available)), available - 1)
 
 
-def _pack(tokenizer: Tokenizer, documents: Iterable[str], split: str, config: DataConfig) -> np.ndarray:
-    """Documents, each followed by EOS, end to end in rows (rows, seq_len); the remainder is dropped."""
+def _pack(tokenizer: Tokenizer, documents: Iterable[str], split: str, config: DataConfig) -> Rows:
     dtype = _token_dtype(tokenizer)
     encoded = [np.array([*ids, tokenizer.eos_id], dtype) for ids in tokenizer.encode_documents(documents)]
-    tokens_T = np.concatenate(encoded)
-    num_rows = len(tokens_T) // config.seq_len
-    if not num_rows:
+    rows = packing.pack(encoded, config.packing, config.seq_len, padding=tokenizer.eos_id)
+    if not len(rows.tokens_RxN):
         raise DataError(
-            f"the {split} split has {len(tokens_T)} tokens in {len(encoded)} documents, fewer than one row of "
+            f"the {split} split has {sum(map(len, encoded))} tokens in {len(encoded)} documents, fewer than one row of "
             f"data.seq_len = {config.seq_len}; shorten it, change data.validation_fraction = "
             f"{config.validation_fraction} or give more text"
         )
-    return tokens_T[: num_rows * config.seq_len].reshape(num_rows, config.seq_len)
+    return rows
 
 
 def _token_dtype(tokenizer):
@@ -194,11 +251,12 @@ def _rows_path(directory, split):
     return directory / f"{split}.arrayrecord"
 
 
-def _write_rows(path, rows_RxN):
+def _write_rows(path, rows: Rows):
     # Groups of one record: random access then reads nothing but the row.
     writer = array_record_module.ArrayRecordWriter(os.fspath(path), "group_size:1")
-    for row_N in rows_RxN:
-        writer.write(row_N.tobytes())
+    for row, tokens_N in enumerate(rows.tokens_RxN):
+        segments = b"" if rows.segments_RxN is None else rows.segments_RxN[row].tobytes()
+        writer.write(tokens_N.tobytes() + segments)
     writer.close()
 
 
@@ -216,13 +274,17 @@ def _load(config: DataConfig, seed: int, directory: Path) -> Corpus:
             )
     for split in _SPLITS:
         _check_rows(_rows_path(directory, split), manifest[split])
+    train = manifest["train"]
     return Corpus(
         directory=directory,
         tokenizer=Tokenizer.load(directory / "tokenizer.json"),
         seq_len=config.seq_len,
         dtype=np.dtype(manifest["dtype"]),
-        num_train_rows=manifest["train"]["rows"],
+        segmented=manifest["segmented"],
+        num_train_rows=train["rows"],
         num_validation_rows=manifest["validation"]["rows"],
+        useful_tokens_per_row=train["useful_tokens"] / train["rows"],
+        tokens_per_document=train["useful_tokens"] / train["documents"],
     )
 
 

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from kforcing_jax.models.attention import KeyValue
+from kforcing_jax.models.keys import KeyValue
 
 
 def allocate(prefix: KeyValue, capacity: int) -> KeyValue:

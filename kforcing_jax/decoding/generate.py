@@ -13,7 +13,7 @@ from kforcing_jax.config import check_tau
 from kforcing_jax.decoding import cache as kv_cache
 from kforcing_jax.errors import DataError
 from kforcing_jax.models import CausalLM
-from kforcing_jax.models.attention import KeyValue
+from kforcing_jax.models.keys import KeyValue
 from kforcing_jax.noise import position_noise
 
 
@@ -118,10 +118,9 @@ def _decode(model, params, prompts_BxP, lengths_B, noise_BxT, tau_B, penalty, eo
         """Hangs the known tokens and k fresh noise tokens off the first `start` cached ones."""
         noise_BxK = jax.lax.dynamic_slice_in_dim(noise_BxT, state.step * k, k, axis=1)
         at_Bx1 = start_B[:, None]
-        logits_Bx1xKxV, own = call("extend", known_BxT[:, None], noise_BxK[:, None], tau_B, state.cache, at_Bx1, at_Bx1)
-        emitted_BxK, counts_BxV = _draw(
-            model, logits_Bx1xKxV[:, 0], noise_BxK, tau_B, state.counts_BxV, penalty, penalised
-        )
+        hidden_Bx1xKxD, own = call("extend", known_BxT[:, None], noise_BxK[:, None], tau_B, state.cache, at_Bx1, at_Bx1)
+        logits_BxKxV = call("logits", hidden_Bx1xKxD[:, 0])
+        emitted_BxK, counts_BxV = _draw(model, logits_BxKxV, noise_BxK, tau_B, state.counts_BxV, penalty, penalised)
         return _State(
             step=state.step + 1,
             cache=kv_cache.write(state.cache, jax.tree.map(lambda kv: kv[:, :, 0], own), start_B),
@@ -153,11 +152,11 @@ def _decode(model, params, prompts_BxP, lengths_B, noise_BxT, tau_B, penalty, eo
 def _draw(model, logits_BxKxV, noise_BxK, tau_B, counts_BxV, penalty, penalised):
     """Tokens_BxK of one window and the updated counts; a window's own tokens count for its later ones."""
     if not penalised:
-        return model.draw(logits_BxKxV, noise_BxK, tau_B[:, None]), counts_BxV
+        return model.pick(logits_BxKxV, noise_BxK, tau_B[:, None]), counts_BxV
 
     def one_offset(counts_BxV, logits_and_u):
         logits_BxV, u_B = logits_and_u
-        token_B = model.draw(logits_BxV - penalty * counts_BxV, u_B, tau_B)
+        token_B = model.pick(logits_BxV - penalty * counts_BxV, u_B, tau_B)
         return counts_BxV + jax.nn.one_hot(token_B, counts_BxV.shape[1]), token_B
 
     offsets_first = jnp.moveaxis(logits_BxKxV, 1, 0), noise_BxK.T

@@ -8,9 +8,12 @@ import numpy as np
 import scipy.special
 import scipy.stats
 
+from kforcing_jax.data.packing import Batch
 from kforcing_jax.models import CausalLM, PushForwardLM
+from kforcing_jax.models.attention import Causal
+from kforcing_jax.models.lm import text_positions
 from kforcing_jax.noise import sample_uniform
-from kforcing_jax.training.losses import weights_up_to_eos
+from kforcing_jax.training.losses import window_weights
 
 # Cells of a G-test that expect fewer counts than this are pooled, as its chi-square limit wants.
 _LEAST_EXPECTED = 5.0
@@ -18,18 +21,15 @@ _LEAST_EXPECTED = 5.0
 _NULL_SAMPLES = 32
 
 
-def window_logits(teacher: CausalLM, params, tokens_BxN: jax.Array, window_BxNxK: jax.Array) -> jax.Array:
-    """The teacher's logits_BxNxKxV of every window token, given the text and the window tokens before it."""
-    batch, length, window = window_BxNxK.shape
+def window_hidden(teacher: CausalLM, params, tokens_BxN: jax.Array, window_BxNxK: jax.Array, segments_BxN=None):
+    """The teacher's hidden_BxNxKxD at every window token, given the text and the window tokens before it."""
     variables = {"params": params}
-    logits_BxNx1xV, prefix = teacher.apply(variables, tokens_BxN, method="begin")
-    if window == 1:
-        return logits_BxNx1xV
-    after_BxN = jnp.broadcast_to(jnp.arange(1, length + 1), (batch, length))
-    later, _ = teacher.apply(
-        variables, window_BxNxK[..., :-1], None, None, prefix, after_BxN, after_BxN, method="extend"
-    )
-    return jnp.concatenate([logits_BxNx1xV, later], axis=2)
+    hidden_BxNx1xD, prefix = teacher.apply(variables, tokens_BxN, segments_BxN=segments_BxN, method="begin")
+    if window_BxNxK.shape[2] == 1:
+        return hidden_BxNx1xD
+    after_BxN, reach = text_positions(tokens_BxN.shape, segments_BxN) + 1, Causal(segments_BxN)
+    later, _ = teacher.apply(variables, window_BxNxK[..., :-1], None, None, prefix, reach, after_BxN, method="extend")
+    return jnp.concatenate([hidden_BxNx1xD, later], axis=2)
 
 
 def agreement(
@@ -37,7 +37,7 @@ def agreement(
     teacher_params,
     student: PushForwardLM,
     params,
-    batches_IxBxN: jax.Array,
+    batches: Batch,
     key: jax.Array,
     *,
     window: int,
@@ -46,6 +46,8 @@ def agreement(
 ) -> dict:
     """Agreement with the AR teacher under the same noise and the student's own prefix, at every position.
 
+    `batches` has leaves (I, B, N).
+
     Returns:
       agreement: per offset, P(student's token = the token that the teacher draws for the same uniform).
       chance: per offset, P(two independent draws of the teacher are equal), its sum of squared probabilities.
@@ -53,34 +55,47 @@ def agreement(
 
     What follows a window's first EOS is not counted.
     """
-    agree_K, collide_K, count_K, blocks = 0, 0, 0, []
-    for index, tokens_BxN in enumerate(batches_IxBxN):
+    totals = None
+    for index, tokens_BxN in enumerate(batches.tokens):
+        segments_BxN = None if batches.segments is None else batches.segments[index]
         noise_BxNxK = sample_uniform(jax.random.fold_in(key, index), (*tokens_BxN.shape, window))
         tau_B = jnp.full(len(tokens_BxN), tau)
-        sums = _agreement_sums(teacher, teacher_params, student, params, tokens_BxN, noise_BxNxK, tau_B, eos_id)
-        agree, collide, count, block = jax.device_get(sums)
-        agree_K, collide_K, count_K = agree_K + agree, collide_K + collide, count_K + count
-        blocks.append(block)
+        sums = _agreement_sums(
+            teacher, teacher_params, student, params, tokens_BxN, segments_BxN, noise_BxNxK, tau_B, eos_id
+        )
+        sums = jax.tree.map(lambda x: np.asarray(x, np.float64), sums)
+        totals = sums if totals is None else jax.tree.map(np.add, totals, sums)
+    agree_K, collide_K, count_K, block, positions = totals
     count_K = np.maximum(count_K, 1)
     return {
         "agreement": (agree_K / count_K).tolist(),
         "chance": (collide_K / count_K).tolist(),
-        "block_agreement": float(np.mean(blocks)),
+        "block_agreement": float(block / np.maximum(positions, 1)),
     }
 
 
 @functools.partial(jax.jit, static_argnames=("teacher", "student", "eos_id"))
-def _agreement_sums(teacher, teacher_params, student, params, tokens_BxN, noise_BxNxK, tau_B, eos_id):
-    """(agreements, collision probabilities, counts) summed per offset, and block agreement, of one batch."""
+def _agreement_sums(teacher, teacher_params, student, params, tokens_BxN, segments_BxN, noise_BxNxK, tau_B, eos_id):
+    """Of one batch: agreements, collision probabilities and counts per offset; agreeing blocks, and all blocks."""
     tau_Bx1x1 = tau_B[:, None, None]
-    logits = student.apply({"params": params}, tokens_BxN, noise_BxNxK, tau_B)
-    drawn_BxNxK = student.draw(logits, noise_BxNxK, tau_Bx1x1)
-    teacher_logits = window_logits(teacher, teacher_params, tokens_BxN, drawn_BxNxK)
-    agrees = teacher.draw(teacher_logits, noise_BxNxK, tau_Bx1x1) == drawn_BxNxK
-    collision = jnp.square(jax.nn.softmax(teacher_logits / tau_Bx1x1[..., None], axis=-1)).sum(-1)
-    weights = weights_up_to_eos(drawn_BxNxK, eos_id)
-    block = (agrees | (weights == 0)).all(-1).mean()
-    return (weights * agrees).sum((0, 1)), (weights * collision).sum((0, 1)), weights.sum((0, 1)), block
+
+    def call(model, params, method, *args):
+        return model.apply({"params": params}, *args, method=method)
+
+    hidden, _ = call(student, params, "begin", tokens_BxN, noise_BxNxK, tau_B, segments_BxN)
+    drawn_BxNxK = call(student, params, "draw", hidden, noise_BxNxK, tau_Bx1x1)
+
+    def compare(logits, u, tau, drawn):
+        collision = jnp.square(jax.nn.softmax(logits / tau[..., None], axis=-1)).sum(-1)
+        return teacher.pick(logits, u, tau) == drawn, collision
+
+    hidden = window_hidden(teacher, teacher_params, tokens_BxN, drawn_BxNxK, segments_BxN)
+    agrees, collision = call(teacher, teacher_params, "per_token", compare, hidden, noise_BxNxK, tau_Bx1x1, drawn_BxNxK)
+    weights = window_weights(drawn_BxNxK, tokens_BxN, segments_BxN, eos_id)
+    counted = weights[..., 0]
+    block = (agrees | (weights == 0)).all(-1)
+    per_offset = [(weights * x).sum((0, 1)) for x in (agrees, collision, 1)]
+    return (*per_offset, (counted * block).sum(), counted.sum())
 
 
 def exact_joint(teacher: CausalLM, params, contexts_CxN: jax.Array, window: int) -> np.ndarray:
@@ -108,11 +123,15 @@ def exact_joint(teacher: CausalLM, params, contexts_CxN: jax.Array, window: int)
 def _conditionals(teacher, params, contexts_CxN, blocks_AxT):
     """P(next token) after each context (C, E), and after every token of every block there (C, A, T, E)."""
     states, (contexts, length) = teacher.cfg.vocab_size - 1, contexts_CxN.shape
-    logits_CxNx1xV, prefix = teacher.apply({"params": params}, contexts_CxN, method="begin")
+
+    def probabilities(hidden):
+        return jax.nn.softmax(teacher.apply({"params": params}, hidden, method="logits")[..., :states])
+
+    hidden_CxNx1xD, prefix = teacher.apply({"params": params}, contexts_CxN, method="begin")
     blocks_CxAxT = jnp.broadcast_to(blocks_AxT, (contexts, *blocks_AxT.shape))
     at_CxA = jnp.full(blocks_CxAxT.shape[:2], length)
     later, _ = teacher.apply({"params": params}, blocks_CxAxT, None, None, prefix, at_CxA, at_CxA, method="extend")
-    return jax.nn.softmax(logits_CxNx1xV[:, -1, 0, :states]), jax.nn.softmax(later[..., :states])
+    return probabilities(hidden_CxNx1xD[:, -1, 0]), probabilities(later)
 
 
 def student_counts(
@@ -135,8 +154,8 @@ def _windows_after(student, params, context_N, noise_AxK):
     no_noise, no_tokens = jnp.zeros((*tokens_1xN.shape, 0)), jnp.zeros((1, len(noise_AxK), 0), jnp.int32)
     _, prefix = student.apply(variables, tokens_1xN, no_noise, tau_1, method="begin")
     at_1xA = jnp.full((1, len(noise_AxK)), len(context_N))
-    logits, _ = student.apply(variables, no_tokens, noise_AxK[None], tau_1, prefix, at_1xA, at_1xA, method="extend")
-    return student.draw(logits, noise_AxK, tau_1)[0]
+    hidden, _ = student.apply(variables, no_tokens, noise_AxK[None], tau_1, prefix, at_1xA, at_1xA, method="extend")
+    return student.apply(variables, hidden, noise_AxK[None], tau_1[:, None, None], method="draw")[0]
 
 
 def compare_with_joint(counts: np.ndarray, joint: np.ndarray, seed: int) -> dict:

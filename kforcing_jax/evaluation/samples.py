@@ -52,6 +52,13 @@ def measure(teacher: CausalLM, teacher_params, decoded: Generation, prompt_lengt
 @functools.partial(jax.jit, static_argnames="teacher")
 def _under_teacher(teacher, params, tokens_BxN):
     """NLL and predictive entropy (nats) of every token after the first, both (B, N - 1)."""
-    log_probs = jax.nn.log_softmax(teacher.apply({"params": params}, tokens_BxN)[:, :-1])
-    nll_BxM = -jnp.take_along_axis(log_probs, tokens_BxN[:, 1:, None], axis=-1)[..., 0]
-    return nll_BxM, -(jnp.exp(log_probs) * log_probs).sum(-1)
+
+    def nll_and_entropy(logits, targets):
+        log_probs = jax.nn.log_softmax(logits)
+        nll = -jnp.take_along_axis(log_probs, targets[..., None], axis=-1)[..., 0]
+        return nll, -(jnp.exp(log_probs) * log_probs).sum(-1)
+
+    variables = {"params": params}
+    hidden_BxNx1xD, _ = teacher.apply(variables, tokens_BxN[:, :-1], method="begin")
+    measured = teacher.apply(variables, nll_and_entropy, hidden_BxNx1xD, tokens_BxN[:, 1:, None], method="per_token")
+    return jax.tree.map(lambda x: x[..., 0], measured)

@@ -30,7 +30,7 @@ def evaluate(workdir: Workdir, corpus: Corpus) -> dict:
     teacher, teacher_params = workdir.load("ar", corpus)
     summary = workdir.summary() | {"device": _device(), "date": datetime.date.today().isoformat()}
     key = jax.random.fold_in(jax.random.key(workdir.config.seed), zlib.crc32(b"evaluation"))
-    prompts_BxP = corpus.validation_rows(settings.samples)[:, : settings.prompt_length]
+    prompts_BxP = corpus.prompts(settings.samples, settings.prompt_length)
     continuations = {}
     for name in workdir.finished_stages():
         say(f"{name:<11} evaluating")
@@ -70,14 +70,12 @@ def _tokens_per_pass(workdir, name):
 def _measure_map(workdir, corpus, name, student, params, teacher, teacher_params, key):
     """Agreement with the teacher, and the joint distribution where it can be enumerated."""
     settings, window = workdir.config.evaluation, workdir.config.stages[name].window
-    rows_RxN = corpus.validation_rows(settings.rows)
-    batches_IxBxN = corpus.validation_batches(settings.rows, settings.batch_size)
     measured = agreement(
         teacher,
         teacher_params,
         student,
         params,
-        jnp.asarray(batches_IxBxN),
+        corpus.validation_batches(settings.rows, settings.batch_size),
         key,
         window=window,
         tau=workdir.config.stages[name].tau_max,
@@ -85,7 +83,8 @@ def _measure_map(workdir, corpus, name, student, params, teacher, teacher_params
     )
     if workdir.config.data.source == "markov" and (corpus.vocab_size - 1) ** window <= _MOST_BLOCKS:
         # Half a row leaves room for the window inside the positions that were trained.
-        contexts_CxN = jnp.asarray(rows_RxN[: settings.joint_contexts, : rows_RxN.shape[1] // 2])
+        rows_RxN = corpus.validation_rows(settings.joint_contexts).tokens
+        contexts_CxN = jnp.asarray(rows_RxN[:, : rows_RxN.shape[1] // 2])
         joint = exact_joint(teacher, teacher_params, contexts_CxN, window)
         counts = student_counts(student, params, contexts_CxN, window, settings.joint_samples, key)
         measured |= compare_with_joint(counts, joint, workdir.config.seed)

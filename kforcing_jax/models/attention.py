@@ -1,76 +1,173 @@
 """Attention of groups of tokens that hang off a prefix: the one pattern behind every computation here.
 
-A group of G tokens hangs off each of A anchors. Its tokens see (1) the first `stop` keys of the prefix, the
-same for the whole group, (2) the tokens that earlier passes left at the same anchor, and (3) each other,
-causally. Groups never see each other. Training, rollout, prefill and decoding are all this function:
+A group of G tokens hangs off each of A anchors. Its tokens see (1) some keys of the prefix, the same for the whole
+group, (2) the tokens that earlier passes left at the same anchor, and (3) each other, causally. Groups never see
+each other. Training, rollout, prefill and decoding are all this function:
 
-| where                     | A | G                         | prefix        | stop  | past               |
-| ------------------------- | - | ------------------------- | ------------- | ----- | ------------------ |
-| text (teacher, prefill)   | N | 1, the token itself       | the text      | t     | -                  |
-| student in training       | N | 1 + K, token and window   | the text      | t     | -                  |
-| rollout, later passes     | N | tokens, then noise        | the text      | t + 1 | window tokens      |
-| decoding                  | 1 | emitted tokens, then noise | the KV cache | length | -                  |
+| where                     | A | G                          | prefix        | reach          | past          |
+| ------------------------- | - | -------------------------- | ------------- | -------------- | ------------- |
+| text (teacher, prefill)   | N | 1, the token itself        | the text      | `Causal`       | -             |
+| student in training       | N | 1 + K, token and window    | the text      | `Causal`       | -             |
+| rollout, later passes     | N | tokens, then noise         | the text      | `Causal`       | window tokens |
+| decoding                  | 1 | emitted tokens, then noise | the KV cache  | cached tokens  | -             |
+
+A group shares its prefix, so the cost is A * G * S pairs at most, linear in G (the dense mask of the released code is
+quadratic). Over a text half of these pairs are in the future; how they are skipped is the choice of `implementation`:
+
+| implementation | where                           | how                                                              |
+| -------------- | ------------------------------- | ---------------------------------------------------------------- |
+| dense          | decoding, short texts           | all pairs, one softmax                                           |
+| blockwise      | anywhere                        | blocks of anchors, each against the keys up to its own end       |
+| splash         | TPU, texts of 128 i positions   | the stock flash kernel over the prefix, merged with the group    |
+| cudnn          | GPU, half precision, bare text  | the stock flash kernel; a group of one needs no merging          |
 """
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from kforcing_jax.models import splash
+from kforcing_jax.models.keys import ATTENDED, KeyValue, Past
+from kforcing_jax.partitioning import platform
+
+IMPLEMENTATIONS = ("auto", "dense", "blockwise", "splash", "cudnn")
+
+# In shorter texts blocks save nothing (2 CPU cores; timings in benchmarks).
+_LEAST_BLOCKWISE_KEYS = 128
+_MOST_BLOCKS = 8
+_LEAST_BLOCK = 32
 
 
-class KeyValue(NamedTuple):
-    """Keys and values of some tokens, both of shape (..., H, C)."""
+class Causal(NamedTuple):
+    """The anchors are the prefix's own positions: anchor a sees keys 0..a, of its segment where ids are given."""
 
-    key: jax.Array
-    value: jax.Array
-
-
-class Past(NamedTuple):
-    """Keys and values (..., B, A, P, H, C) that earlier passes left at each anchor; the first `length` are real."""
-
-    tokens: KeyValue
-    length: jax.Array
+    segments_BxS: jax.Array | None = None
 
 
 def group_attention(
     q_BxAxGxHxC: jax.Array,
     own: KeyValue,
     prefix: KeyValue,
-    stop_BxA: jax.Array,
+    reach: Causal | jax.Array,
     past: Past | None = None,
+    implementation: str = "auto",
 ) -> jax.Array:
     """Attention output out_BxAxGxHxC.
 
     Args:
       q_BxAxGxHxC: queries, rotated to their positions.
-      own: keys and values (B, A, G, H, C) of the same tokens.
+      own: keys and values (B, A, M, H, C) of the last M tokens of each group. M is G, or G - 1 where the first token
+        of a group belongs to the prefix.
       prefix: keys and values (B, S, H, C) shared by all anchors of a row.
-      stop_BxA: how many prefix keys each anchor sees.
+      reach: which prefix keys an anchor sees: `Causal`, or how many, stop_BxA.
       past: earlier tokens at the same anchors.
+      implementation: one of `IMPLEMENTATIONS`; `auto` chooses by platform and size.
 
-    Scores and softmax are f32 whatever the dtype of the queries. Cost: A * G * (S + P + G) pairs, linear in G
-    for G << S, because a group shares its prefix (the dense mask of the released code is quadratic in G).
+    Scores, softmax and its sums are f32 whatever the dtype of the queries. All implementations agree within rounding,
+    in values and gradients.
     """
-    group, prefix_length = q_BxAxGxHxC.shape[2], prefix.key.shape[1]
-    causal_GxG = jnp.tril(jnp.ones((group, group), bool))
-    seen_BxAxS = jnp.arange(prefix_length) < stop_BxA[..., None]
+    if implementation == "auto":
+        implementation = choose_implementation(q_BxAxGxHxC, own, prefix, reach, past)
+    if implementation == "splash":
+        out = splash.group_attention(q_BxAxGxHxC, own, prefix, reach.segments_BxS, past)
+    elif implementation == "cudnn":
+        out = _cudnn(q_BxAxGxHxC, prefix)
+    elif implementation == "blockwise":
+        out = _blockwise(q_BxAxGxHxC, own, prefix, reach, past)
+    else:
+        out = _dense(q_BxAxGxHxC, own, prefix, reach, past)
+    return checkpoint_name(out, ATTENDED)
+
+
+def choose_implementation(q_BxAxGxHxC, own: KeyValue, prefix: KeyValue, reach, past) -> str:
+    """The implementation that `auto` stands for, from the platform that is compiled for and from the shapes."""
+    length = prefix.key.shape[1]
+    if not isinstance(reach, Causal) or length < _LEAST_BLOCKWISE_KEYS:
+        return "dense"
+    if platform() == "tpu" and splash.fits(q_BxAxGxHxC.shape):
+        return "splash"
+    bare_text = own.key.shape[2] == 0 and past is None and reach.segments_BxS is None
+    if platform() == "gpu" and bare_text and q_BxAxGxHxC.dtype != jnp.float32:
+        return "cudnn"
+    return "blockwise"
+
+
+def _dense(q_BxAxGxHxC, own, prefix, reach, past, first=0):
+    """One softmax over all keys; the anchors of a causal reach are first, first + 1, ..."""
+    group, members, prefix_length = q_BxAxGxHxC.shape[2], own.key.shape[2], prefix.key.shape[1]
+    seen_BxAxS = _seen(reach, first, q_BxAxGxHxC.shape[1], prefix_length)
     scores = [
         _masked_scores("BAGHC,BSHC->BHAGS", q_BxAxGxHxC, prefix.key, seen_BxAxS[:, None, :, None, :]),
-        _masked_scores("BAGHC,BASHC->BHAGS", q_BxAxGxHxC, own.key, causal_GxG),
+        _masked_scores("BAGHC,BAMHC->BHAGM", q_BxAxGxHxC, own.key, _causal_in_group(group, members)),
     ]
     if past is not None:
         real_P = jnp.arange(past.tokens.key.shape[2]) < past.length
-        scores.append(_masked_scores("BAGHC,BASHC->BHAGS", q_BxAxGxHxC, past.tokens.key, real_P))
+        scores.append(_masked_scores("BAGHC,BAMHC->BHAGM", q_BxAxGxHxC, past.tokens.key, real_P))
 
     weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(q_BxAxGxHxC.dtype)
-    to_prefix, to_own, to_past = jnp.split(weights, [prefix_length, prefix_length + group], axis=-1)
+    to_prefix, to_own, to_past = jnp.split(weights, [prefix_length, prefix_length + members], axis=-1)
     out = jnp.einsum("BHAGS,BSHC->BAGHC", to_prefix, prefix.value)
-    out += jnp.einsum("BHAGS,BASHC->BAGHC", to_own, own.value)
+    out += jnp.einsum("BHAGM,BAMHC->BAGHC", to_own, own.value)
     if past is not None:
-        out += jnp.einsum("BHAGS,BASHC->BAGHC", to_past, past.tokens.value)
+        out += jnp.einsum("BHAGM,BAMHC->BAGHC", to_past, past.tokens.value)
     return out
 
 
 def _masked_scores(equation, q, k, mask):
     scores = jnp.einsum(equation, q, k, preferred_element_type=jnp.float32)
     return jnp.where(mask, scores * q.shape[-1] ** -0.5, -jnp.inf)
+
+
+def _causal_in_group(group, members):
+    """mask_GxM: token g of a group sees its tokens up to itself; the M members are its last ones."""
+    return jnp.tril(jnp.ones((group, members), bool), k=members - group)
+
+
+def _seen(reach, first, anchors, length):
+    """Mask (B or 1, A, S) of the prefix keys that each anchor sees."""
+    keys_S = jnp.arange(length)
+    if not isinstance(reach, Causal):
+        return keys_S < reach[..., None]
+    seen_1xAxS = (keys_S <= first + jnp.arange(anchors)[:, None])[None]
+    if reach.segments_BxS is None:
+        return seen_1xAxS
+    of_anchor_BxA = reach.segments_BxS[:, first : first + anchors]
+    return seen_1xAxS & (of_anchor_BxA[..., None] == reach.segments_BxS[:, None, :length])
+
+
+def block_length(length: int) -> int:
+    """Anchors per block over a text: at most `_MOST_BLOCKS` blocks, so 1 + 1 / blocks times the causal pairs."""
+    return max(_LEAST_BLOCK, -(-length // _MOST_BLOCKS))
+
+
+def _blockwise(q_BxAxGxHxC, own, prefix, reach, past):
+    """Blocks of anchors against the keys up to the block's end.
+
+    Every block is rematerialised in the backward pass, so that no more than one block's scores are alive.
+    """
+    length = prefix.key.shape[1]
+    block, one_block = block_length(length), jax.checkpoint(_dense, static_argnums=5)
+    outputs = []
+    for start in range(0, length, block):
+        end = min(start + block, length)
+        q, block_own = jax.tree.map(lambda x, at=slice(start, end): x[:, at], (q_BxAxGxHxC, own))
+        keys = jax.tree.map(lambda kv, at=slice(end): kv[:, at], prefix)
+        block_past = None
+        if past is not None:
+            block_past = Past(jax.tree.map(lambda kv, at=slice(start, end): kv[:, at], past.tokens), past.length)
+        outputs.append(one_block(q, block_own, keys, reach, block_past, start))
+    return jnp.concatenate(outputs, axis=1)
+
+
+def _cudnn(q_BxNx1xHxC, text: KeyValue):
+    """A group of one over its text is plain causal attention.
+
+    Larger groups would have to merge two softmaxes, and the public function neither differentiates through the
+    log-sum-exp nor returns it in f32.
+    """
+    out_BxNxHxC = jax.nn.dot_product_attention(
+        q_BxNx1xHxC[:, :, 0], text.key, text.value, is_causal=True, implementation="cudnn"
+    )
+    return out_BxNxHxC[:, :, None]

@@ -7,11 +7,29 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from kforcing_jax.models.attention import KeyValue, Past, group_attention
+from kforcing_jax.models.attention import IMPLEMENTATIONS, Causal, group_attention
+from kforcing_jax.models.keys import ATTENDED, KeyValue, Past
+from kforcing_jax.partitioning import ROWS, constrain, row_shards
 
 LAYER_NORM_EPSILON = 1e-5
 ROPE_BASE = 10_000.0
 MASK_LOGIT = -1000.0
+
+# f32 logits that one device holds at a time, 128 MB; loss and inverse CDF take a few times as much.
+_MOST_LOGITS = 2**25
+
+# What the backward pass of a block finds in memory, from least to most; the rest is computed again.
+#   blocks: the block's input. attention: also what attention gave, the dearest part to repeat on long texts.
+#   matmuls: also every product with a weight. nothing: everything is kept, nothing is repeated.
+REMAT_POLICIES = {
+    "blocks": jax.checkpoint_policies.nothing_saveable,
+    "attention": jax.checkpoint_policies.save_only_these_names(ATTENDED),
+    "matmuls": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(ATTENDED),
+    ),
+    "nothing": jax.checkpoint_policies.everything_saveable,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,6 +37,8 @@ class ModelConfig:
     """Shape of a model. `mask_id` is the id that is never drawn (its logit is -1000).
 
     `dtype` is the compute dtype of the blocks; parameters, normalisation, logits and softmax are always f32.
+    `remat` is what the backward pass finds in memory, one of `REMAT_POLICIES`. `attention` is how attention is
+    computed, one of `attention.IMPLEMENTATIONS`. Neither changes a result beyond rounding.
     """
 
     vocab_size: int
@@ -27,8 +47,13 @@ class ModelConfig:
     d_model: int
     num_heads: int
     dtype: str = "float32"
+    remat: str = "blocks"
+    attention: str = "auto"
 
     def __post_init__(self):
+        for name, choices in (("remat", REMAT_POLICIES), ("attention", IMPLEMENTATIONS)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"model.{name} = {getattr(self, name)!r} is not one of {', '.join(choices)}")
         if self.d_model % self.num_heads:
             raise ValueError(f"model.d_model = {self.d_model} is not divisible by model.num_heads = {self.num_heads}")
         if (self.d_model // self.num_heads) % 2:
@@ -76,30 +101,33 @@ class Block(nn.Module):
         qkv = dense((3, cfg.num_heads, cfg.head_width), use_bias=False, name="attn_qkv")(h)
         q, k, v = (qkv[..., i, :, :] for i in range(3))
         cos, sin = where.angles
-        q, own = rotate(q, cos, sin), KeyValue(rotate(k, cos, sin), v)
-        # Without a cache the first token of every group is the text itself, and the text is the prefix.
-        shared = prefix if prefix is not None else KeyValue(own.key[:, :, 0], own.value[:, :, 0])
-        attended = group_attention(q, own, shared, where.stop, None if past is None else Past(past, where.past_length))
+        q, keys = rotate(q, cos, sin), KeyValue(rotate(k, cos, sin), v)
+        own = keys
+        if prefix is None:
+            # The first token of every group is the text itself, and the text is the prefix.
+            prefix, own = (jax.tree.map(lambda kv, at=at: kv[:, :, at], keys) for at in (0, slice(1, None)))
+        past = None if past is None else Past(past, where.past_length)
+        attended = group_attention(q, own, prefix, where.reach, past, cfg.attention)
         x_BxAxGxD += dense(cfg.d_model, axis=(-2, -1), use_bias=False, name="attn_out")(attended)
 
         h = norm(name="mlp_norm")(x_BxAxGxD).astype(cfg.dtype)
         h = nn.gelu(dense(4 * cfg.d_model, name="mlp_in")(h), approximate=True)
         x_BxAxGxD += dense(cfg.d_model, name="mlp_out")(h)
-        return x_BxAxGxD, own
+        return constrain(x_BxAxGxD, ROWS), keys
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Where:
-    """Where the groups of one pass sit: rotary angles, prefix keys seen (B, A), and real past tokens (or None)."""
+    """Where the groups of one pass sit: rotary angles, which prefix keys they see, and real past tokens (or None)."""
 
     angles: tuple[jax.Array, jax.Array]
-    stop: jax.Array
+    reach: Causal | jax.Array
     past_length: jax.Array | None
 
 
 class Backbone(nn.Module):
-    """Token embedding, L blocks under one `nn.scan` (parameters stacked on a leading axis), output layer."""
+    """Token embedding, L blocks under one `nn.scan` (parameters stacked on a leading axis), final normalisation."""
 
     cfg: ModelConfig
 
@@ -107,23 +135,23 @@ class Backbone(nn.Module):
         cfg = self.cfg
         self.embedding = nn.Embed(cfg.vocab_size, cfg.d_model)
         self.blocks = nn.scan(
-            nn.remat(Block, prevent_cse=False),
+            nn.remat(Block, prevent_cse=False, policy=REMAT_POLICIES[cfg.remat]),
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=(0, 0, nn.broadcast),
             length=cfg.num_layers,
         )(cfg)
         self.final_norm = nn.LayerNorm(epsilon=LAYER_NORM_EPSILON, use_bias=False)
-        self.output = nn.Dense(cfg.vocab_size)
+        self.output = Output(cfg)
 
     def embed(self, tokens: jax.Array) -> jax.Array:
-        return self.embedding(tokens)
+        return constrain(self.embedding(tokens), ROWS)
 
     def __call__(
         self,
         x_BxAxGxD: jax.Array,
         positions_BxAxG: jax.Array,
-        stop_BxA: jax.Array,
+        reach: Causal | jax.Array,
         prefix: KeyValue | None = None,
         past: Past | None = None,
     ) -> tuple[jax.Array, KeyValue]:
@@ -132,21 +160,76 @@ class Backbone(nn.Module):
         Args:
           x_BxAxGxD: embedded tokens and noise.
           positions_BxAxG: absolute positions.
-          stop_BxA: how many prefix tokens each group sees.
+          reach: which prefix tokens each group sees, as in `group_attention`.
           prefix: keys and values (L, B, S, H, C). None: the first token of each group is the text itself.
           past: earlier tokens at the same anchors, (L, B, A, P, H, C).
 
         Returns:
-          x_BxAxGxD before the output layer, and the keys and values (L, B, A, G, H, C) of these tokens.
+          x_BxAxGxD after the final normalisation, f32: the input of the output layer. And the keys and values
+          (L, B, A, G, H, C) of these tokens.
         """
         where = Where(
             angles=rotary_angles(positions_BxAxG, self.cfg.head_width),
-            stop=stop_BxA,
+            reach=reach,
             past_length=None if past is None else past.length,
         )
-        return self.blocks(x_BxAxGxD, prefix, None if past is None else past.tokens, where)
+        x_BxAxGxD, keys = self.blocks(x_BxAxGxD, prefix, None if past is None else past.tokens, where)
+        return self.final_norm(x_BxAxGxD.astype(jnp.float32)), keys
 
-    def logits(self, x_xD: jax.Array) -> jax.Array:
-        """f32 logits_xV, the mask id at -1000."""
-        logits_xV = self.output(self.final_norm(x_xD.astype(jnp.float32)))
-        return logits_xV.at[..., self.cfg.mask_id].set(MASK_LOGIT)
+
+class Output(nn.Module):
+    """The output layer: hidden states to f32 logits, a few positions at a time."""
+
+    cfg: ModelConfig
+
+    def setup(self):
+        self.kernel = self.param(
+            "kernel", nn.initializers.lecun_normal(), (self.cfg.d_model, self.cfg.vocab_size), jnp.float32
+        )
+        self.bias = self.param("bias", nn.initializers.zeros_init(), (self.cfg.vocab_size,), jnp.float32)
+
+    def __call__(self, x_xD: jax.Array) -> jax.Array:
+        """logits_xV, the mask id at -1000."""
+        return _logits(x_xD, self.kernel, self.bias, self.cfg.mask_id)
+
+    def per_token(self, function, x_BxAxGxD: jax.Array, *arrays_BxAxG: jax.Array):
+        """function(logits_BxAxGxV, *arrays_BxAxG), which works on every token by itself, over chunks of anchors.
+
+        The logits of one chunk are alive at a time, in the backward pass too: memory does not depend on A * V.
+        Arrays, and what the function returns, have shape (B, A, G); an axis of size 1 is repeated.
+        """
+        # Gathered and summed once, not once a chunk, where the parameters are spread over devices.
+        kernel_DxV, bias_V = constrain(self.kernel), constrain(self.bias)
+
+        def one_chunk(x_and_arrays):
+            x_BxAxGxD, *arrays_BxAxG = x_and_arrays
+            # The vocabulary is never split: a tensor axis takes positions here.
+            x_BxAxGxD = constrain(x_BxAxGxD, ROWS, "tensor")
+            return function(_logits(x_BxAxGxD, kernel_DxV, bias_V, self.cfg.mask_id), *arrays_BxAxG)
+
+        shape = x_BxAxGxD.shape[:3]
+        inputs = (x_BxAxGxD, *(jnp.broadcast_to(array, shape) for array in arrays_BxAxG))
+        chunks = num_chunks(shape, self.cfg.vocab_size)
+        if chunks == 1:
+            return one_chunk(inputs)
+        outputs = jax.lax.map(jax.checkpoint(one_chunk, prevent_cse=False), _split_anchors(inputs, chunks))
+        return jax.tree.map(lambda out: jnp.moveaxis(out, 0, 1).reshape(shape), outputs)
+
+
+def num_chunks(shape_BxAxG: tuple[int, int, int], vocab_size: int) -> int:
+    """The least divisor of A that keeps the logits of A / divisor anchors within `_MOST_LOGITS` per device."""
+    batch, anchors, group = shape_BxAxG
+    per_anchor = -(-batch // row_shards()) * group * vocab_size
+    divisors = (n for n in range(1, anchors + 1) if anchors % n == 0)
+    return next((n for n in divisors if anchors // n * per_anchor <= _MOST_LOGITS), max(anchors, 1))
+
+
+def _split_anchors(tree, chunks):
+    """(B, A, ...) to (chunks, B, A / chunks, ...)."""
+    return jax.tree.map(
+        lambda x: jnp.moveaxis(x.reshape(x.shape[0], chunks, x.shape[1] // chunks, *x.shape[2:]), 1, 0), tree
+    )
+
+
+def _logits(x_xD, kernel_DxV, bias_V, mask_id):
+    return (jnp.dot(x_xD, kernel_DxV) + bias_V).at[..., mask_id].set(MASK_LOGIT)

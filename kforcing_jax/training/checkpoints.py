@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import jax
 import orbax.checkpoint as ocp
 
 from kforcing_jax.errors import RunError
@@ -80,8 +79,3 @@ class StageCheckpoints:
                 f"checkpoint {where} does not fit this model or is damaged ({reason}); "
                 "restore the config it was made with, or use another work directory"
             ) from None
-
-
-def abstract_like(tree, sharding: jax.sharding.Sharding):
-    """Shapes and dtypes of a tree, laid out with the given sharding: what `restore` wants."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)

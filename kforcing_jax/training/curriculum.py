@@ -1,32 +1,37 @@
 """The curriculum: AR teacher, then students of doubling window, each from the one before (paper, section 3.3)."""
 
-import dataclasses
+import functools
 import zlib
-from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from kforcing_jax.config import Config
 from kforcing_jax.data.pipeline import Corpus
-from kforcing_jax.models import CausalLM, PushForwardLM, init_params
-from kforcing_jax.training.objectives import Objective, distillation, language_modelling, mean_loss
+from kforcing_jax.models import init_params
+from kforcing_jax.training.objectives import mean_loss
 from kforcing_jax.training.progress import clock, say
-from kforcing_jax.training.sharding import replicated
+from kforcing_jax.training.recipes import predecessors, stage_objective
+from kforcing_jax.training.sharding import (
+    check_divisible,
+    parameter_shardings,
+    process_share,
+    put_validation,
+    replicated,
+)
 from kforcing_jax.training.stage import Stage, train
 from kforcing_jax.workdir import Workdir
-
-Model = CausalLM | PushForwardLM
 
 
 def run(workdir: Workdir, corpus: Corpus, mesh: Mesh):
     """Trains every stage that is not finished, in order, and adds each to summary.json as it ends.
 
     Raises:
+      ConfigError: a batch or the model cannot be split evenly over the mesh, before any stage starts.
       DataError: a batch is larger than the corpus, before any stage starts.
       RunError: as `train`.
     """
+    check_divisible(workdir.config, mesh)
     names = ["ar", *workdir.config.students]
     for name in names:
         corpus.check_batch_size(f"stages.{name.replace('-', '_')}.batch_size", workdir.config.stages[name].batch_size)
@@ -38,52 +43,35 @@ def run(workdir: Workdir, corpus: Corpus, mesh: Mesh):
                 _train_stage(workdir, corpus, name, mesh)
             # Also for a stage whose run was stopped right after its last checkpoint.
             if name not in workdir.summary()["stages"]:
-                _summarise_stage(workdir, corpus, name)
-
-
-def predecessors(config: Config, name: str) -> tuple[str | None, str | None]:
-    """(teacher, origin): the stages that give a stage its targets and its first weights; None, None for `ar`.
-
-    The origin of k is the student of k / 2, by preference one taught like this one. A stage with
-    `teacher = "previous"` is taught by its origin, one with `teacher = "ar"` by the AR teacher.
-    """
-    stage = config.stages[name]
-    if not stage.window:
-        return None, None
-    if stage.window == 1:
-        return "ar", "ar"
-    earlier = [other for other, s in config.students.items() if s.window == stage.window // 2]
-    same = [other for other in earlier if config.stages[other].teacher == stage.teacher]
-    origin = (same or earlier)[0]
-    return ("ar" if stage.teacher == "ar" else origin), origin
+                _summarise_stage(workdir, corpus, name, mesh)
 
 
 def _train_stage(workdir: Workdir, corpus: Corpus, name: str, mesh: Mesh):
-    config = workdir.config
-    objective, teacher_params = _objective(workdir, corpus, name)
-    key = _stage_key(config, name)
+    config, settings = workdir.config, workdir.config.stages[name]
+    share = process_share(mesh, settings.batch_size)
     stage = Stage(
         name=name,
-        config=config.stages[name],
-        objective=objective,
-        initial_params=_initial_params(workdir, corpus, name, key, mesh),
-        teacher_params=teacher_params,
-        batches=lambda first: corpus.train_batches(config.stages[name].batch_size, config.seed, first),
-        seq_len=config.data.seq_len,
-        key=key,
+        config=settings,
+        objective=functools.partial(stage_objective, config, name, corpus),
+        initial_params=_initial_params(workdir, corpus, name, mesh),
+        teacher_params=_teacher_params(workdir, corpus, name, mesh),
+        batches=lambda first: corpus.train_batches(settings.batch_size, config.seed, first, *share),
+        tokens_per_step=settings.batch_size * corpus.useful_tokens_per_row,
+        key=_stage_key(config, name),
     )
     with workdir.checkpoints(name) as checkpoints:
         train(stage, mesh, checkpoints, workdir.metrics_path, config.logging)
 
 
-def _summarise_stage(workdir: Workdir, corpus: Corpus, name: str):
+def _summarise_stage(workdir: Workdir, corpus: Corpus, name: str, mesh: Mesh):
     """Adds steps, seconds and validation loss of a finished stage to summary.json."""
-    objective, teacher_params = _objective(workdir, corpus, name)
-    _, params = workdir.load(name, corpus)
+    objective = stage_objective(workdir.config, name, corpus)
+    _, params = workdir.load(name, corpus, mesh)
     settings = workdir.config.evaluation
-    batches_IxBxN = jnp.asarray(corpus.validation_batches(settings.rows, settings.batch_size))
-    validate = jax.jit(lambda *args: mean_loss(objective("float32"), *args))
-    loss = float(validate(params, teacher_params, batches_IxBxN, _stage_key(workdir.config, name)))
+    batches = put_validation(corpus.validation_batches(settings.rows, settings.batch_size), mesh)
+    validate = jax.jit(functools.partial(mean_loss, objective), out_shardings=replicated(mesh))
+    key = jax.device_put(_stage_key(workdir.config, name), replicated(mesh))
+    loss = float(validate(params, _teacher_params(workdir, corpus, name, mesh), batches, key))
     with workdir.checkpoints(name) as checkpoints:
         seconds = checkpoints.seconds()
     say(f"{name:<11} done in {clock(seconds)}, validation loss {loss:.4f} nats per token")
@@ -96,18 +84,9 @@ def _summarise_stage(workdir: Workdir, corpus: Corpus, name: str):
     workdir.write_summary(summary)
 
 
-def _objective(workdir: Workdir, corpus: Corpus, name: str) -> tuple[Callable[[str], Objective], dict]:
-    """What a stage minimises, as a function of the compute dtype, and its teacher's parameters."""
-    model = workdir.model(name, corpus)
-    teacher_name, _ = predecessors(workdir.config, name)
-    if teacher_name is None:
-        return lambda dtype: language_modelling(_in_dtype(model, dtype)), {}
-    teacher, teacher_params = workdir.load(teacher_name, corpus)
-    stage = workdir.config.stages[name]
-    return (
-        lambda dtype: distillation(_in_dtype(model, dtype), _in_dtype(teacher, dtype), stage, corpus.eos_id),
-        teacher_params,
-    )
+def _teacher_params(workdir: Workdir, corpus: Corpus, name: str, mesh: Mesh) -> dict:
+    teacher, _ = predecessors(workdir.config, name)
+    return workdir.load(teacher, corpus, mesh)[1] if teacher else {}
 
 
 def _stage_key(config: Config, name: str) -> jax.Array:
@@ -115,14 +94,15 @@ def _stage_key(config: Config, name: str) -> jax.Array:
     return jax.random.fold_in(jax.random.key(config.seed), zlib.crc32(name.encode()))
 
 
-def _initial_params(workdir, corpus, name, key, mesh):
-    """Fresh weights, over which come all weights that the origin stage has: a student starts from its teacher."""
+def _initial_params(workdir, corpus, name, mesh):
+    """Fresh weights, over which come all weights that the origin stage has: a student starts from its teacher.
+
+    Every device makes its own part of them.
+    """
     model = workdir.model(name, corpus)
-    fresh = jax.jit(lambda k: init_params(model, k), out_shardings=replicated(mesh))(key)
+    init = functools.partial(init_params, model)
+    shardings = parameter_shardings(jax.eval_shape(init, jax.random.key(0)), mesh)
+    key = jax.device_put(_stage_key(workdir.config, name), replicated(mesh))
+    fresh = jax.jit(init, out_shardings=shardings)(key)
     _, origin = predecessors(workdir.config, name)
-    return fresh | workdir.load(origin, corpus)[1] if origin else fresh
-
-
-def _in_dtype(model: Model, dtype: str) -> Model:
-    """The same model computing in another dtype; parameters stay f32."""
-    return type(model)(dataclasses.replace(model.cfg, dtype=dtype))
+    return fresh | workdir.load(origin, corpus, mesh)[1] if origin else fresh

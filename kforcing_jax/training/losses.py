@@ -1,4 +1,6 @@
-"""Losses and what is reported next to them, per offset of the window."""
+"""Losses and what is reported next to them, as sums that can be added over parts of a batch."""
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,42 +10,74 @@ import optax
 _LEAST_WEIGHT = 1e-9
 
 
-def next_token_loss(logits_BxNxV: jax.Array, tokens_BxN: jax.Array) -> jax.Array:
-    """Cross entropy loss_BxN-1 (nats) of every token after the first."""
-    return optax.softmax_cross_entropy_with_integer_labels(logits_BxNxV[:, :-1], tokens_BxN[:, 1:])
+class Mean(NamedTuple):
+    """A weighted mean in the making: means over the parts of a batch add up to the mean over all of it."""
+
+    total: jax.Array
+    weight: jax.Array
+
+    @property
+    def value(self) -> jax.Array:
+        return self.total / jnp.maximum(self.weight, _LEAST_WEIGHT)
 
 
-def window_loss(logits_BxNxKxV: jax.Array, targets_BxNxK: jax.Array) -> jax.Array:
-    """Cross entropy loss_BxNxK (nats) of the student's windows against the teacher's tokens."""
-    return optax.softmax_cross_entropy_with_integer_labels(logits_BxNxKxV, targets_BxNxK)
+def weighted_mean(values: jax.Array, weights: jax.Array) -> Mean:
+    """The mean of all values, weighted."""
+    return Mean(jnp.sum(weights * values), jnp.sum(weights))
 
 
-def weights_up_to_eos(targets_BxNxK: jax.Array, eos_id: int | None) -> jax.Array:
-    """1 up to and including the first EOS of each window, 0 after it: weights_BxNxK, f32.
+def loss_and_agreement(logits_xV: jax.Array, targets_x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Of every token: cross entropy (nats), and whether the argmax is the target."""
+    loss_x = optax.softmax_cross_entropy_with_integer_labels(logits_xV, targets_x)
+    return loss_x, jnp.argmax(logits_xV, axis=-1) == targets_x
 
-    What a teacher writes after its EOS is the beginning of another document; nobody will decode it.
+
+def next_token_weights(tokens_BxN: jax.Array, segments_BxN: jax.Array | None) -> jax.Array:
+    """1 where the next position continues the same text, 0 at the end of a row or segment and in padding: f32."""
+    if segments_BxN is None:
+        return jnp.ones(tokens_BxN.shape).at[:, -1].set(0)
+    continues_BxM = (segments_BxN[:, 1:] == segments_BxN[:, :-1]) & (segments_BxN[:, 1:] > 0)
+    return jnp.pad(continues_BxM.astype(jnp.float32), [(0, 0), (0, 1)])
+
+
+def window_weights(
+    window_BxNxK: jax.Array, tokens_BxN: jax.Array, segments_BxN: jax.Array | None, eos_id: int | None
+) -> jax.Array:
+    """Which tokens of the window after every position carry loss: weights_BxNxK, f32.
+
+    Not those after the first EOS of a window (None: there is no EOS), for what a teacher writes there is the beginning
+    of another document, and nobody will decode it. In rows of several segments, no window in the padding or after the
+    EOS that ends a segment: the teacher has never seen what follows.
     """
+    weights_BxNxK = _up_to_eos(window_BxNxK, eos_id)
+    if segments_BxN is None:
+        return weights_BxNxK
+    carries_BxN = segments_BxN > 0
+    if eos_id is not None:
+        carries_BxN &= tokens_BxN != eos_id
+    return weights_BxNxK * carries_BxN[..., None]
+
+
+def _up_to_eos(window_BxNxK, eos_id):
     if eos_id is None:
-        return jnp.ones(targets_BxNxK.shape)
-    is_eos = targets_BxNxK == eos_id
+        return jnp.ones(window_BxNxK.shape)
+    is_eos = window_BxNxK == eos_id
     eos_before_BxNxK = jnp.cumsum(is_eos, axis=-1) - is_eos
     return (eos_before_BxNxK == 0).astype(jnp.float32)
 
 
 def window_metrics(
-    logits_BxNxKxV: jax.Array, targets_BxNxK: jax.Array, weights_BxNxK: jax.Array
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The weighted mean loss over offsets and positions (paper, eq. 6), and scalar metrics.
+    loss_BxNxK: jax.Array, agrees_BxNxK: jax.Array, weights_BxNxK: jax.Array
+) -> tuple[Mean, dict[str, Mean]]:
+    """The mean loss over offsets and positions (paper, eq. 6), and what is reported next to it.
 
     Metrics: `loss_j` and `agreement_j` (argmax equals the teacher's token) for j = 1..K, and `block_agreement`
     (all offsets that carry loss agree).
     """
-    loss_BxNxK = window_loss(logits_BxNxKxV, targets_BxNxK)
-    agrees_BxNxK = jnp.argmax(logits_BxNxKxV, axis=-1) == targets_BxNxK
-    counts_K = jnp.maximum(weights_BxNxK.sum((0, 1)), _LEAST_WEIGHT)
-    loss_K = (weights_BxNxK * loss_BxNxK).sum((0, 1)) / counts_K
-    agreement_K = (weights_BxNxK * agrees_BxNxK).sum((0, 1)) / counts_K
-    metrics = {"block_agreement": (agrees_BxNxK | (weights_BxNxK == 0)).all(axis=-1).mean()}
-    for j in range(loss_K.shape[0]):
-        metrics[f"loss_{j + 1}"], metrics[f"agreement_{j + 1}"] = loss_K[j], agreement_K[j]
-    return jnp.sum(loss_K * counts_K) / counts_K.sum(), metrics
+    block_BxN = (agrees_BxNxK | (weights_BxNxK == 0)).all(axis=-1)
+    metrics = {"block_agreement": weighted_mean(block_BxN, weights_BxNxK[..., 0])}
+    for j in range(loss_BxNxK.shape[2]):
+        weights_BxN = weights_BxNxK[..., j]
+        metrics[f"loss_{j + 1}"] = weighted_mean(loss_BxNxK[..., j], weights_BxN)
+        metrics[f"agreement_{j + 1}"] = weighted_mean(agrees_BxNxK[..., j], weights_BxN)
+    return weighted_mean(loss_BxNxK, weights_BxNxK), metrics

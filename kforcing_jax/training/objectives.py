@@ -1,27 +1,67 @@
-"""What a stage minimises: (parameters, teacher's parameters, text, key) -> (loss, metrics)."""
+"""What a stage minimises.
 
+An objective is in two parts, so that a batch can be worked off piece by piece and give the same result: `draw_inputs`
+draws the randomness of a whole batch, and `losses` is a sum over rows.
+"""
+
+import dataclasses
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from kforcing_jax.config import StageConfig
+from kforcing_jax.data.packing import Batch
 from kforcing_jax.models import CausalLM, PushForwardLM
 from kforcing_jax.noise import sample_uniform
-from kforcing_jax.training.losses import next_token_loss, weights_up_to_eos, window_metrics
+from kforcing_jax.training.losses import (
+    Mean,
+    loss_and_agreement,
+    next_token_weights,
+    weighted_mean,
+    window_metrics,
+    window_weights,
+)
 from kforcing_jax.training.rollout import rollout
 
-Objective = Callable[[dict, dict, jax.Array, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
+
+class Inputs(NamedTuple):
+    """What a row's loss depends on besides parameters; every leaf has a leading axis of rows."""
+
+    batch: Batch
+    noise_BxNxK: jax.Array | None = None
+    tau_B: jax.Array | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """What a stage minimises.
+
+    `draw_inputs(batch, key) -> Inputs`; `losses(params, teacher_params, inputs) -> (loss, metrics)`, all `Mean`.
+    """
+
+    draw_inputs: Callable[[Batch, jax.Array], Inputs]
+    losses: Callable[[dict, dict, Inputs], tuple[Mean, dict[str, Mean]]]
 
 
 def language_modelling(model: CausalLM) -> Objective:
     """Next-token cross entropy on real text; there is no teacher and no randomness."""
 
-    def objective(params, teacher_params, tokens_BxN, key):
-        del teacher_params, key
-        return next_token_loss(model.apply({"params": params}, tokens_BxN), tokens_BxN).mean(), {}
+    def draw_inputs(batch, key):
+        del key
+        return Inputs(batch)
 
-    return objective
+    def losses(params, teacher_params, inputs):
+        del teacher_params
+        tokens_BxN, segments_BxN = inputs.batch
+        variables = {"params": params}
+        hidden_BxNx1xD, _ = model.apply(variables, tokens_BxN, segments_BxN=segments_BxN, method="begin")
+        targets_BxNx1 = jnp.roll(tokens_BxN, -1, axis=1)[..., None]
+        loss_BxNx1, _ = model.apply(variables, loss_and_agreement, hidden_BxNx1xD, targets_BxNx1, method="per_token")
+        return weighted_mean(loss_BxNx1[..., 0], next_token_weights(tokens_BxN, segments_BxN)), {}
+
+    return Objective(draw_inputs, losses)
 
 
 def distillation(
@@ -33,34 +73,34 @@ def distillation(
     """
     chunk = 1 if isinstance(teacher, CausalLM) else stage.window // 2
 
-    def objective(params, teacher_params, tokens_BxN, key):
+    def draw_inputs(batch, key):
         noise_key, tau_key = jax.random.split(key)
-        batch, length = tokens_BxN.shape
-        noise_BxNxK = sample_uniform(noise_key, (batch, length, stage.window))
-        tau_B = jax.random.uniform(tau_key, (batch,), minval=stage.tau_min, maxval=stage.tau_max)
-        targets_BxNxK = rollout(teacher, teacher_params, tokens_BxN, noise_BxNxK, tau_B, chunk)
-        weights_BxNxK = weights_up_to_eos(targets_BxNxK, eos_id if stage.skip_after_eos else None)
-        logits_BxNxKxV = student.apply({"params": params}, tokens_BxN, noise_BxNxK, tau_B)
-        return window_metrics(logits_BxNxKxV, jax.lax.stop_gradient(targets_BxNxK), weights_BxNxK)
+        noise_BxNxK = sample_uniform(noise_key, (*batch.tokens.shape, stage.window))
+        tau_B = jax.random.uniform(tau_key, batch.tokens.shape[:1], minval=stage.tau_min, maxval=stage.tau_max)
+        return Inputs(batch, noise_BxNxK, tau_B)
 
-    return objective
+    def losses(params, teacher_params, inputs):
+        (tokens_BxN, segments_BxN), noise_BxNxK, tau_B = inputs
+        targets_BxNxK = rollout(teacher, teacher_params, tokens_BxN, noise_BxNxK, tau_B, chunk, segments_BxN)
+        targets_BxNxK = jax.lax.stop_gradient(targets_BxNxK)
+        weights_BxNxK = window_weights(
+            targets_BxNxK, tokens_BxN, segments_BxN, eos_id if stage.skip_after_eos else None
+        )
+        variables = {"params": params}
+        hidden, _ = student.apply(variables, tokens_BxN, noise_BxNxK, tau_B, segments_BxN, method="begin")
+        per_token = student.apply(variables, loss_and_agreement, hidden, targets_BxNxK, method="per_token")
+        return window_metrics(*per_token, weights_BxNxK)
 
-
-def in_full_precision(objective: Objective) -> Objective:
-    """The same objective with every matmul at the highest precision (TPUs otherwise multiply f32 in bf16)."""
-
-    def precise(*args):
-        with jax.default_matmul_precision("highest"):
-            return objective(*args)
-
-    return precise
+    return Objective(draw_inputs, losses)
 
 
-def mean_loss(objective: Objective, params, teacher_params, batches_IxBxN: jax.Array, key: jax.Array) -> jax.Array:
-    """The objective's loss averaged over I batches, each with noise of its own."""
+def mean_loss(objective: Objective, params, teacher_params, batches: Batch, key: jax.Array) -> jax.Array:
+    """The objective's loss over I batches (leaves (I, B, N)), each with noise of its own."""
 
     def one(index_and_batch):
-        index, tokens_BxN = index_and_batch
-        return objective(params, teacher_params, tokens_BxN, jax.random.fold_in(key, index))[0]
+        index, batch = index_and_batch
+        inputs = objective.draw_inputs(batch, jax.random.fold_in(key, index))
+        return objective.losses(params, teacher_params, inputs)[0]
 
-    return jax.lax.map(one, (jnp.arange(len(batches_IxBxN)), batches_IxBxN)).mean()
+    losses = jax.lax.map(one, (jnp.arange(len(batches.tokens)), batches))
+    return Mean(losses.total.sum(), losses.weight.sum()).value

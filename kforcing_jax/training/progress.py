@@ -6,13 +6,15 @@ import sys
 import time
 from pathlib import Path
 
+import jax
+
 from kforcing_jax.errors import RunError
 
 
 class StageLog:
     """Averages metrics between reports, watches for NaN and knows how long the stage has left."""
 
-    def __init__(self, path: Path, stage: str, steps: int, tokens_per_step: int, seconds_before: float = 0.0):
+    def __init__(self, path: Path, stage: str, steps: int, tokens_per_step: float, seconds_before: float = 0.0):
         self._path, self._stage, self._steps, self._tokens_per_step = path, stage, steps, tokens_per_step
         self._start = time.monotonic() - seconds_before
         self._last_report = time.monotonic()
@@ -60,8 +62,9 @@ class StageLog:
         per_second = count * self._tokens_per_step / (now - self._last_report)
         record = {"stage": self._stage, "step": step} | means
         record |= {"tokens_per_second": round(per_second, 1), "seconds": round(self.seconds, 2)}
-        with self._path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        if jax.process_index() == 0:
+            with self._path.open("a") as file:
+                file.write(json.dumps(record) + "\n")
         eta = (self._steps - step) * (now - self._last_report) / count
         say(self._line(record, eta))
         self._since_report, self._last_report = [], now
@@ -85,5 +88,6 @@ def clock(seconds: float) -> str:
 
 
 def say(line: str):
-    """A line of progress, on stderr so that `--json` output on stdout stays clean."""
-    print(line, file=sys.stderr, flush=True)
+    """A line of progress, on stderr so that `--json` output on stdout stays clean; the first process speaks."""
+    if jax.process_index() == 0:
+        print(line, file=sys.stderr, flush=True)

@@ -3,10 +3,12 @@
 import jax
 import jax.numpy as jnp
 
-from kforcing_jax.models.attention import KeyValue, Past
+from kforcing_jax.models.attention import Causal
+from kforcing_jax.models.keys import KeyValue, Past
+from kforcing_jax.models.lm import text_positions
 
 
-def rollout(model, params, tokens_BxN, noise_BxNxK, tau_B, chunk: int):
+def rollout(model, params, tokens_BxN, noise_BxNxK, tau_B, chunk: int, segments_BxN=None):
     """The K tokens that a teacher generates after every position, for the given noise: tokens_BxNxK.
 
     Each pass extends every position's own window by `chunk` tokens: 1 for a CausalLM, the trained window for a
@@ -19,6 +21,7 @@ def rollout(model, params, tokens_BxN, noise_BxNxK, tau_B, chunk: int):
       noise_BxNxK: K uniforms after every position.
       tau_B: temperature of each sequence.
       chunk: tokens per teacher pass; divides K.
+      segments_BxN: segment ids of the text, where rows hold several documents.
     """
     batch, length, window = noise_BxNxK.shape
     if window % chunk:
@@ -29,29 +32,32 @@ def rollout(model, params, tokens_BxN, noise_BxNxK, tau_B, chunk: int):
     def call(method, *args):
         return model.apply({"params": params}, *args, method=method)
 
-    logits, prefix = call("begin", tokens_BxN, noise_IxBxNxC[0], tau_B)
-    first_chunk = model.draw(logits, noise_IxBxNxC[0], tau_Bx1x1)
+    def draw(hidden, noise_BxNxC):
+        return call("draw", hidden, noise_BxNxC, tau_Bx1x1)
+
+    hidden, prefix = call("begin", tokens_BxN, noise_IxBxNxC[0], tau_B, segments_BxN)
+    first_chunk = draw(hidden, noise_IxBxNxC[0])
     if window == chunk:
         return first_chunk
 
-    next_position_BxN = jnp.broadcast_to(jnp.arange(1, length + 1), (batch, length))
+    next_position_BxN = text_positions((batch, length), segments_BxN) + 1
 
     def one_pass(carry, step_and_noise):
         tokens_BxNxC, cache = carry
         step, noise_BxNxC = step_and_noise
         done = step * chunk
-        logits, own = call(
+        hidden, own = call(
             "extend",
             tokens_BxNxC,
             noise_BxNxC,
             tau_B,
             prefix,
-            next_position_BxN,
+            Causal(segments_BxN),
             next_position_BxN + done,
             Past(cache, done),
         )
         cache = jax.tree.map(lambda kept, new: jax.lax.dynamic_update_slice_in_dim(kept, new, done, axis=3), cache, own)
-        tokens_BxNxC = model.draw(logits, noise_BxNxC, tau_Bx1x1)
+        tokens_BxNxC = draw(hidden, noise_BxNxC)
         return (tokens_BxNxC, cache), tokens_BxNxC
 
     later_passes = window // chunk - 1

@@ -1,39 +1,143 @@
-"""The device mesh and how arrays lie on it."""
+"""The device mesh, and the rules by which parameters, optimiser state and batches lie on it."""
+
+import math
+import re
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from kforcing_jax.config import MeshConfig
-from kforcing_jax.errors import ConfigError
+from kforcing_jax.config import Config, MeshConfig
+from kforcing_jax.data.packing import Batch
+from kforcing_jax.errors import ConfigError, RunError
+from kforcing_jax.partitioning import AXES, ROWS
 
-AXES = ("data", "fsdp", "tensor")
+_MODEL = ("fsdp", "tensor")
+
+# The first rule whose pattern is found in a parameter's path says how its axes are split; no rule: not at all. Shapes
+# are (L, ...) inside the blocks. Attention heads and MLP columns are split over `tensor`, as in Megatron-LM, the other
+# large axis over `fsdp`. The vocabulary is never split (30,522 and 50,258 have few divisors, and whole rows of logits
+# are what loss and inverse CDF need): embedding and output layer are split along the model's width.
+RULES = (
+    (r"blocks/attn_qkv/kernel$", (None, "fsdp", None, "tensor", None)),  # L, D, 3, H, C
+    (r"blocks/attn_out/kernel$", (None, "tensor", None, "fsdp")),  # L, H, C, D
+    (r"blocks/mlp_in/kernel$", (None, "fsdp", "tensor")),  # L, D, F
+    (r"blocks/mlp_in/bias$", (None, "tensor")),  # L, F
+    (r"blocks/mlp_out/kernel$", (None, "tensor", "fsdp")),  # L, F, D
+    (r"embedding/embedding$", (None, _MODEL)),  # V, D
+    (r"output/kernel$", (_MODEL, None)),  # D, V
+    (r"noise_encoder/project/kernel$", (None, _MODEL)),  # 2D, D
+    (r"noise_encoder/mlp_(in|out)/kernel$", (_MODEL, None)),  # D, 4D and 4D, D
+)
 
 
-def make_mesh(config: MeshConfig) -> Mesh:
-    """A mesh with the axes data, fsdp and tensor over all devices.
+def mesh_shape(config: MeshConfig, devices: int) -> tuple[int, int, int]:
+    """Sizes of the axes data, fsdp and tensor; a size of -1 takes what the others leave.
 
     Raises:
-      ConfigError: the sizes do not multiply to the number of devices, or parameters would need splitting.
+      ConfigError: the sizes do not fit the number of devices.
     """
-    sizes = tuple(getattr(config, axis) for axis in AXES)
-    devices = jax.device_count()
-    if config.fsdp * config.tensor != 1:
+    sizes = [getattr(config, axis) for axis in AXES]
+    given = math.prod(size for size in sizes if size != -1)
+    described = ", ".join(f"mesh.{axis} = {size}" for axis, size in zip(AXES, sizes, strict=True))
+    if -1 in sizes and devices % given:
+        raise ConfigError(f"{described}: {given} does not divide the {devices} devices")
+    sizes = tuple(devices // given if size == -1 else size for size in sizes)
+    if math.prod(sizes) > devices:
+        raise ConfigError(f"{described}: {math.prod(sizes)} devices are needed, {devices} are here")
+    return sizes
+
+
+def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
+    """A mesh with the axes data, fsdp and tensor over all devices, or over the first ones if it needs fewer.
+
+    Raises:
+      ConfigError: the sizes do not fit the number of devices, or leave out some of another process.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = mesh_shape(config, len(devices))
+    used = math.prod(sizes)
+    if used < len(devices) and jax.process_count() > 1:
         raise ConfigError(
-            f"mesh.fsdp = {config.fsdp} and mesh.tensor = {config.tensor} should be 1: parameters are not sharded yet"
-        )
-    if config.data != devices:
-        raise ConfigError(
-            f"mesh.data = {config.data} should be {devices}, the number of {jax.default_backend()} devices"
+            f"mesh.data * mesh.fsdp * mesh.tensor = {used} should be {len(devices)}, all devices of the "
+            f"{jax.process_count()} processes; mesh.data = -1 takes what is there"
         )
     # Linen modules break under Explicit axes, which `make_mesh` defaults to.
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[:used])
+
+
+def check_divisible(config: Config, mesh: Mesh):
+    """Raises ConfigError when a batch or the model cannot be split evenly over the mesh."""
+    rows, fsdp, tensor = mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["fsdp"], mesh.shape["tensor"]
+    if config.model.num_heads % tensor:
+        raise ConfigError(f"model.num_heads = {config.model.num_heads} is not divisible by mesh.tensor = {tensor}")
+    if config.model.d_model % (fsdp * tensor):
+        raise ConfigError(
+            f"model.d_model = {config.model.d_model} is not divisible by mesh.fsdp * mesh.tensor = {fsdp * tensor}"
+        )
+    for name, stage in config.stages.items():
+        field = f"stages.{name.replace('-', '_')}"
+        if stage.batch_size % (rows * stage.accumulation):
+            raise ConfigError(
+                f"{field}.batch_size = {stage.batch_size} is not divisible by mesh.data * mesh.fsdp * "
+                f"{field}.accumulation = {rows} * {stage.accumulation}"
+            )
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows are split over data and fsdp."""
-    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    return NamedSharding(mesh, PartitionSpec(ROWS))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
     """Every device holds the whole array."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+def parameter_shardings(tree, mesh: Mesh):
+    """The sharding of every leaf by `RULES`: of parameters, and of anything that holds trees like them."""
+
+    def one(path, leaf):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        spec = next((spec for pattern, spec in RULES if re.search(pattern, name)), ())
+        return NamedSharding(mesh, PartitionSpec(*spec[: leaf.ndim]))
+
+    return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def abstract_on(tree, shardings):
+    """Shapes and dtypes of a tree, laid out by a tree of shardings (or one for all of it)."""
+    if isinstance(shardings, jax.sharding.Sharding):
+        shardings = jax.tree.map(lambda _: shardings, tree)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
+
+
+def process_share(mesh: Mesh, batch_size: int) -> tuple[int, int]:
+    """(index, count): this process's devices hold part `index` of a batch cut into `count` equal parts.
+
+    Processes that differ only along `tensor` hold the same rows, and share an index.
+    """
+    indices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
+    slices = [rows[0].indices(batch_size) for rows in indices.values()]
+    first, end = min(start for start, _, _ in slices), max(stop for _, stop, _ in slices)
+    if len({start for start, _, _ in slices}) * (slices[0][1] - slices[0][0]) != end - first:
+        raise RunError("the devices of this process do not hold neighbouring rows of a batch; make mesh.data larger")
+    return first // (end - first), batch_size // (end - first)
+
+
+def put_batch(batch: Batch, mesh: Mesh, batch_size: int) -> Batch:
+    """A batch of `batch_size` rows on the mesh, from the rows of `process_share`."""
+
+    def put(rows_RxN):
+        return jax.make_array_from_process_local_data(
+            batch_sharding(mesh), np.asarray(rows_RxN), (batch_size, *rows_RxN.shape[1:])
+        )
+
+    return jax.tree.map(put, batch)
+
+
+def put_validation(batches: Batch, mesh: Mesh) -> Batch:
+    """Batches (I, B, N) that every process has whole, on the mesh: by rows where they divide evenly."""
+    whole = batches.tokens.shape[1] % (mesh.shape["data"] * mesh.shape["fsdp"])
+    sharding = replicated(mesh) if whole else NamedSharding(mesh, PartitionSpec(None, ROWS))
+    return jax.device_put(batches, sharding)

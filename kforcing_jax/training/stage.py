@@ -1,20 +1,21 @@
 """Training one stage: steps, reports and checkpoints."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from kforcing_jax.config import LoggingConfig, StageConfig
-from kforcing_jax.training.checkpoints import StageCheckpoints, abstract_like
-from kforcing_jax.training.objectives import Objective, in_full_precision
+from kforcing_jax.data.packing import Batch
+from kforcing_jax.training.checkpoints import StageCheckpoints
+from kforcing_jax.training.objectives import Objective
 from kforcing_jax.training.optimizer import make_optimizer
 from kforcing_jax.training.progress import StageLog
-from kforcing_jax.training.sharding import batch_sharding, replicated
-from kforcing_jax.training.step import init_state, make_train_step
+from kforcing_jax.training.sharding import abstract_on, parameter_shardings, put_batch, replicated
+from kforcing_jax.training.step import TrainState, init_state, train_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,24 +27,51 @@ class Stage:
     objective: Callable[[str], Objective]  # compute dtype -> what is minimised
     initial_params: dict
     teacher_params: dict  # {} when the data is the teacher
-    batches: Callable[[int], Iterator[np.ndarray]]  # first step -> tokens_BxN: the data's state is the step
-    seq_len: int
+    batches: Callable[[int], Iterator[Batch]]  # first step -> this process's rows: the data's state is the step
+    tokens_per_step: float  # useful ones, of all processes
     key: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
-    """Steps up to `last_step` in one precision: one compiled program."""
+    """Steps up to `last_step` in one precision: one compiled program.
+
+    `dtype` is what the blocks compute in; `precision` is that of matmuls (TPUs multiply f32 in bf16 by default).
+    """
 
     dtype: str
+    precision: str | None
     last_step: int
 
 
 def precision_phases(config: StageConfig) -> list[Phase]:
-    """bf16 for the first part of the steps where the stage asks for it, then f32."""
+    """bf16 for the first part of the steps where the stage asks for it, then f32 at the highest matmul precision."""
     low = round(config.steps * config.bfloat16_fraction)
-    phases = [Phase("bfloat16", low), Phase("float32", config.steps)]
+    phases = [Phase("bfloat16", None, low), Phase("float32", "highest", config.steps)]
     return [phase for phase, start in zip(phases, (0, low), strict=True) if phase.last_step > start]
+
+
+def compiled_step(config: StageConfig, objective: Callable[[str], Objective], phase: Phase, state: TrainState):
+    """The jitted step of one phase: (state, teacher's params, batch, key) -> (state, metrics), the old state donated.
+
+    `state` (arrays or shapes) says how the new state is laid out; arguments have to lie on the mesh already.
+    """
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    step = functools.partial(
+        train_step,
+        objective(phase.dtype),
+        make_optimizer(config),
+        config.ema_decay,
+        config.accumulation,
+        phase.precision,
+    )
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(shardings.step.mesh)))
+
+
+def abstract_state(params, config: StageConfig, mesh: Mesh):
+    """Shapes and shardings of a stage's state, from its parameters or their shapes."""
+    state = jax.eval_shape(lambda p: init_state(p, make_optimizer(config)), params)
+    return abstract_on(state, parameter_shardings(state, mesh))
 
 
 def train(stage: Stage, mesh: Mesh, checkpoints: StageCheckpoints, metrics_path: Path, logging: LoggingConfig) -> None:
@@ -53,19 +81,16 @@ def train(stage: Stage, mesh: Mesh, checkpoints: StageCheckpoints, metrics_path:
       RunError: a loss or gradient that is not finite, and then the newest checkpoint is from before it; or a
         checkpoint that does not fit.
     """
-    steps, optimizer = stage.config.steps, make_optimizer(stage.config)
-    state = jax.jit(lambda params: init_state(params, optimizer), out_shardings=replicated(mesh))(stage.initial_params)
-    first, seconds_before = checkpoints.latest_step or 0, 0.0
-    if first:
-        state, seconds_before = checkpoints.restore(abstract_like(state, replicated(mesh)))
-
-    log = StageLog(metrics_path, stage.name, steps, stage.config.batch_size * stage.seq_len, seconds_before)
+    steps = stage.config.steps
+    first, state, seconds_before = _first_state(stage, mesh, checkpoints)
+    log = StageLog(metrics_path, stage.name, steps, stage.tokens_per_step, seconds_before)
     batches = stage.batches(first)
+    key = jax.device_put(stage.key, replicated(mesh))
     for phase in precision_phases(stage.config):
-        train_step = make_train_step(_objective(stage, phase), optimizer, stage.config.ema_decay, mesh)
+        step_function = compiled_step(stage.config, stage.objective, phase, state)
         for step in range(first + 1, phase.last_step + 1):
-            tokens_BxN = jax.device_put(next(batches), batch_sharding(mesh))
-            state, metrics = train_step(state, stage.teacher_params, tokens_BxN, stage.key)
+            batch = put_batch(next(batches), mesh, stage.config.batch_size)
+            state, metrics = step_function(state, stage.teacher_params, batch, key)
             log.add(step, metrics)
             if step % logging.log_every == 0 or step == steps:
                 log.report(step)
@@ -75,6 +100,12 @@ def train(stage: Stage, mesh: Mesh, checkpoints: StageCheckpoints, metrics_path:
         first = max(first, phase.last_step)
 
 
-def _objective(stage, phase):
-    objective = stage.objective(phase.dtype)
-    return in_full_precision(objective) if phase.dtype == "float32" else objective
+def _first_state(stage, mesh, checkpoints):
+    """(steps done, state, seconds they took), from the newest checkpoint or from the initial parameters."""
+    abstract = abstract_state(stage.initial_params, stage.config, mesh)
+    first = checkpoints.latest_step or 0
+    if first:
+        return first, *checkpoints.restore(abstract)
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    init = jax.jit(lambda params: init_state(params, make_optimizer(stage.config)), out_shardings=shardings)
+    return first, init(stage.initial_params), 0.0

@@ -4,10 +4,11 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
 
+from kforcing_jax.data.packing import Batch
+from kforcing_jax.partitioning import ROWS, constrain
+from kforcing_jax.training.losses import Mean
 from kforcing_jax.training.objectives import Objective
-from kforcing_jax.training.sharding import batch_sharding, replicated
 
 
 @flax.struct.dataclass
@@ -27,32 +28,68 @@ def init_state(params: dict, optimizer: optax.GradientTransformation) -> TrainSt
     )
 
 
-def make_train_step(objective: Objective, optimizer: optax.GradientTransformation, ema_decay: float, mesh: Mesh):
-    """The jitted step: (state, teacher's params, tokens_BxN, key) -> (state, metrics); the old state is donated.
+def train_step(
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    ema_decay: float,
+    accumulation: int,
+    precision: str | None,
+    state: TrainState,
+    teacher_params: dict,
+    batch: Batch,
+    key: jax.Array,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """(new state, metrics). Metrics are scalars: the objective's, `loss`, and `grad_norm` before clipping.
 
-    Randomness is a function of (key, state.step), so a resumed run repeats an uninterrupted one exactly.
-    Metrics are scalars: the objective's, `loss`, and `grad_norm` before clipping.
+    Randomness is a function of (key, state.step), so a resumed run repeats an uninterrupted one exactly. The batch is
+    worked off in `accumulation` parts, which changes memory and nothing else.
     """
-
-    def train_step(state: TrainState, teacher_params, tokens_BxN, key):
-        step_key = jax.random.fold_in(key, state.step)
-        (loss, metrics), grads = jax.value_and_grad(objective, has_aux=True)(
-            state.params, teacher_params, tokens_BxN, step_key
-        )
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        new_state = TrainState(
-            step=state.step + 1,
-            params=params,
-            ema=optax.incremental_update(params, state.ema, 1 - ema_decay),
-            opt_state=opt_state,
-        )
-        return new_state, metrics | {"loss": loss, "grad_norm": optax.tree.norm(grads)}
-
-    whole = replicated(mesh)
-    return jax.jit(
-        train_step,
-        in_shardings=(whole, whole, batch_sharding(mesh), whole),
-        out_shardings=(whole, whole),
-        donate_argnums=0,
+    # Around the gradient as a whole: a custom backward pass is traced after the forward pass has returned.
+    with jax.default_matmul_precision(precision):
+        inputs = objective.draw_inputs(batch, jax.random.fold_in(key, state.step))
+        grads, loss, metrics = _gradients(objective, state.params, teacher_params, inputs, accumulation)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    new_state = TrainState(
+        step=state.step + 1,
+        params=params,
+        ema=optax.incremental_update(params, state.ema, 1 - ema_decay),
+        opt_state=opt_state,
     )
+    metrics = {name: mean.value for name, mean in metrics.items()}
+    return new_state, metrics | {"loss": loss.value, "grad_norm": optax.tree.norm(grads)}
+
+
+def _gradients(objective, params, teacher_params, inputs, accumulation):
+    """(gradients of the mean loss, loss, metrics) of a whole batch."""
+
+    def total_loss(params, part):
+        loss, metrics = objective.losses(params, teacher_params, part)
+        return loss.total, (loss, metrics)
+
+    def of_part(part):
+        grads, (loss, metrics) = jax.grad(total_loss, has_aux=True)(params, part)
+        return grads, loss, metrics
+
+    if accumulation == 1:
+        grads, loss, metrics = of_part(inputs)
+    else:
+        parts = _parts(inputs, accumulation)
+        zeros = jax.tree.map(
+            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(of_part, jax.tree.map(lambda x: x[0], parts))
+        )
+        (grads, loss, metrics), _ = jax.lax.scan(
+            lambda sums, part: (jax.tree.map(jnp.add, sums, of_part(part)), None), zeros, parts
+        )
+    scale = Mean(1.0, loss.weight).value
+    return jax.tree.map(lambda g: g * scale, grads), loss, metrics
+
+
+def _parts(inputs, count):
+    """(B, ...) to (count, B / count, ...): every count-th row, so that every device keeps the rows it has."""
+
+    def split(x):
+        parts = x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1)
+        return constrain(parts, None, ROWS)
+
+    return jax.tree.map(split, inputs)

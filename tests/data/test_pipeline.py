@@ -32,11 +32,11 @@ def corpus(config, tmp_path_factory):
 
 def all_rows(corpus, split):
     source = corpus._source(split)
-    return np.stack([corpus._tokens(source[i]) for i in range(len(source))])
+    return np.stack([corpus._row(source[i])[0] for i in range(len(source))])
 
 
 def take(batches, count):
-    return np.stack(list(itertools.islice(batches, count)))
+    return np.stack([batch.tokens for batch in itertools.islice(batches, count)])
 
 
 def test_training_rows_end_to_end_are_documents_each_followed_by_eos(config, corpus):
@@ -78,7 +78,7 @@ def test_the_tokenizer_is_trained_on_the_training_split_alone(tmp_path):
     )
     assert corpus.vocab_size == 7 + 3
     unknown = corpus.tokenizer.backend.token_to_id("<unk>")
-    assert set(corpus.validation_rows(100).ravel()) == {unknown, corpus.eos_id}
+    assert set(corpus.validation_rows(100).tokens.ravel()) == {unknown, corpus.eos_id}
     assert unknown not in all_rows(corpus, "train")
 
 
@@ -206,7 +206,7 @@ def test_a_batch_depends_on_the_seed_and_its_number_alone(corpus):
 
 def test_the_largest_seed_is_accepted(config, tmp_path):
     corpus = prepare(config, 2**32 - 1, tmp_path / "data")
-    assert next(corpus.train_batches(4, 2**32 - 1)).shape == (4, 16)
+    assert next(corpus.train_batches(4, 2**32 - 1)).tokens.shape == (4, 16)
 
 
 def test_the_shares_of_all_processes_make_up_the_batch(corpus):
@@ -218,9 +218,9 @@ def test_the_shares_of_all_processes_make_up_the_batch(corpus):
 
 
 def test_validation_rows_are_as_many_as_there_are_and_fewer_are_the_first_of_more(corpus):
-    rows_RxN = corpus.validation_rows(10**6)
+    rows_RxN = corpus.validation_rows(10**6).tokens
     assert rows_RxN.shape == (corpus.num_validation_rows, 16) and rows_RxN.dtype == np.int32
-    np.testing.assert_array_equal(corpus.validation_rows(3), rows_RxN[:3])
+    np.testing.assert_array_equal(corpus.validation_rows(3).tokens, rows_RxN[:3])
 
 
 def test_a_batch_larger_than_the_training_split_is_refused_by_its_name(corpus):
@@ -246,3 +246,68 @@ def test_a_markov_corpus_has_rows_of_states_without_eos(tmp_path):
     rows_RxN = all_rows(corpus, "train")
     # Steps are likelier under the chain that made them than they would be at random.
     assert np.log(transitions_SxS[rows_RxN[:, :-1], rows_RxN[:, 1:]]).mean() > np.log(1 / 5)
+
+
+@pytest.fixture(scope="module", params=["segments", "padded"])
+def segmented(request, config, tmp_path_factory):
+    """A corpus of short documents, the longest of which do not fit into a row."""
+    path = tmp_path_factory.mktemp("sentences") / "sentences.txt"
+    rng = np.random.default_rng(1)
+    path.write_text("\n".join(f"{i}:" + "ab" * rng.integers(1, 9) for i in range(200)))
+    config = replace(config, path=str(path), packing=request.param, document_separator="\n")
+    return config, prepare(config, SEED, tmp_path_factory.mktemp("packed") / "data")
+
+
+def test_every_document_is_one_whole_segment_cut_to_a_row(segmented):
+    config, corpus = segmented
+    found = []
+    for split in ("train", "validation"):
+        source = corpus._source(split)
+        for tokens_N, segments_N in (corpus._row(source[i]) for i in range(len(source))):
+            assert (tokens_N[segments_N == 0] == corpus.eos_id).all()
+            for segment in range(1, segments_N.max() + 1):
+                found.append(corpus.tokenizer.decode(tokens_N[segments_N == segment]))
+    assert sorted(found) == sorted(document[: config.seq_len] for document in load_documents(config))
+
+
+def test_a_segmented_corpus_says_how_full_its_rows_are(segmented):
+    config, corpus = segmented
+    lengths = [min(len(document) + 1, 16) for document in load_documents(config)]
+    assert corpus.tokens_per_document == pytest.approx(np.mean(lengths), abs=0.5)
+    if config.packing == "padded":
+        assert corpus.useful_tokens_per_row == corpus.tokens_per_document
+    assert f"{corpus.useful_tokens_per_row:.1f} useful tokens each" in corpus.describe()
+    assert f"one document a row: {corpus.tokens_per_document:.1f}" in corpus.describe()
+
+
+def test_segments_travel_with_their_tokens(segmented):
+    _, corpus = segmented
+    source = corpus._source("train")
+    rows = {tuple(tokens_N): tuple(segments_N) for tokens_N, segments_N in map(corpus._row, source)}
+    batch = next(corpus.train_batches(8, SEED))
+    assert batch.tokens.shape == batch.segments.shape == (8, 16) and batch.segments.dtype == np.int32
+    assert all(rows[tuple(t)] == tuple(s) for t, s in zip(batch.tokens, batch.segments, strict=True))
+    validation = corpus.validation_batches(4, 2)
+    assert validation.tokens.shape == validation.segments.shape == (2, 2, 16)
+
+
+def test_rows_of_one_text_have_no_segments(corpus):
+    assert next(corpus.train_batches(2, SEED)).segments is None
+    assert corpus.validation_batches(4, 2).segments is None
+    assert corpus.describe() == f"{corpus.num_train_rows} training rows of 16, vocabulary {corpus.vocab_size}"
+
+
+def test_prompts_are_beginnings_that_go_on(segmented):
+    config, corpus = segmented
+    documents = load_documents(config)
+    prompts_BxP = corpus.prompts(5, 6)
+    assert 1 <= len(prompts_BxP) <= 5
+    for prompt_P in prompts_BxP:
+        start = corpus.tokenizer.decode(prompt_P)
+        assert len(start) == 6 and any(document.startswith(start) for document in documents)
+    with pytest.raises(DataError, match=r"evaluation\.prompt_length = 16: no validation document is longer"):
+        corpus.prompts(5, 16)
+
+
+def test_prompts_of_wrapped_text_are_beginnings_of_rows(corpus):
+    np.testing.assert_array_equal(corpus.prompts(3, 4), corpus.validation_rows(3).tokens[:, :4])

@@ -60,7 +60,7 @@ def decode_without_cache(model, params, prompt, noise_T, k, tau=1.0):
         u_K = jnp.asarray(noise_T[done : done + k])
         tokens = jnp.array([text + [0] * (longest + k - len(text))])
         logits = full_forward(model, params, tokens, jnp.broadcast_to(u_K, (*tokens.shape, k)), jnp.full(1, tau))
-        text += np.asarray(model.draw(logits[0, len(text) - 1], u_K, jnp.float32(tau))).tolist()
+        text += np.asarray(model.pick(logits[0, len(text) - 1], u_K, jnp.float32(tau))).tolist()
     return text[: len(prompt) + NEW]
 
 

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kforcing_jax.evaluation.fidelity import agreement, compare_with_joint, exact_joint, student_counts, window_logits
+from kforcing_jax.data.packing import Batch
+from kforcing_jax.evaluation.fidelity import agreement, compare_with_joint, exact_joint, student_counts, window_hidden
 from kforcing_jax.models import CausalLM, ModelConfig, PushForwardLM, init_params
 from kforcing_jax.noise import sample_uniform
 
@@ -28,6 +29,11 @@ def teacher():
 @pytest.fixture(scope="module")
 def student():
     return PushForwardLM(CFG), sharpened(PushForwardLM(CFG), 1)
+
+
+def window_logits(model, params, tokens, window):
+    hidden = window_hidden(model, params, tokens, window)
+    return model.apply({"params": params}, hidden, method="logits")
 
 
 def test_window_logits_equal_a_full_forward_over_text_and_window(teacher):
@@ -74,16 +80,10 @@ def test_student_counts_follow_the_students_own_windows(student):
 
 
 def test_a_map_that_is_the_teachers_agrees_everywhere_and_chance_is_its_collision_probability(teacher):
+    """The 'student' is the teacher itself: its window of one token is the teacher's draw."""
     model, params = teacher
-
-    class Oracle(CausalLM):
-        """A 'student' that is the teacher itself: its window of one token is the teacher's draw."""
-
-        def __call__(self, tokens_BxN, noise_BxNxK, tau_B):
-            return super().__call__(tokens_BxN)[:, :, None]
-
     batches = jax.random.randint(jax.random.key(0), (2, 3, 5), 0, STATES)
-    got = agreement(model, params, Oracle(CFG), params, batches, jax.random.key(1), window=1, tau=1.0, eos_id=None)
+    got = agreement(model, params, model, params, Batch(batches), jax.random.key(1), window=1, tau=1.0, eos_id=None)
     p = jax.nn.softmax(jnp.stack([model.apply({"params": params}, b) for b in batches]))
     assert got["agreement"] == [1.0] and got["block_agreement"] == 1.0
     assert got["chance"][0] == pytest.approx(float((p**2).sum(-1).mean()), rel=1e-5)
@@ -91,11 +91,11 @@ def test_a_map_that_is_the_teachers_agrees_everywhere_and_chance_is_its_collisio
 
 def test_agreement_counts_by_hand(teacher, student):
     tokens = jax.random.randint(jax.random.key(0), (1, 2, 4), 0, STATES)
-    got = agreement(*teacher, *student, tokens, jax.random.key(1), window=2, tau=1.0, eos_id=None)
+    got = agreement(*teacher, *student, Batch(tokens), jax.random.key(1), window=2, tau=1.0, eos_id=None)
     noise = sample_uniform(jax.random.fold_in(jax.random.key(1), 0), (2, 4, 2))
     logits = student[0].apply({"params": student[1]}, tokens[0], noise, jnp.ones(2))
     drawn = logits.argmax(-1)
-    teacher_draws = teacher[0].draw(window_logits(*teacher, tokens[0], drawn), noise, jnp.ones((1, 1, 1)))
+    teacher_draws = teacher[0].pick(window_logits(*teacher, tokens[0], drawn), noise, jnp.ones((1, 1, 1)))
     hits = np.asarray(teacher_draws == drawn)
     np.testing.assert_allclose(got["agreement"], hits.mean((0, 1)), rtol=1e-6)
     assert got["block_agreement"] == pytest.approx(hits.all(-1).mean())
@@ -103,8 +103,8 @@ def test_agreement_counts_by_hand(teacher, student):
 
 def test_what_follows_an_eos_is_not_counted(teacher, student):
     tokens = jax.random.randint(jax.random.key(0), (2, 2, 4), 0, STATES)
-    with_eos = agreement(*teacher, *student, tokens, jax.random.key(1), window=2, tau=1.0, eos_id=0)
-    without = agreement(*teacher, *student, tokens, jax.random.key(1), window=2, tau=1.0, eos_id=None)
+    with_eos = agreement(*teacher, *student, Batch(tokens), jax.random.key(1), window=2, tau=1.0, eos_id=0)
+    without = agreement(*teacher, *student, Batch(tokens), jax.random.key(1), window=2, tau=1.0, eos_id=None)
     assert with_eos["agreement"][0] == without["agreement"][0]
     assert with_eos["block_agreement"] >= without["block_agreement"]
 

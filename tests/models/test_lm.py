@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from kforcing_jax.models import CausalLM, PushForwardLM
-from kforcing_jax.models.attention import KeyValue, Past
+from kforcing_jax.models.keys import KeyValue, Past
 from kforcing_jax.models.lm import fourier_features
 
 BATCH, LENGTH, WINDOW = 2, 6, 3
@@ -24,11 +24,15 @@ def call(model, params, method, *args):
 
 
 def begin(model_and_params, *args):
-    return call(*model_and_params, "begin", *args)
+    """(logits, keys and values)"""
+    hidden, kept = call(*model_and_params, "begin", *args)
+    return call(*model_and_params, "logits", hidden), kept
 
 
 def extend(model_and_params, *args):
-    return call(*model_and_params, "extend", *args)
+    """(logits, keys and values)"""
+    hidden, kept = call(*model_and_params, "extend", *args)
+    return call(*model_and_params, "logits", hidden), kept
 
 
 def first_slots(kept, count):
@@ -196,7 +200,7 @@ def test_the_mask_id_always_has_logit_minus_1000(request, kind, text, noise):
     logits, _ = begin((model, params), text, noise, TAU)
     assert (logits[..., model.cfg.mask_id] == -1000).all()
     assert (jnp.delete(logits, model.cfg.mask_id, axis=-1) > -900).all()
-    assert (model.draw(logits, noise[..., : logits.shape[2]], TAU[:, None, None]) != model.cfg.mask_id).all()
+    assert (model.pick(logits, noise[..., : logits.shape[2]], TAU[:, None, None]) != model.cfg.mask_id).all()
 
 
 @pytest.mark.parametrize("mask_id", [0, 2, 3])
@@ -205,14 +209,14 @@ def test_a_causal_lm_never_draws_the_mask_however_hot(tiny_config, mask_id):
     model = CausalLM(dataclasses.replace(tiny_config, vocab_size=4, mask_id=mask_id))
     u = (jnp.arange(999) / 999).at[-1].set(1 - 2.0**-24)
     logits = jnp.zeros((999, 4)).at[:, mask_id].set(-1000.0)
-    drawn = np.bincount(model.draw(logits, u, jnp.full(999, 1000.0)), minlength=4)
+    drawn = np.bincount(model.pick(logits, u, jnp.full(999, 1000.0)), minlength=4)
     assert drawn[mask_id] == 0
     np.testing.assert_allclose(np.delete(drawn, mask_id), 333, atol=1)
 
 
 def test_a_push_forward_lm_draws_the_argmax_whatever_the_noise(rng, tiny_config):
     logits = jnp.asarray(rng.normal(size=(3, 4, 13)), jnp.float32)
-    tokens = PushForwardLM(tiny_config).draw(logits, rng.random((3, 4)), jnp.full((3, 1), 0.3))
+    tokens = PushForwardLM(tiny_config).pick(logits, rng.random((3, 4)), jnp.full((3, 1), 0.3))
     np.testing.assert_array_equal(tokens, logits.argmax(-1))
 
 

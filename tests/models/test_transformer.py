@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from kforcing_jax.models import CausalLM
+from kforcing_jax.models.attention import Causal
 from kforcing_jax.models.transformer import Backbone, ModelConfig, rotary_angles, rotate
 
 
@@ -44,12 +45,12 @@ def test_angles_are_f32_whatever_the_dtype_of_the_queries():
 def test_moving_a_whole_text_changes_nothing(rng, tiny_config):
     backbone = Backbone(tiny_config)
     x = jnp.asarray(rng.normal(size=(1, 4, 1, tiny_config.d_model)), jnp.float32)
-    stop, positions = jnp.arange(4)[None], jnp.arange(4)[None, :, None]
-    variables = jax.jit(backbone.init)(jax.random.key(0), x, positions, stop)
+    reach, positions = Causal(), jnp.arange(4)[None, :, None]
+    variables = jax.jit(backbone.init)(jax.random.key(0), x, positions, reach)
     apply = jax.jit(backbone.apply)
-    here, _ = apply(variables, x, positions, stop)
-    far, _ = apply(variables, x, positions + 300, stop)
-    stretched, _ = apply(variables, x, positions * 3, stop)
+    here, _ = apply(variables, x, positions, reach)
+    far, _ = apply(variables, x, positions + 300, reach)
+    stretched, _ = apply(variables, x, positions * 3, reach)
     np.testing.assert_allclose(far, here, atol=1e-4)
     assert jnp.abs(stretched - here).max() > 1e-2
 

@@ -12,7 +12,7 @@ from kforcing_jax import noise
 from kforcing_jax.decoding import generate
 from kforcing_jax.interop import official
 from kforcing_jax.models import CausalLM, PushForwardLM
-from kforcing_jax.training.losses import window_loss
+from kforcing_jax.training.losses import loss_and_agreement
 from kforcing_jax.training.rollout import rollout
 
 _HERE = Path(__file__).parent
@@ -38,8 +38,10 @@ def _apply(model, method, params, *args):
 
 
 def run(name, method, *args):
+    """What a method gives, hidden states turned into logits."""
     model, params = released(name)
-    return _apply(model, method, params, *args)
+    out = _apply(model, method, params, *args)
+    return out if method == "__call__" else (_apply(model, "logits", params, out[0]), out[1])
 
 
 def tokens():
@@ -121,8 +123,7 @@ def test_loss_and_agreement_of_a_student_with_its_teacher():
     text = tokens()[:, : u.shape[1]]
     target = targets("pflm2", text, u, 2)
     logits = run("pflm4", "__call__", text, u, ones())
-    loss = window_loss(logits, target)
-    agreement = logits.argmax(-1) == target
+    loss, agreement = loss_and_agreement(logits, target)
     for j in range(4):
         assert_logits_equal(loss[..., j], f"loss4/loss_{j + 1}")
         np.testing.assert_array_equal(agreement[..., j], recorded()[f"loss4/acc_{j + 1}"])

@@ -11,7 +11,7 @@ from micro import micro_config
 from kforcing_jax.config import MeshConfig
 from kforcing_jax.errors import ConfigError, DataError, RunError
 from kforcing_jax.training import curriculum
-from kforcing_jax.training.curriculum import predecessors
+from kforcing_jax.training.recipes import predecessors
 from kforcing_jax.training.sharding import make_mesh
 from kforcing_jax.workdir import Workdir
 
@@ -86,11 +86,11 @@ def test_a_run_stopped_between_and_within_stages_ends_like_an_uninterrupted_one(
 
 def test_a_student_starts_from_its_teachers_weights(finished):
     workdir, corpus = finished
-    key = jax.random.key(0)
-    start = curriculum._initial_params(workdir, corpus, "k2", key, make_mesh(MeshConfig()))
+    mesh = make_mesh(workdir.config.mesh)
+    start = curriculum._initial_params(workdir, corpus, "k2", mesh)
     for a, b in zip(jax.tree.leaves(start), weights(workdir, corpus, "k1"), strict=True):
         np.testing.assert_array_equal(a, b)
-    first = curriculum._initial_params(workdir, corpus, "k1", key, make_mesh(MeshConfig()))
+    first = curriculum._initial_params(workdir, corpus, "k1", mesh)
     for a, b in zip(jax.tree.leaves(first["backbone"]), weights(workdir, corpus, "ar"), strict=True):
         np.testing.assert_array_equal(a, b)
 

@@ -4,7 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kforcing_jax.training.losses import next_token_loss, weights_up_to_eos, window_metrics
+from kforcing_jax.training.losses import (
+    loss_and_agreement,
+    next_token_weights,
+    weighted_mean,
+    window_metrics,
+    window_weights,
+)
 
 EOS = 0
 
@@ -12,28 +18,50 @@ EOS = 0
 def test_tokens_after_the_first_eos_of_a_window_carry_no_weight():
     targets = jnp.array([[[3, EOS, 5, EOS], [EOS, 1, 1, 1], [1, 2, 3, 4]]])
     expected = [[[1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 1]]]
-    assert weights_up_to_eos(targets, EOS).tolist() == expected
+    assert window_weights(targets, jnp.ones((1, 3), int), None, EOS).tolist() == expected
 
 
 def test_without_an_eos_every_offset_carries_weight():
-    assert weights_up_to_eos(jnp.array([[[3, EOS, 5]]]), None).tolist() == [[[1, 1, 1]]]
+    assert window_weights(jnp.array([[[3, EOS, 5]]]), jnp.ones((1, 1), int), None, None).tolist() == [[[1, 1, 1]]]
 
 
-def test_next_token_loss_scores_each_token_by_the_position_before_it():
+def test_no_window_hangs_off_padding_or_off_the_end_of_a_segment():
+    tokens = jnp.array([[4, 5, EOS, 6, 7, EOS]])
+    segments = jnp.array([[1, 1, 1, 2, 2, 0]])
+    weights = window_weights(jnp.full((1, 6, 2), 3), tokens, segments, EOS)
+    assert weights[0, :, 0].tolist() == [1, 1, 0, 1, 1, 0]
+
+
+def test_next_tokens_count_within_a_segment_only():
+    tokens, segments = jnp.ones((1, 6), int), jnp.array([[1, 1, 2, 2, 0, 0]])
+    assert next_token_weights(tokens, segments).tolist() == [[1, 0, 1, 0, 0, 0]]
+    assert next_token_weights(tokens, None).tolist() == [[1, 1, 1, 1, 1, 0]]
+
+
+def test_loss_and_agreement_of_every_token():
     logits = jax.random.normal(jax.random.key(0), (2, 5, 7))
-    tokens = jax.random.randint(jax.random.key(1), (2, 5), 0, 7)
-    log_probs = np.asarray(jax.nn.log_softmax(logits))
-    expected = [[-log_probs[b, n, tokens[b, n + 1]] for n in range(4)] for b in range(2)]
-    np.testing.assert_allclose(next_token_loss(logits, tokens), expected, rtol=1e-6)
+    targets = jax.random.randint(jax.random.key(1), (2, 5), 0, 7)
+    loss, agrees = loss_and_agreement(logits, targets)
+    expected = -np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), np.asarray(targets)[..., None], -1)[..., 0]
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)
+    np.testing.assert_array_equal(agrees, logits.argmax(-1) == targets)
+
+
+def test_means_of_parts_add_up_to_the_mean_of_the_whole(rng):
+    values, weights = rng.random((2, 10)), rng.random((2, 10)) < 0.5
+    parts = [weighted_mean(v, w) for v, w in zip(values, weights, strict=True)]
+    summed = jax.tree.map(lambda a, b: a + b, *parts)
+    np.testing.assert_allclose(summed.value, values[weights].mean(), rtol=1e-6)
 
 
 def test_window_metrics_equal_plain_averages_over_the_offsets_that_count():
     batch, length, window, vocab = 2, 3, 4, 5
     logits = jax.random.normal(jax.random.key(0), (batch, length, window, vocab))
     targets = jax.random.randint(jax.random.key(1), (batch, length, window), 0, vocab)
-    weights = np.asarray(weights_up_to_eos(targets, EOS))
+    weights = np.asarray(window_weights(targets, jnp.ones((batch, length), int), None, EOS))
     assert 0 < weights.sum() < weights.size
-    loss, metrics = window_metrics(logits, targets, jnp.asarray(weights))
+    loss, metrics = window_metrics(*loss_and_agreement(logits, targets), jnp.asarray(weights))
+    loss, metrics = loss.value, {name: mean.value for name, mean in metrics.items()}
 
     log_probs, hits = np.asarray(jax.nn.log_softmax(logits)), np.asarray(logits.argmax(-1) == targets)
     nll = -np.take_along_axis(log_probs, np.asarray(targets)[..., None], -1)[..., 0]
@@ -47,5 +75,9 @@ def test_window_metrics_equal_plain_averages_over_the_offsets_that_count():
 
 def test_a_batch_in_which_nothing_counts_has_loss_zero_and_a_finite_gradient():
     targets = jnp.ones((1, 2, 2), jnp.int32)
-    grad = jax.grad(lambda x: window_metrics(x, targets, jnp.zeros((1, 2, 2)))[0])(jnp.ones((1, 2, 2, 3)))
-    assert np.isfinite(grad).all() and not np.any(grad)
+
+    def loss(logits):
+        return window_metrics(*loss_and_agreement(logits, targets), jnp.zeros((1, 2, 2)))[0].value
+
+    value, grad = jax.value_and_grad(loss)(jnp.ones((1, 2, 2, 3)))
+    assert value == 0 and np.isfinite(grad).all() and not np.any(grad)

@@ -9,24 +9,35 @@ import numpy as np
 import pytest
 
 from kforcing_jax.config import LoggingConfig, MeshConfig, StageConfig
+from kforcing_jax.data.packing import Batch
 from kforcing_jax.errors import RunError
 from kforcing_jax.training import stage as stage_module
-from kforcing_jax.training.checkpoints import StageCheckpoints, abstract_like
-from kforcing_jax.training.sharding import make_mesh, replicated
+from kforcing_jax.training.checkpoints import StageCheckpoints
+from kforcing_jax.training.losses import Mean, weighted_mean
+from kforcing_jax.training.objectives import Inputs, Objective
+from kforcing_jax.training.sharding import abstract_on, make_mesh, replicated
 from kforcing_jax.training.stage import Phase, Stage, precision_phases, train
 
 POISON = 99
 
 
-def objective(params, teacher_params, tokens_BxN, key):
-    noisy = params["w"] + 0.1 * jax.random.normal(key, params["w"].shape)
-    loss = jnp.mean((noisy - tokens_BxN) ** 2) + jnp.where(jnp.any(tokens_BxN == POISON), jnp.nan, 0.0)
-    return loss, {"agreement_1": jnp.float32(0.5)}
+def losses(params, teacher_params, inputs):
+    tokens_BxN, noise_Bx1x3 = inputs.batch.tokens, inputs.noise_BxNxK
+    loss_B = jnp.mean((params["w"] + noise_Bx1x3[:, 0] - tokens_BxN) ** 2, axis=1)
+    loss_B += jnp.where(jnp.any(tokens_BxN == POISON), jnp.nan, 0.0)
+    return weighted_mean(loss_B, jnp.ones(loss_B.shape)), {"agreement_1": Mean(jnp.float32(1), jnp.float32(2))}
+
+
+def draw_inputs(batch, key):
+    return Inputs(batch, 0.1 * jax.random.normal(key, (len(batch.tokens), 1, 3)))
+
+
+objective = Objective(draw_inputs, losses)
 
 
 def batches(first, poisoned_step=None):
     for step in itertools.count(first + 1):
-        yield np.full((2, 3), POISON if step == poisoned_step else step % 5, np.int32)
+        yield Batch(np.full((2, 3), POISON if step == poisoned_step else step % 5, np.int32))
 
 
 def make_stage(batches=batches, **config):
@@ -37,16 +48,20 @@ def make_stage(batches=batches, **config):
         initial_params={"w": jnp.zeros(3)},
         teacher_params={},
         batches=batches,
-        seq_len=3,
+        tokens_per_step=6,
         key=jax.random.key(0),
     )
 
 
+ONE_DEVICE = MeshConfig(data=1)
+
+
 def run(directory, stage, **logging):
+    mesh = make_mesh(ONE_DEVICE)
     with StageCheckpoints(directory / "checkpoints") as checkpoints:
         settings = LoggingConfig(**({"log_every": 2, "checkpoint_every": 3} | logging))
-        train(stage, make_mesh(MeshConfig()), checkpoints, directory / "metrics.jsonl", settings)
-        return checkpoints.restore_ema(abstract_like(stage.initial_params, replicated(make_mesh(MeshConfig()))))
+        train(stage, mesh, checkpoints, directory / "metrics.jsonl", settings)
+        return checkpoints.restore_ema(abstract_on(stage.initial_params, replicated(mesh)))
 
 
 def latest_step(directory):
@@ -77,16 +92,16 @@ def test_an_interrupted_stage_ends_exactly_like_an_uninterrupted_one(tmp_path, s
 
 def test_a_stage_is_one_compiled_program(tmp_path, monkeypatch):
     made = []
-    real = stage_module.make_train_step
-    monkeypatch.setattr(stage_module, "make_train_step", lambda *args: made.append(real(*args)) or made[-1])
+    real = stage_module.compiled_step
+    monkeypatch.setattr(stage_module, "compiled_step", lambda *args: made.append(real(*args)) or made[-1])
     run(tmp_path, make_stage())
     assert [step._cache_size() for step in made] == [1]
 
 
 def test_two_precisions_are_two_programs_and_f32_comes_last(tmp_path, monkeypatch):
     made, dtypes = [], []
-    real = stage_module.make_train_step
-    monkeypatch.setattr(stage_module, "make_train_step", lambda *args: made.append(real(*args)) or made[-1])
+    real = stage_module.compiled_step
+    monkeypatch.setattr(stage_module, "compiled_step", lambda *args: made.append(real(*args)) or made[-1])
     stage = make_stage(bfloat16_fraction=0.6)
     object.__setattr__(stage, "objective", lambda dtype: dtypes.append(dtype) or objective)
     run(tmp_path, stage)
@@ -95,12 +110,12 @@ def test_two_precisions_are_two_programs_and_f32_comes_last(tmp_path, monkeypatc
 
 
 def test_precision_phases_split_the_steps():
-    assert precision_phases(StageConfig(steps=10)) == [Phase("float32", 10)]
+    assert precision_phases(StageConfig(steps=10)) == [Phase("float32", "highest", 10)]
     assert precision_phases(StageConfig(steps=10, bfloat16_fraction=0.8)) == [
-        Phase("bfloat16", 8),
-        Phase("float32", 10),
+        Phase("bfloat16", None, 8),
+        Phase("float32", "highest", 10),
     ]
-    assert precision_phases(StageConfig(steps=10, bfloat16_fraction=1.0)) == [Phase("bfloat16", 10)]
+    assert precision_phases(StageConfig(steps=10, bfloat16_fraction=1.0)) == [Phase("bfloat16", None, 10)]
 
 
 @pytest.mark.parametrize("poisoned", [1, 4, 6, 7])

@@ -1,0 +1,89 @@
+"""How documents become rows of a fixed length."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+SEGMENT_DTYPE = np.uint16
+
+# Rows that a document may still join. More of them fill rows better and take longer.
+_OPEN_ROWS = 64
+
+
+class Batch(NamedTuple):
+    """Rows to train on.
+
+    `tokens` (B, N) int32. `segments` (B, N) int32: ids 1, 2, ... of the documents of a row, 0 where there is padding;
+    None where every row is one stretch of text.
+    """
+
+    tokens: np.ndarray
+    segments: np.ndarray | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Packed documents: tokens, segment ids as in `Batch`, and how many documents there are."""
+
+    tokens_RxN: np.ndarray
+    segments_RxN: np.ndarray | None = None
+    documents: int = 0
+
+    @property
+    def useful_tokens(self) -> int:
+        """Tokens that are not padding."""
+        return self.tokens_RxN.size if self.segments_RxN is None else int(np.count_nonzero(self.segments_RxN))
+
+    def in_order(self, order_R: np.ndarray) -> "Rows":
+        """The same rows in another order."""
+        segments_RxN = None if self.segments_RxN is None else self.segments_RxN[order_R]
+        return Rows(self.tokens_RxN[order_R], segments_RxN, self.documents)
+
+
+def pack(documents: Sequence[np.ndarray], packing: str, length: int, padding: int) -> Rows:
+    """Documents in rows of `length` tokens.
+
+    `wrapped`: end to end, whatever row they end up in; the remainder is dropped. `segments`: whole, each a segment of
+    its own, as many in a row as fit. `padded`: one in each row. The last two cut a document that is longer than a row.
+    """
+    if packing == "wrapped":
+        tokens_T = np.concatenate(documents)
+        rows_RxN = tokens_T[: len(tokens_T) // length * length].reshape(-1, length)
+        return Rows(rows_RxN, documents=len(documents))
+    documents = [document[:length] for document in documents]
+    lengths = [len(document) for document in documents]
+    rows = best_fit(lengths, length) if packing == "segments" else list(range(len(documents)))
+    return _lay_out(documents, rows, length, padding)
+
+
+def best_fit(lengths: Sequence[int], capacity: int) -> list[int]:
+    """The row of every document: of the open rows that have room the fullest, or else a new one.
+
+    When too many rows are open, the fullest is closed.
+    """
+    rows, open_ids, room = [], np.zeros(_OPEN_ROWS, int), np.zeros(_OPEN_ROWS, int)
+    opened = 0
+    for length in lengths:
+        slot = int(np.argmin(np.where(room >= length, room, capacity + 1)))
+        if room[slot] < length:
+            slot = int(np.argmin(room))
+            open_ids[slot], room[slot] = opened, capacity
+            opened += 1
+        rows.append(int(open_ids[slot]))
+        room[slot] -= length
+    return rows
+
+
+def _lay_out(documents, rows, length, padding):
+    shape = (max(rows) + 1, length)
+    tokens_RxN = np.full(shape, padding, documents[0].dtype)
+    segments_RxN = np.zeros(shape, SEGMENT_DTYPE)
+    filled_R, count_R = np.zeros(shape[0], int), np.zeros(shape[0], int)
+    for document, row in zip(documents, rows, strict=True):
+        at = slice(filled_R[row], filled_R[row] + len(document))
+        count_R[row] += 1
+        tokens_RxN[row, at], segments_RxN[row, at] = document, count_R[row]
+        filled_R[row] = at.stop
+    return Rows(tokens_RxN, segments_RxN, len(documents))

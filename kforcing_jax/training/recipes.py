@@ -1,0 +1,51 @@
+"""What each stage of a configuration is: its predecessors, its model, its objective. Nothing here touches an array."""
+
+import dataclasses
+from typing import NamedTuple
+
+from kforcing_jax.config import Config
+from kforcing_jax.models import CausalLM, ModelConfig, PushForwardLM
+from kforcing_jax.training.objectives import Objective, distillation, language_modelling
+
+
+class Vocabulary(NamedTuple):
+    """What a model knows of a tokenizer; a Corpus and a Tokenizer have these attributes too."""
+
+    vocab_size: int
+    mask_id: int
+    eos_id: int | None
+
+
+def predecessors(config: Config, name: str) -> tuple[str | None, str | None]:
+    """(teacher, origin): the stages that give a stage its targets and its first weights; None, None for `ar`.
+
+    The origin of k is the student of k / 2, by preference one taught like this one. A stage with
+    `teacher = "previous"` is taught by its origin, one with `teacher = "ar"` by the AR teacher.
+    """
+    stage = config.stages[name]
+    if not stage.window:
+        return None, None
+    if stage.window == 1:
+        return "ar", "ar"
+    earlier = [other for other, s in config.students.items() if s.window == stage.window // 2]
+    same = [other for other in earlier if config.stages[other].teacher == stage.teacher]
+    origin = (same or earlier)[0]
+    return ("ar" if stage.teacher == "ar" else origin), origin
+
+
+def stage_model(config: Config, name: str, vocabulary: Vocabulary, dtype: str = "float32") -> CausalLM | PushForwardLM:
+    """The model of a stage, whose blocks compute in `dtype`; parameters are f32 in any case."""
+    shape = dataclasses.asdict(config.model)
+    cfg = ModelConfig(vocab_size=vocabulary.vocab_size, mask_id=vocabulary.mask_id, dtype=dtype, **shape)
+    return PushForwardLM(cfg) if config.stages[name].window else CausalLM(cfg)
+
+
+def stage_objective(config: Config, name: str, vocabulary: Vocabulary, dtype: str = "float32") -> Objective:
+    """What a stage minimises, student and teacher computing in `dtype`."""
+    student = stage_model(config, name, vocabulary, dtype)
+    teacher, _ = predecessors(config, name)
+    if teacher is None:
+        return language_modelling(student)
+    return distillation(
+        student, stage_model(config, teacher, vocabulary, dtype), config.stages[name], vocabulary.eos_id
+    )
