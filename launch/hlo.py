@@ -150,6 +150,8 @@ class Module:
     entry: str
 
 
+# The one attribute that XLA prints on several lines.
+_KERNEL_METADATA = re.compile(r"kernel_metadata=\{\n[^\n]*\n\}")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) [^\n]*\{\n(.*?)^\}", re.MULTILINE | re.DOTALL)
 # No shape holds a space, a word and a parenthesis in this order, so the first of those is the opcode.
 _INSTRUCTION = re.compile(r"^ +(ROOT )?%?([\w.-]+) = (.*?) ([a-z][\w-]*)(\(.*)", re.MULTILINE)
@@ -161,7 +163,7 @@ def parse(text: str) -> Module:
     Raises:
       ValueError: the text has no ENTRY computation.
     """
-    found = list(_COMPUTATION.finditer(text))
+    found = list(_COMPUTATION.finditer(_KERNEL_METADATA.sub("kernel_metadata={}", text)))
     entries = [each[2] for each in found if each[1]]
     if not entries:
         raise ValueError("the text has no ENTRY computation: it should be the output of compiled.as_text()")

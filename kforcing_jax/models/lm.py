@@ -21,6 +21,7 @@ from kforcing_jax.models.attention import Causal
 from kforcing_jax.models.keys import KeyValue, Past
 from kforcing_jax.models.transformer import LAYER_NORM_EPSILON, Backbone, ModelConfig
 from kforcing_jax.noise import inverse_cdf
+from kforcing_jax.partitioning import ROWS, constrain
 
 NOISE_BASE = 10_000.0
 
@@ -181,10 +182,10 @@ class NoiseEncoder(nn.Module):
     @nn.compact
     def __call__(self, u_x: jax.Array, tau_x: jax.Array) -> jax.Array:
         features_xF = jnp.concatenate([fourier_features(u_x, self.d_model), fourier_features(tau_x, self.d_model)], -1)
-        x_xD = nn.Dense(self.d_model, name="project")(features_xF)
+        x_xD = constrain(nn.Dense(self.d_model, name="project")(features_xF), ROWS)
         h = nn.LayerNorm(epsilon=LAYER_NORM_EPSILON, name="norm")(x_xD)
-        h = nn.gelu(nn.Dense(4 * self.d_model, name="mlp_in")(h), approximate=False)
-        return x_xD + nn.Dense(self.d_model, name="mlp_out")(h)
+        h = constrain(nn.Dense(4 * self.d_model, name="mlp_in")(h), ROWS)
+        return x_xD + constrain(nn.Dense(self.d_model, name="mlp_out")(nn.gelu(h, approximate=False)), ROWS)
 
 
 def init_params(model: CausalLM | PushForwardLM, key: jax.Array) -> dict:

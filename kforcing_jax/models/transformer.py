@@ -87,7 +87,11 @@ def rotate(x_xHxC: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 
 
 class Block(nn.Module):
-    """One layer. Returns its output and the keys and values of its own tokens."""
+    """One layer. Returns its output and the keys and values of its own tokens.
+
+    Every product with a weight says how its result is split (rows, and heads or columns over `tensor`): left alone, XLA
+    gathers the rows of a batch as soon as that is less than the weights that `fsdp` has split.
+    """
 
     cfg: ModelConfig
 
@@ -99,6 +103,7 @@ class Block(nn.Module):
 
         h = norm(name="attn_norm")(x_BxAxGxD).astype(cfg.dtype)
         qkv = dense((3, cfg.num_heads, cfg.head_width), use_bias=False, name="attn_qkv")(h)
+        qkv = constrain(qkv, ROWS, None, None, None, "tensor")
         q, k, v = (qkv[..., i, :, :] for i in range(3))
         cos, sin = where.angles
         q, keys = rotate(q, cos, sin), KeyValue(rotate(k, cos, sin), v)
@@ -108,12 +113,13 @@ class Block(nn.Module):
             prefix, own = (jax.tree.map(lambda kv, at=at: kv[:, :, at], keys) for at in (0, slice(1, None)))
         past = None if past is None else Past(past, where.past_length)
         attended = group_attention(q, own, prefix, where.reach, past, cfg.attention)
-        x_BxAxGxD += dense(cfg.d_model, axis=(-2, -1), use_bias=False, name="attn_out")(attended)
+        attended = constrain(attended, ROWS, None, None, "tensor")
+        x_BxAxGxD += constrain(dense(cfg.d_model, axis=(-2, -1), use_bias=False, name="attn_out")(attended), ROWS)
 
         h = norm(name="mlp_norm")(x_BxAxGxD).astype(cfg.dtype)
-        h = nn.gelu(dense(4 * cfg.d_model, name="mlp_in")(h), approximate=True)
-        x_BxAxGxD += dense(cfg.d_model, name="mlp_out")(h)
-        return constrain(x_BxAxGxD, ROWS), keys
+        h = constrain(dense(4 * cfg.d_model, name="mlp_in")(h), ROWS, None, None, "tensor")
+        x_BxAxGxD += constrain(dense(cfg.d_model, name="mlp_out")(nn.gelu(h, approximate=True)), ROWS)
+        return x_BxAxGxD, keys
 
 
 @jax.tree_util.register_dataclass
