@@ -33,8 +33,8 @@ def get_config():
     # 64 rows a step on each of 8 chips, as many at a time as fit.
     shared = dict(steps=500_000, batch_size=512, bfloat16_fraction=0.8)
     config.stages.unlock()
-    config.stages.ar = default_stage(accumulation=4, **shared)
-    config.stages.k1 = default_stage(window=1, accumulation=8, **shared)
+    config.stages.ar = default_stage(accumulation=2, **shared)
+    config.stages.k1 = default_stage(window=1, accumulation=4, **shared)
     config.stages.k2 = default_stage(window=2, accumulation=8, **shared)
-    config.stages.k4 = default_stage(window=4, accumulation=16, **shared)
+    config.stages.k4 = default_stage(window=4, accumulation=8, **shared)
     return config.lock()

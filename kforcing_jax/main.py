@@ -6,7 +6,7 @@ python -m kforcing_jax.main --config=configs/tiny.py --workdir=runs/tiny
 from absl import flags
 from ml_collections import config_flags
 
-from kforcing_jax import cli
+from kforcing_jax import cli, distributed
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/; fields by --config.model.num_layers=6.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run directory; it is created, or resumed.", required=True)
@@ -14,8 +14,11 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "The run directory; it is create
 
 def main(_):
     config = cli.config_from_flag(_CONFIG)
+    distributed.start()
 
     # Heavy imports come after the configuration is known to be right.
+    import jax
+
     from kforcing_jax.evaluation.suite import evaluate
     from kforcing_jax.evaluation.tables import samples_text, table
     from kforcing_jax.training import curriculum
@@ -30,7 +33,8 @@ def main(_):
     say(f"{'data':<11} {corpus.describe()}")
     curriculum.run(workdir, corpus, mesh)
     summary = evaluate(workdir, corpus)
-    print(f"\n{table(summary)}\n\n{samples_text(summary)}\n\nReport: {workdir.path / 'report.html'}")
+    if jax.process_index() == 0:
+        print(f"\n{table(summary)}\n\n{samples_text(summary)}\n\nReport: {workdir.path / 'report.html'}")
 
 
 if __name__ == "__main__":

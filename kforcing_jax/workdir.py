@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 
 import jax
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from kforcing_jax.config import Config, parse
@@ -77,8 +78,17 @@ class Workdir:
         write_json(self.summary_path, summary)
 
     def corpus(self) -> Corpus:
-        """The prepared data, prepared now if it is not there."""
-        return prepare(self.config.data, self.config.seed, self.path / "data")
+        """The prepared data, prepared now (by the first process) if it is not there."""
+
+        def prepared():
+            return prepare(self.config.data, self.config.seed, self.path / "data")
+
+        if jax.process_count() == 1:
+            return prepared()
+        if jax.process_index() == 0:
+            prepared()
+        multihost_utils.sync_global_devices("data")
+        return prepared()
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer of the prepared data. Raises RunError when there is none."""

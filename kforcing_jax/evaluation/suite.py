@@ -23,6 +23,8 @@ _MOST_BLOCKS = 100_000
 def evaluate(workdir: Workdir, corpus: Corpus) -> dict:
     """Measures all finished stages; returns what it writes to summary.json.
 
+    Of several processes each does the same on its own first device, and the first one writes.
+
     Raises:
       RunError: the AR teacher is not finished.
     """
@@ -45,7 +47,8 @@ def evaluate(workdir: Workdir, corpus: Corpus) -> dict:
     prompt = corpus.tokenizer.decode(prompts_BxP[0])
     summary["samples"] = [{"prompt": prompt, "seed": _FIRST_SEED, "continuations": continuations}]
     workdir.write_summary(summary)
-    write_report(workdir.path)
+    if jax.process_index() == 0:
+        write_report(workdir.path)
     return summary
 
 

@@ -224,3 +224,17 @@ class _GroupedCausalMask(mask_lib.CausalMask):
     def __init__(self, length: int, group: int):
         super().__init__((length * group, length))
         self.q_sequence = np.arange(length * group, dtype=self.q_sequence.dtype) // group
+
+
+# Matmuls per query-key pair in each kernel: scores and sum; scores, d_v, d_p and d_k; scores, d_p and d_q.
+_MATMULS = {"splash_mha_fwd": 2, "splash_mha_dkv": 4, "splash_mha_dq": 3}
+
+
+def kernel_flops(kernel: str, q_BxHxRxC: tuple[int, ...], length: int) -> int:
+    """FLOPs of one call of a compiled kernel on R = length * group rows; 0 for a kernel that is not of this file.
+
+    XLA's cost analysis does not look into kernels.
+    """
+    matmuls = next((count for name, count in _MATMULS.items() if kernel.startswith(name)), 0)
+    batch, heads, rows, width = q_BxHxRxC
+    return 2 * matmuls * width * batch * heads * pairs(length, rows // length) if matmuls else 0

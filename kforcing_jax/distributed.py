@@ -1,0 +1,71 @@
+"""Several processes as one run: started from flags, or found on a Cloud TPU slice.
+
+Every process runs the same command. They share the work directory; the first one writes everything but checkpoints.
+"""
+
+from pathlib import Path
+
+from absl import flags
+
+from kforcing_jax.errors import ConfigError, RunError
+
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator_address", None, "host:port of process 0. Only for several processes that are not a Cloud TPU slice."
+)
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes there are.", lower_bound=1)
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.", lower_bound=0)
+
+
+def start():
+    """Joins the other processes of a run, if there are any. To be called before JAX looks for devices.
+
+    Raises:
+      ConfigError: flags that do not fit each other.
+      RunError: the other processes did not come.
+    """
+    given = {flag.name: flag.value for flag in (_COORDINATOR, _NUM_PROCESSES, _PROCESS_ID)}
+    missing = [f"--{name}" for name, value in given.items() if value is None]
+    if missing and len(missing) < len(given):
+        raise ConfigError(f"{' and '.join(missing)} missing: several processes need all of --{', --'.join(given)}")
+    if not missing:
+        _check(given)
+        _join(**given)
+    elif _has_tpu():
+        _join()
+
+
+def _check(given):
+    host, _, port = given["coordinator_address"].rpartition(":")
+    if not host or not port.isdecimal():
+        raise ConfigError(f"--coordinator_address={given['coordinator_address']} should be host:port")
+    if given["process_id"] >= given["num_processes"]:
+        raise ConfigError(
+            f"--process_id={given['process_id']} should be below --num_processes={given['num_processes']}"
+        )
+
+
+def _join(**settings):
+    import jax
+
+    try:
+        jax.distributed.initialize(**settings)
+    except ValueError:
+        # JAX knows no cluster here: one TPU host outside Google Cloud, such as a notebook's.
+        if settings:
+            raise
+    except Exception as error:  # the coordination service raises whatever its C++ status maps to
+        reason = " ".join(str(error).split())[:200]
+        raise RunError(
+            f"the processes of this run did not find each other ({reason}); start the same command on every host, "
+            "each with its own --process_id"
+        ) from None
+
+
+def _has_tpu() -> bool:
+    """Whether this machine has TPU chips, without waking them."""
+    import jax
+
+    platforms = jax.config.jax_platforms
+    if platforms and "tpu" not in platforms:
+        return False
+    return any(Path("/dev").glob("accel[0-9]*")) or any(Path("/dev/vfio").glob("[0-9]*"))
