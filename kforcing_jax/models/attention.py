@@ -22,6 +22,7 @@ quadratic). Over a text half of these pairs are in the future; how they are skip
 | cudnn          | GPU, half precision, bare text  | the stock flash kernel; a group of one needs no merging          |
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -143,22 +144,72 @@ def block_length(length: int) -> int:
 
 
 def _blockwise(q_BxAxGxHxC, own, prefix, reach, past):
-    """Blocks of anchors against the keys up to the block's end.
+    """Blocks of anchors against the keys up to the block's end, one after the other.
 
-    Every block is rematerialised in the backward pass, so that no more than one block's scores are alive.
+    The backward pass computes each block again, so that no more than one block's scores are alive.
     """
-    length = prefix.key.shape[1]
-    block, one_block = block_length(length), jax.checkpoint(_dense, static_argnums=5)
+    segments, tokens, length = (reach.segments_BxS, *((None, None) if past is None else past))
+    return _blocks_in_turn(q_BxAxGxHxC, own, prefix, tokens, segments, length)
+
+
+@jax.custom_vjp
+def _blocks_in_turn(q_BxAxGxHxC, own, prefix, past_tokens, segments_BxS, past_length):
+    return _forward(q_BxAxGxHxC, own, prefix, past_tokens, segments_BxS, past_length)[0]
+
+
+def _forward(*inputs):
     outputs = []
-    for start in range(0, length, block):
-        end = min(start + block, length)
-        q, block_own = jax.tree.map(lambda x, at=slice(start, end): x[:, at], (q_BxAxGxHxC, own))
-        keys = jax.tree.map(lambda kv, at=slice(end): kv[:, at], prefix)
-        block_past = None
-        if past is not None:
-            block_past = Past(jax.tree.map(lambda kv, at=slice(start, end): kv[:, at], past.tokens), past.length)
-        outputs.append(one_block(q, block_own, keys, reach, block_past, start))
-    return jnp.concatenate(outputs, axis=1)
+    for start, end in _blocks(inputs[0].shape[1]):
+        q, *keys = _of_block(start, end, *inputs[:4])
+        if outputs:
+            q = _after(outputs[-1], q)
+        outputs.append(_one_block(start, inputs[4:], q, *keys))
+    return jnp.concatenate(outputs, axis=1), inputs
+
+
+def _backward(inputs, d_out):
+    d_prefix, d_anchors = jax.tree.map(jnp.zeros_like, inputs[2]), []
+    for start, end in _blocks(d_out.shape[1]):
+        q, *keys = _of_block(start, end, *inputs[:4])
+        q = _after(d_prefix.key, q)
+        _, pull_back = jax.vjp(functools.partial(_one_block, start, inputs[4:]), q, *keys)
+        d_q, d_own, d_keys, d_past = pull_back(d_out[:, start:end])
+        d_prefix = jax.tree.map(lambda sums, new, end=end: sums.at[:, :end].add(new), d_prefix, d_keys)
+        d_anchors.append((d_q, d_own, d_past))
+    d_q, d_own, d_past = jax.tree.map(lambda *blocks: jnp.concatenate(blocks, axis=1), *d_anchors)
+    return d_q, d_own, d_prefix, d_past, None, None
+
+
+_blocks_in_turn.defvjp(_forward, _backward)
+
+
+def _blocks(length):
+    """(first anchor, end) of every block."""
+    block = block_length(length)
+    return [(start, min(start + block, length)) for start in range(0, length, block)]
+
+
+def _of_block(start, end, q, own, prefix, past_tokens):
+    """What belongs to a block of anchors, and the keys up to its end."""
+    q, own, past_tokens = jax.tree.map(lambda x: x[:, start:end], (q, own, past_tokens))
+    return q, own, jax.tree.map(lambda kv: kv[:, :end], prefix), past_tokens
+
+
+def _one_block(start, segments_and_past_length, q, own, keys, past_tokens):
+    segments_BxS, past_length = segments_and_past_length
+    past = None if past_tokens is None else Past(past_tokens, past_length)
+    return _dense(q, own, keys, Causal(segments_BxS), past, start)
+
+
+def _after(done, next_input):
+    """`next_input`, unchanged, but not there before `done`.
+
+    Blocks do not depend on each other, and XLA:CPU would work on all of them at once, every block's scores alive. It
+    drops optimization barriers before it schedules, so there has to be a dependence in the values: a zero, unless
+    there is a NaN.
+    """
+    first = done.ravel()[0]
+    return next_input + jnp.where(jnp.isnan(first), first, 0).astype(next_input.dtype)
 
 
 def _cudnn(q_BxNx1xHxC, text: KeyValue):
