@@ -77,7 +77,7 @@ class BackboneConfig:
     d_model: int = 128
     num_heads: int = 4
     remat: str = "blocks"  # blocks | attention | matmuls | nothing: what is kept for the backward pass, least first
-    attention: str = "auto"  # auto (by platform and size) | dense | blockwise | splash (TPU) | cudnn (GPU)
+    attention: str = "auto"  # over a text: auto (by platform and size) | dense | blockwise | splash (TPU) | cudnn (GPU)
 
     def __post_init__(self):
         _one_of("model.remat", self.remat, ("blocks", "attention", "matmuls", "nothing"))

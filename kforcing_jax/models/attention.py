@@ -64,13 +64,12 @@ def group_attention(
       prefix: keys and values (B, S, H, C) shared by all anchors of a row.
       reach: which prefix keys an anchor sees: `Causal`, or how many, stop_BxA.
       past: earlier tokens at the same anchors.
-      implementation: one of `IMPLEMENTATIONS`; `auto` chooses by platform and size.
+      implementation: one of `IMPLEMENTATIONS`. `auto` chooses by platform and size; so does what cannot serve here.
 
     Scores, softmax and its sums are f32 whatever the dtype of the queries. All implementations agree within rounding,
     in values and gradients.
     """
-    if implementation == "auto":
-        implementation = choose_implementation(q_BxAxGxHxC, own, prefix, reach, past)
+    implementation = choose_implementation(q_BxAxGxHxC, own, prefix, reach, past, implementation)
     if implementation == "splash":
         out = splash.group_attention(q_BxAxGxHxC, own, prefix, reach.segments_BxS, past)
     elif implementation == "cudnn":
@@ -82,17 +81,25 @@ def group_attention(
     return checkpoint_name(out, ATTENDED)
 
 
-def choose_implementation(q_BxAxGxHxC, own: KeyValue, prefix: KeyValue, reach, past) -> str:
-    """The implementation that `auto` stands for, from the platform that is compiled for and from the shapes."""
+def choose_implementation(q_BxAxGxHxC, own: KeyValue, prefix: KeyValue, reach, past, wanted: str = "auto") -> str:
+    """The implementation for these shapes on the platform that is compiled for: the wanted one where it can serve."""
     length = prefix.key.shape[1]
-    if not isinstance(reach, Causal) or length < _LEAST_BLOCKWISE_KEYS:
+    if not isinstance(reach, Causal):
         return "dense"
-    if platform() == "tpu" and splash.fits(q_BxAxGxHxC.shape):
-        return "splash"
     bare_text = own.key.shape[2] == 0 and past is None and reach.segments_BxS is None
-    if platform() == "gpu" and bare_text and q_BxAxGxHxC.dtype != jnp.float32:
-        return "cudnn"
-    return "blockwise"
+    serves = {
+        "dense": True,
+        "blockwise": True,
+        "splash": splash.fits(q_BxAxGxHxC.shape),
+        "cudnn": platform() == "gpu" and bare_text and q_BxAxGxHxC.dtype != jnp.float32,
+    }
+    if serves.get(wanted):
+        return wanted
+    if length < _LEAST_BLOCKWISE_KEYS:
+        return "dense"
+    if platform() == "tpu" and serves["splash"]:
+        return "splash"
+    return "cudnn" if serves["cudnn"] else "blockwise"
 
 
 def _dense(q_BxAxGxHxC, own, prefix, reach, past, first=0):

@@ -13,6 +13,8 @@ Passes give hidden states, not logits: `per_token` applies the output layer and 
 few positions at a time, so that nobody ever holds the logits of a whole batch.
 """
 
+import math
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -185,7 +187,21 @@ class NoiseEncoder(nn.Module):
         x_xD = constrain(nn.Dense(self.d_model, name="project")(features_xF), ROWS)
         h = nn.LayerNorm(epsilon=LAYER_NORM_EPSILON, name="norm")(x_xD)
         h = constrain(nn.Dense(4 * self.d_model, name="mlp_in")(h), ROWS)
-        return x_xD + constrain(nn.Dense(self.d_model, name="mlp_out")(nn.gelu(h, approximate=False)), ROWS)
+        return x_xD + constrain(nn.Dense(self.d_model, name="mlp_out")(exact_gelu(h)), ROWS)
+
+
+@jax.custom_vjp
+def exact_gelu(x: jax.Array) -> jax.Array:
+    """x P(standard normal <= x). Its backward pass needs x alone; the derived one keeps three arrays of this size."""
+    return jax.nn.gelu(x, approximate=False)
+
+
+def _exact_gelu_gradient(x, d_out):
+    density = jnp.exp(-(x**2) / 2) / math.sqrt(2 * math.pi)
+    return (d_out * (jax.scipy.special.ndtr(x) + x * density),)
+
+
+exact_gelu.defvjp(lambda x: (exact_gelu(x), x), _exact_gelu_gradient)
 
 
 def init_params(model: CausalLM | PushForwardLM, key: jax.Array) -> dict:

@@ -37,8 +37,8 @@ class ModelConfig:
     """Shape of a model. `mask_id` is the id that is never drawn (its logit is -1000).
 
     `dtype` is the compute dtype of the blocks; parameters, normalisation, logits and softmax are always f32.
-    `remat` is what the backward pass finds in memory, one of `REMAT_POLICIES`. `attention` is how attention is
-    computed, one of `attention.IMPLEMENTATIONS`. Neither changes a result beyond rounding.
+    `remat` is what the backward pass finds in memory, one of `REMAT_POLICIES`. `attention` is how attention over
+    a text is computed where that can be, one of `attention.IMPLEMENTATIONS`. Neither changes a result beyond rounding.
     """
 
     vocab_size: int

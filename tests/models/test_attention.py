@@ -110,15 +110,25 @@ def test_a_past_at_every_position_equals_a_dense_mask(rng, implementation):
     assert_same_values_and_gradients(ours, dense, inputs, rng)
 
 
-def test_the_implementation_follows_the_reach_and_the_length():
-    def chosen(length, reach):
-        q = jnp.zeros((1, length, 3, 1, 4))
-        own, prefix = jnp.zeros((1, length, 2, 1, 4)), jnp.zeros((1, length, 1, 4))
-        return choose_implementation(q, KeyValue(own, own), KeyValue(prefix, prefix), reach, None)
-
-    assert chosen(1024, Causal()) == "blockwise"
-    assert chosen(64, Causal()) == "dense"
-    assert chosen(1024, jnp.zeros((1, 1024), int)) == "dense"
+@pytest.mark.parametrize(
+    "length, reach, wanted, chosen",
+    [
+        (1024, Causal(), "auto", "blockwise"),
+        (64, Causal(), "auto", "dense"),
+        (64, Causal(), "blockwise", "blockwise"),
+        (1024, Causal(), "dense", "dense"),
+        (1024, Causal(), "splash", "splash"),
+        (1000, Causal(), "splash", "blockwise"),
+        (1024, Causal(), "cudnn", "blockwise"),
+        (1, Causal(), "splash", "dense"),
+        (1024, jnp.zeros((1, 1024), int), "splash", "dense"),
+    ],
+)
+def test_the_implementation_follows_the_wish_the_reach_and_the_length(length, reach, wanted, chosen):
+    q = jnp.zeros((1, length, 3, 1, 4))
+    own, prefix = jnp.zeros((1, length, 2, 1, 4)), jnp.zeros((1, length, 1, 4))
+    keys = KeyValue(own, own), KeyValue(prefix, prefix)
+    assert choose_implementation(q, *keys, reach, None, wanted) == chosen
 
 
 def compiled(implementation, length, group, gradient):

@@ -10,7 +10,7 @@ import pytest
 
 from kforcing_jax.models import CausalLM, PushForwardLM
 from kforcing_jax.models.keys import KeyValue, Past
-from kforcing_jax.models.lm import fourier_features
+from kforcing_jax.models.lm import exact_gelu, fourier_features, text_positions
 
 BATCH, LENGTH, WINDOW = 2, 6, 3
 TAU = jnp.array([0.7, 1.0])
@@ -244,3 +244,29 @@ def test_kept_keys_and_values_have_one_entry_per_layer_and_text_token(push_forwa
     cfg = push_forward_lm[0].cfg
     assert isinstance(kept, KeyValue)
     assert kept.key.shape == kept.value.shape == (cfg.num_layers, BATCH, LENGTH, cfg.num_heads, cfg.head_width)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_documents_that_share_a_row_are_as_if_alone(request, kind, text, noise):
+    """Logits, keys and values of segments of two and four tokens equal those of rows of their own."""
+    model = request.getfixturevalue(kind)
+    segments = jnp.broadcast_to(jnp.array([1, 1, 2, 2, 2, 2]), (BATCH, LENGTH))
+    packed, kept = begin(model, text, noise, TAU, segments)
+    for part in (slice(0, 2), slice(2, 6)):
+        alone, kept_alone = begin(model, text[:, part], noise[:, part], TAU)
+        np.testing.assert_allclose(packed[:, part], alone, atol=TOLERANCE)
+        for a, b in zip(kept, kept_alone, strict=True):
+            np.testing.assert_allclose(a[:, :, part], b, atol=TOLERANCE)
+
+
+def test_positions_start_again_in_every_segment():
+    segments = jnp.array([[1, 1, 2, 2, 2, 0], [1, 2, 3, 3, 0, 0]])
+    assert text_positions((2, 6), segments).tolist() == [[0, 1, 0, 1, 2, 0], [0, 0, 0, 1, 0, 1]]
+    assert text_positions((1, 3), None).tolist() == [[0, 1, 2]]
+
+
+def test_the_exact_gelu_and_its_gradient():
+    x = jnp.linspace(-6, 6, 101)
+    expected = jax.vmap(jax.value_and_grad(lambda x: jax.nn.gelu(x, approximate=False)))(x)
+    actual = jax.vmap(jax.value_and_grad(exact_gelu))(x)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), actual, expected)

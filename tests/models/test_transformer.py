@@ -1,15 +1,17 @@
 """Rotary positions, the shape of the parameters, and what a ModelConfig refuses."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kforcing_jax.models import CausalLM
+from kforcing_jax.models import CausalLM, PushForwardLM, init_params, transformer
 from kforcing_jax.models.attention import Causal
 from kforcing_jax.models.transformer import Backbone, ModelConfig, rotary_angles, rotate
+from kforcing_jax.training.losses import loss_and_agreement
 
 
 def rotated(x_HxC, position):
@@ -87,3 +89,102 @@ def test_the_teacher_and_the_student_have_the_same_backbone(causal_lm, push_forw
 def test_a_shape_that_cannot_be_built_is_refused(tiny_config: ModelConfig, changes, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(tiny_config, **changes)
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """An output layer that holds two anchors' logits at a time."""
+    monkeypatch.setattr(transformer, "_MOST_LOGITS", 2 * 3 * 2 * 13)
+
+
+def per_token_and_plain(model_and_params, rng):
+    """Loss and tokens of random hidden states, and their gradients, through chunks and with all logits at once."""
+    model, params = model_and_params
+    hidden = jnp.asarray(rng.normal(size=(2, 6, 3, model.cfg.d_model)), jnp.float32)
+    targets, u = jnp.asarray(rng.integers(0, 9, size=(2, 6, 3))), jnp.asarray(rng.random((2, 6, 3)), jnp.float32)
+    tau, variables = jnp.array([0.5, 1.0])[:, None, None], {"params": params}
+
+    def chunked(params, hidden):
+        loss, _ = model.apply({"params": params}, loss_and_agreement, hidden, targets, method="per_token")
+        return loss.sum()
+
+    def plain(params, hidden):
+        return loss_and_agreement(model.apply({"params": params}, hidden, method="logits"), targets)[0].sum()
+
+    values = [jax.jit(jax.value_and_grad(f, argnums=(0, 1)))(params, hidden) for f in (chunked, plain)]
+    drawn = model.apply(variables, hidden, u, tau, method="draw")
+    return values, (
+        drawn,
+        model.pick(model.apply(variables, hidden, method="logits"), u, jnp.broadcast_to(tau, u.shape)),
+    )
+
+
+@pytest.mark.parametrize("kind", ["causal_lm", "push_forward_lm"])
+def test_a_few_positions_at_a_time_give_what_all_logits_give(request, rng, small_chunks, kind):
+    model = request.getfixturevalue(kind)
+    assert transformer.num_chunks((2, 6, 3), model[0].cfg.vocab_size) == 3
+    (chunked, plain), (drawn, picked) = per_token_and_plain(model, rng)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-5), chunked, plain)
+    np.testing.assert_array_equal(drawn, picked)
+
+
+@pytest.mark.parametrize("anchors", [1, 7, 96, 1024])
+def test_chunks_divide_the_anchors_and_stay_within_the_limit(anchors):
+    for group, vocabulary in ((1, 13), (4, 50_258)):
+        chunks = transformer.num_chunks((8, anchors, group), vocabulary)
+        assert anchors % chunks == 0
+        assert anchors // chunks * 8 * group * vocabulary <= transformer._MOST_LOGITS or chunks == anchors
+
+
+def test_memory_of_the_loss_does_not_grow_with_all_logits(tiny_config):
+    """Forward and backward of the loss over 4,096 and 16,384 positions of a vocabulary of 20,000."""
+    model = CausalLM(dataclasses.replace(tiny_config, vocab_size=20_000))
+    params = jax.eval_shape(functools.partial(init_params, model), jax.random.key(0))
+
+    def loss(params, hidden, targets):
+        return model.apply({"params": params}, loss_and_agreement, hidden, targets, method="per_token")[0].sum()
+
+    def temporary_bytes(length):
+        hidden = jax.ShapeDtypeStruct((1, length, 1, 16), jnp.float32)
+        targets = jax.ShapeDtypeStruct((1, length, 1), jnp.int32)
+        compiled = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(params, hidden, targets).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    short, long = temporary_bytes(4096), temporary_bytes(16_384)
+    assert long < 1.1 * short
+    assert long < 16_384 * 20_000 * 4
+
+
+@pytest.mark.parametrize("remat", ["attention", "matmuls", "nothing"])
+def test_what_is_kept_for_the_backward_pass_changes_no_gradient(rng, push_forward_lm, remat):
+    model, params = push_forward_lm
+    tokens, noise = rng.integers(0, 9, size=(2, 5)), jnp.asarray(rng.random((2, 5, 2)), jnp.float32)
+
+    def gradient(policy):
+        other = PushForwardLM(dataclasses.replace(model.cfg, remat=policy))
+        return jax.jit(jax.grad(lambda p: (other.apply({"params": p}, tokens, noise, jnp.ones(2)) ** 2).mean()))(params)
+
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), gradient(remat), gradient("blocks")
+    )
+
+
+def test_keeping_more_takes_more_memory_and_repeats_less(tiny_config):
+    def memory_and_flops(policy):
+        model = CausalLM(dataclasses.replace(tiny_config, num_layers=8, d_model=32, remat=policy))
+        params = jax.eval_shape(functools.partial(init_params, model), jax.random.key(0))
+        tokens = jax.ShapeDtypeStruct((4, 96), jnp.int32)
+        gradient = jax.jit(jax.grad(lambda p, t: model.apply({"params": p}, t).sum()))
+        compiled = gradient.lower(params, tokens).compile()
+        return compiled.memory_analysis().temp_size_in_bytes, compiled.cost_analysis()["flops"]
+
+    memory, flops = zip(*map(memory_and_flops, transformer.REMAT_POLICIES), strict=True)
+    assert max(memory[:2]) < memory[2] < memory[3]
+    assert flops[0] > flops[1] > flops[2] >= flops[3]
+
+
+def test_an_unknown_policy_or_implementation_is_refused(tiny_config):
+    with pytest.raises(ValueError, match=r"model\.remat = 'some' is not one of blocks, attention, matmuls, nothing"):
+        dataclasses.replace(tiny_config, remat="some")
+    with pytest.raises(ValueError, match=r"model\.attention = 'flash' is not one of auto, dense"):
+        dataclasses.replace(tiny_config, attention="flash")

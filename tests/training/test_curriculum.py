@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from micro import micro_config
 
-from kforcing_jax.config import MeshConfig
-from kforcing_jax.errors import ConfigError, DataError, RunError
+from kforcing_jax.errors import DataError, RunError
 from kforcing_jax.training import curriculum
 from kforcing_jax.training.recipes import predecessors
 from kforcing_jax.training.sharding import make_mesh
@@ -109,12 +108,6 @@ def test_a_batch_larger_than_the_corpus_is_refused_before_any_stage(tmp_path):
     with pytest.raises(DataError, match=r"stages\.k2\.batch_size = 49 is more than the 48 training rows"):
         train(tmp_path, micro_config(k2=dict(batch_size=49)))
     assert not (tmp_path / "stages").exists()
-
-
-@pytest.mark.parametrize("axis", ["data", "fsdp", "tensor"])
-def test_a_mesh_that_does_not_fit_is_refused(axis):
-    with pytest.raises(ConfigError, match=rf"mesh\.{axis} = 3"):
-        make_mesh(dataclasses.replace(MeshConfig(), **{axis: 3}))
 
 
 def test_a_directory_of_another_config_is_refused_by_field(finished):

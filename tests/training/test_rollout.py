@@ -111,3 +111,14 @@ def test_tokens_after_a_position_do_not_depend_on_later_text(rng, request, text,
     first, second = (rolled_out(teacher, x, noise, TAU, chunk) for x in (text, other))
     np.testing.assert_array_equal(first[:, :3], second[:, :3])
     assert (first[:, 3:] != second[:, 3:]).any()
+
+
+@pytest.mark.parametrize("teacher, chunk", [("causal_lm", 1), ("push_forward_lm", 2)])
+def test_a_rollout_never_leaves_its_segment(rng, request, text, teacher, chunk):
+    """Documents of two and three tokens in one row are rolled out as they are in rows of their own."""
+    model, noise = request.getfixturevalue(teacher), uniforms(rng, 4)
+    segments = np.broadcast_to([1, 1, 2, 2, 2], text.shape)
+    packed = np.asarray(_rollout(*model, text, noise, TAU, chunk, segments))
+    for part in (slice(0, 2), slice(2, 5)):
+        alone = rolled_out(model, text[:, part], noise[:, part], TAU, chunk)
+        np.testing.assert_array_equal(packed[:, part], alone)
