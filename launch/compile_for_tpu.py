@@ -21,6 +21,7 @@ os.environ |= {
     "TPU_STDERR_LOG_LEVEL": "3",
 }
 
+import concurrent.futures
 import dataclasses
 import functools
 import hashlib
@@ -52,7 +53,7 @@ from kforcing_jax.training.sharding import (
     parameter_shardings,
     replicated,
 )
-from kforcing_jax.training.stage import abstract_state, compiled_step, precision_phases
+from kforcing_jax.training.stage import Phase, abstract_state, compiled_step, precision_phases
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/; fields by --config.model.remat=blocks.")
 _TOPOLOGY = flags.DEFINE_string("topology", "v5e:2x4", "The slice: v5e:2x4, v5p:2x2x1, v6e:4x4, ...")
@@ -99,16 +100,19 @@ def main(_):
         print(f"{_TOPOLOGY.value}: {len(devices)} x {devices[0].device_kind}, {limit / _GIB:.2f} GiB each", flush=True)
         print(_HEADER, flush=True)
     stages = {}
-    for name in names:
-        reports = [_report(config, name, index, mesh, limit) for index in range(_num_phases(config, name))]
-        if not _JSON.value:
-            for report in reports:
-                print(_row(name, report), flush=True)
-        stages[name] = _summary(reports)
-        if _LARGEST_BATCH.value:
-            stages[name]["largest_rows_at_a_time"] = largest = _largest_rows(config, name, mesh, limit)
+    # The compiler works on one core for one program.
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        reports = {name: _reports(config, name, mesh, limit, pool) for name in names}
+        for name in names:
+            stages[name] = _summary([future.result() for future in reports[name]])
             if not _JSON.value:
-                print(f"{name}: at most {largest} rows per device at a time", flush=True)
+                for report in reports[name]:
+                    print(_row(name, report.result()), flush=True)
+        if _LARGEST_BATCH.value:
+            for name in names:
+                stages[name]["largest_rows_at_a_time"] = largest = _largest_rows(config, name, mesh, limit, pool)
+                if not _JSON.value:
+                    print(f"{name}: at most {largest} rows per device at a time", flush=True)
     if _JSON.value:
         print(json.dumps({"topology": _TOPOLOGY.value, "device": devices[0].device_kind, "stages": stages}))
     sys.exit(0 if all(stage["fits"] for stage in stages.values()) else 1)
@@ -154,12 +158,14 @@ def _stage_names(config: Config) -> list[str]:
     return _STAGES.value or names
 
 
-def _num_phases(config, name):
-    return len(precision_phases(config.stages[name]))
+def _reports(config: Config, name: str, mesh, limit: int, pool) -> list:
+    """The reports, as futures, of every precision of a stage."""
+    phases = precision_phases(config.stages[name])
+    return [pool.submit(_report, config, name, phase, mesh, limit) for phase in phases]
 
 
-def _report(config: Config, name: str, phase_index: int, mesh, limit: int) -> Report:
-    stage, phase = config.stages[name], precision_phases(config.stages[name])[phase_index]
+def _report(config: Config, name: str, phase: Phase, mesh, limit: int) -> Report:
+    stage = config.stages[name]
     lowered, arguments = _lower(config, name, phase, mesh)
     compiled = _cached(lowered, functools.partial(_compile, lowered, arguments))
     total = compiled["argument_bytes"] + compiled["temporary_bytes"]
@@ -266,7 +272,7 @@ def _cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "kforcing_jax" / "compile_for_tpu"
 
 
-def _largest_rows(config, name, mesh, limit) -> int:
+def _largest_rows(config, name, mesh, limit, pool) -> int:
     """The most rows at a time with which every precision of a stage fits.
 
     Memory grows nearly linearly with the rows, so each guess is where the line through the last two ends.
@@ -276,7 +282,7 @@ def _largest_rows(config, name, mesh, limit) -> int:
     def memory(rows):
         stage = dataclasses.replace(config.stages[name], batch_size=rows * shards, accumulation=1)
         changed = dataclasses.replace(config, stages={**config.stages, name: stage})
-        reports = [_report(changed, name, index, mesh, limit) for index in range(_num_phases(config, name))]
+        reports = [future.result() for future in _reports(changed, name, mesh, limit, pool)]
         return max(report.hbm_bytes for report in reports), all(report.fits for report in reports)
 
     fitting, failing, points = 0, None, []
