@@ -63,7 +63,11 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
             f"{jax.process_count()} processes; mesh.data = -1 takes what is there"
         )
     # Linen modules break under Explicit axes, which `make_mesh` defaults to.
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[:used])
+    types = (AxisType.Auto,) * len(AXES)
+    if used < len(devices):
+        # `jax.make_mesh` arranges whole slices by their wiring, and refuses odd parts of one.
+        return Mesh(np.array(devices[:used]).reshape(sizes), AXES, axis_types=types)
+    return jax.make_mesh(sizes, AXES, axis_types=types, devices=devices)
 
 
 def check_divisible(config: Config, mesh: Mesh):
