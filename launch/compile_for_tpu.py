@@ -57,7 +57,8 @@ from kforcing_jax.training.stage import Phase, abstract_state, compiled_step, pr
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/; fields by --config.model.remat=blocks.")
 _TOPOLOGY = flags.DEFINE_string("topology", "v5e:2x4", "The slice: v5e:2x4, v5p:2x2x1, v6e:4x4, ...")
-_STAGES = flags.DEFINE_list("stages", None, "Only these stages, for example ar,k4.")
+_STAGES = flags.DEFINE_list("stage", None, "Only this stage, or these: ar,k4.")
+flags.DEFINE_alias("stages", "stage")
 _LARGEST_BATCH = flags.DEFINE_bool(
     "largest_batch", False, "Find the most rows that each device can work on at a time; compiles several times."
 )
@@ -154,7 +155,7 @@ def _stage_names(config: Config) -> list[str]:
     names = ["ar", *config.students]
     for name in _STAGES.value or []:
         if name not in names:
-            raise ConfigError(f"--stages={name} is not a stage of this config; there are {', '.join(names)}")
+            raise ConfigError(f"--stage={name} is not a stage of this config; there are {', '.join(names)}")
     return _STAGES.value or names
 
 

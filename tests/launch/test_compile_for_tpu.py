@@ -106,7 +106,7 @@ def test_the_command_reports_every_stage_and_compiles_once(tmp_path):
 
 
 def test_what_does_not_fit_is_said_with_status_1(tmp_path):
-    flags = ("--stages=ar", "--config.stages.ar.batch_size=65536", "--config.model.remat=nothing")
+    flags = ("--stage=ar", "--config.stages.ar.batch_size=65536", "--config.model.remat=nothing")
     done = compile_for_tpu(tmp_path, "--topology=v5e:2x2", "--json", *flags)
     stage = json.loads(done.stdout.splitlines()[-1])["stages"]["ar"]
     assert done.returncode == 1
@@ -117,7 +117,7 @@ def test_what_does_not_fit_is_said_with_status_1(tmp_path):
     "flags, message",
     [
         (["--topology=v5z:2x4"], "--topology=v5z:2x4 cannot be compiled for"),
-        (["--stages=k9"], "--stages=k9 is not a stage of this config; there are ar, k1"),
+        (["--stages=k9"], "--stage=k9 is not a stage of this config; there are ar, k1"),
         (["--config.mesh.data=3"], "stages.ar.batch_size = 32 is not divisible by mesh.data * mesh.fsdp"),
         (["--config.mesh.fsdp=3"], "3 does not divide the 8 devices"),
     ],
