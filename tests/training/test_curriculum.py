@@ -62,10 +62,9 @@ def test_a_run_stopped_after_its_last_checkpoint_still_gets_its_summary(finished
     assert workdir.summary()["stages"]["k2"].keys() == whole["stages"]["k2"].keys()
 
 
-def test_a_run_stopped_between_and_within_stages_ends_like_an_uninterrupted_one(finished, tmp_path, monkeypatch):
-    whole, corpus = finished
-    real = type(corpus).train_batches
-    budget = iter(range(5 + 3))  # all of ar, and k1 up to its third step
+def train_until(batches, path, corpus, monkeypatch):
+    """A run that is stopped when it asks for more than that many batches."""
+    real, budget = type(corpus).train_batches, iter(range(batches))
 
     def limited(self, *args):
         for batch in real(self, *args):
@@ -73,14 +72,30 @@ def test_a_run_stopped_between_and_within_stages_ends_like_an_uninterrupted_one(
                 raise InterruptedError
             yield batch
 
-    monkeypatch.setattr(type(corpus), "train_batches", limited)
-    with pytest.raises(InterruptedError):
-        train(tmp_path / "cut", micro_config())
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(type(corpus), "train_batches", limited)
+        with pytest.raises(InterruptedError):
+            train(path, micro_config())
+
+
+def test_a_run_stopped_between_and_within_stages_ends_like_an_uninterrupted_one(finished, tmp_path, monkeypatch):
+    whole, corpus = finished
+    train_until(5 + 3, tmp_path / "cut", corpus, monkeypatch)  # all of ar, and k1 up to its third step
     resumed, _ = train(tmp_path / "cut", micro_config())
     for stage in ("ar", "k1", "k2"):
         for a, b in zip(weights(whole, corpus, stage), weights(resumed, corpus, stage), strict=True):
             np.testing.assert_array_equal(a, b)
+
+
+def test_a_run_goes_on_with_another_mesh(finished, tmp_path, monkeypatch):
+    """Stopped in the third step of k1 on one device, and resumed on four: the same run within rounding."""
+    whole, corpus = finished
+    train_until(5 + 3, tmp_path / "cut", corpus, monkeypatch)
+    mesh = dataclasses.replace(micro_config().mesh, data=2, fsdp=2)
+    resumed, _ = train(tmp_path / "cut", dataclasses.replace(micro_config(), mesh=mesh))
+    for stage in ("ar", "k1", "k2"):
+        for a, b in zip(weights(whole, corpus, stage), weights(resumed, corpus, stage), strict=True):
+            np.testing.assert_allclose(a, b, atol=2e-3)
 
 
 def test_a_student_starts_from_its_teachers_weights(finished):
