@@ -23,8 +23,8 @@ import time
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from absl import app, flags
+from dense_mask import mask_attention
 
 from kforcing_jax.data.packing import Batch
 from kforcing_jax.models import CausalLM, ModelConfig, PushForwardLM, attention, init_params, transformer
@@ -117,32 +117,6 @@ def ar_program(rows, length):
         return objective.losses(params, {}, objective.draw_inputs(Batch(tokens), None))[0].value
 
     return jax.jit(jax.grad(loss)), _params_and_tokens(model, rows, length)
-
-
-def mask_attention(q_BxNxGxHxC, own, text, reach, past=None, implementation="auto"):
-    """What the released code does, for comparison: all text, then all windows, under one square mask."""
-    del reach, past, implementation
-    batch, length, group, heads, width = q_BxNxGxHxC.shape
-
-    def flat(text_BxNxHxC, windows):
-        return jnp.concatenate([text_BxNxHxC, windows.reshape(batch, -1, heads, width)], axis=1)
-
-    q_BxTxHxC = flat(q_BxNxGxHxC[:, :, 0], q_BxNxGxHxC[:, :, 1:])
-    keys = KeyValue(*(flat(t, w) for t, w in zip(text, own, strict=True)))
-    out_BxTxHxC = jax.nn.dot_product_attention(
-        q_BxTxHxC, keys.key, keys.value, mask=jnp.asarray(window_mask(length, group - 1))[None, None]
-    )
-    windows = out_BxTxHxC[:, length:].reshape(batch, length, group - 1, heads, width)
-    return jnp.concatenate([out_BxTxHxC[:, :length, None], windows], axis=2)
-
-
-@functools.cache
-def window_mask(length: int, k: int) -> np.ndarray:
-    """Who sees whom among N text tokens and then N windows of k: (T, T), T = (1 + k) N."""
-    position = np.concatenate([np.arange(length), np.repeat(np.arange(length), k)])
-    offset = np.concatenate([np.zeros(length, int), np.tile(np.arange(1, k + 1), length)])
-    to_text = (offset == 0) & (position <= position[:, None])
-    return to_text | ((offset > 0) & (position == position[:, None]) & (offset <= offset[:, None]))
 
 
 def attention_flops(rows: int, length: int, k: int, implementation: str) -> float:
