@@ -16,6 +16,7 @@ def get_config():
     config.data.source = "markov"
     config.data.seq_len = 8
     config.data.markov_rows = 50_000
+    config.mesh.data = 1  # batches are small: one device, whatever there is
     config.model.num_layers = 4
     config.model.d_model = 64
     config.evaluation.prompt_length = 4

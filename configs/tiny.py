@@ -15,6 +15,7 @@ def get_config():
     config.data.source = "news"
     config.data.tokenizer = "characters"
     config.data.seq_len = 64
+    config.mesh.data = 1  # batches are small: one device, whatever there is
     config.model.num_layers = 4
     config.model.d_model = 128
     config.model.num_heads = 4

@@ -255,9 +255,10 @@ def _kernel_flops(call) -> int:
 
 
 def _cached(lowered, compute) -> dict:
-    """`compute()`, or what it gave for the same program, compiler and versions before."""
+    """`compute()`, or what it gave before for the same program, compiler and scripts."""
     versions = [importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu", "kforcing-jax")]
-    text = "\n".join([_TOPOLOGY.value, *versions, Path(hlo.__file__).read_text(), lowered.as_text()])
+    ours = [Path(file).read_text() for file in (__file__, hlo.__file__)]
+    text = "\n".join([_TOPOLOGY.value, *versions, *ours, lowered.as_text()])
     path = _cache_folder() / f"{hashlib.sha256(text.encode()).hexdigest()}.json"
     if path.exists():
         return json.loads(path.read_text())
@@ -274,11 +275,13 @@ def _cache_folder() -> Path:
 
 
 def _largest_rows(config, name, mesh, limit, pool) -> int:
-    """The most rows at a time with which every precision of a stage fits.
+    """The most rows at a time with which every precision of a stage fits, to one in sixteen.
 
+    Up to eight times the rows of the config: a small model would never fill a chip.
     Memory grows nearly linearly with the rows, so each guess is where the line through the last two ends.
     """
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    most = 8 * config.stages[name].batch_size // shards
 
     def memory(rows):
         stage = dataclasses.replace(config.stages[name], batch_size=rows * shards, accumulation=1)
@@ -287,12 +290,12 @@ def _largest_rows(config, name, mesh, limit, pool) -> int:
         return max(report.hbm_bytes for report in reports), all(report.fits for report in reports)
 
     fitting, failing, points = 0, None, []
-    rows = 4
-    while failing is None or failing - fitting > 1:
+    rows = min(4, most)
+    while fitting < most and (failing is None or failing - fitting > max(1, fitting // 16)):
         used, fits = memory(rows)
         points.append((rows, used))
         fitting, failing = (rows, failing) if fits else (fitting, rows)
-        rows = _next_guess(points, fitting, failing, limit)
+        rows = min(_next_guess(points, fitting, failing, limit), most)
     return fitting
 
 
@@ -302,7 +305,7 @@ def _next_guess(points, fitting, failing, limit) -> int:
         (a, used_a), (b, used_b) = points[-2:]
         per_row = (used_b - used_a) / (b - a)
         guess = int(b + (limit - used_b) / per_row) if per_row > 0 else guess
-    highest = 2 * fitting + 4 if failing is None else failing - 1
+    highest = 16 * max(fitting, 1) if failing is None else failing - 1
     return min(max(guess, fitting + 1), max(highest, fitting + 1))
 
 

@@ -25,8 +25,8 @@ def test_every_config_is_valid_and_says_how_it_is_run(path):
 def run_config(name, workdir, longest):
     """summary.json's stages after `main` has run a config of the repository within `longest` seconds."""
     command = [sys.executable, "-m", "kforcing_jax.main", f"--config=configs/{name}.py", f"--workdir={workdir}"]
-    # The settings that make other tests compile faster would make this one train slower.
-    environment = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
+    # As a user runs it: the settings that make other tests compile faster would make this one train slower.
+    environment = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0", "XLA_FLAGS": ""}
     done = subprocess.run(
         command, cwd=REPOSITORY, env=os.environ | environment, capture_output=True, text=True, timeout=longest
     )
