@@ -41,8 +41,8 @@ def config_from_flag(flag: flags.FlagHolder) -> Config:
 
 def _parse_flags(argv):
     file = _config_file(argv)
-    if file is not None and not Path(file).is_file():
-        _fail(f"--config={file}: no such file")
+    if file is not None and not Path(file.split(":")[0]).is_file():
+        _fail(f"--config={file.split(':')[0]}: no such file")
     try:
         return flags.FLAGS(argv)
     except flags.UnrecognizedFlagError as error:
@@ -54,11 +54,11 @@ def _parse_flags(argv):
 
 
 def _config_file(argv) -> str | None:
-    """The file of `--config=FILE` or `--config FILE`; what follows a colon is its argument."""
+    """The value of `--config=FILE` or `--config FILE`; what follows a colon is the argument of its get_config."""
     for arg, following in zip(argv, [*argv[1:], None], strict=True):
         name, given, value = arg.partition("=")
         if name.removeprefix("-") == "-config" and (given or following):
-            return (value if given else following).split(":")[0]
+            return value if given else following
     return None
 
 
@@ -74,7 +74,8 @@ def _explain(argv, file, error) -> str:
 
 def _missing_field(file, path) -> str | None:
     """The message for an override of a field that the config file does not have; None when it has it."""
-    node = runpy.run_path(file)["get_config"]()
+    path_of_file, *variant = file.split(":", 1)
+    node = runpy.run_path(path_of_file)["get_config"](*variant)
     names = path.split(".")
     for depth, name in enumerate(names):
         if not hasattr(node, "keys") or name not in node:

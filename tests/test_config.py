@@ -95,8 +95,18 @@ def test_students_are_ordered_by_window_and_previous_before_ar():
 REFUSED = [
     ({"seed": -1}, "seed = -1 is not in [0, 2^32)"),
     ({"seed": 2**32}, "seed = 4294967296 is not in [0, 2^32)"),
-    ({"data__source": "web"}, "data.source = 'web' is not one of news, text_files, markov"),
-    ({"data__tokenizer": "words"}, "data.tokenizer = 'words' is not one of characters, bpe"),
+    ({"data__source": "web"}, "data.source = 'web' is not one of news, text_files, lm1b, markov"),
+    (
+        {"data__tokenizer": "words"},
+        "data.tokenizer = 'words' is not one of characters, bpe, bert-base-uncased, gpt2; "
+        "a path or another name on the hub has a /",
+    ),
+    ({"data__packing": "framed", "data__seq_len": 2}, "data.seq_len = 2 should be at least 3"),
+    (
+        {"data__validation_documents": 9},
+        'data.validation_documents = 9 is for data.source = "text_files"; "news" has validation data of its own',
+    ),
+    ({"stages__k1__checkpoint": "a.ckpt"}, "stages.k1.checkpoint = 'a.ckpt': only stages.ar can be a released file"),
     ({"data__seq_len": 1}, "data.seq_len = 1 should be at least 2"),
     ({"data__vocab_size": 4}, "data.vocab_size = 4 should be at least 5"),
     ({"data__markov_states": 1}, "data.markov_states = 1 should be at least 2"),

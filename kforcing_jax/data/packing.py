@@ -36,26 +36,36 @@ class Rows:
         """Tokens that are not padding."""
         return self.tokens_RxN.size if self.segments_RxN is None else int(np.count_nonzero(self.segments_RxN))
 
-    def in_order(self, order_R: np.ndarray) -> "Rows":
-        """The same rows in another order."""
-        segments_RxN = None if self.segments_RxN is None else self.segments_RxN[order_R]
-        return Rows(self.tokens_RxN[order_R], segments_RxN, self.documents)
 
-
-def pack(documents: Sequence[np.ndarray], packing: str, length: int, padding: int) -> Rows:
+def pack(
+    documents: Sequence[np.ndarray],
+    packing: str,
+    length: int,
+    padding: int,
+    frame: tuple[int, int] | None = None,
+) -> Rows:
     """Documents in rows of `length` tokens.
 
-    `wrapped`: end to end, whatever row they end up in; the remainder is dropped. `segments`: whole, each a segment of
-    its own, as many in a row as fit. `padded`: one in each row. The last two cut a document that is longer than a row.
+    `wrapped`: end to end, whatever row they end up in; the remainder is dropped. `framed`: likewise, each row between
+    the two ids of `frame`. `segments`: whole, each a segment of its own, as many in a row as fit. `padded`: one in each
+    row. The last two cut a document that is longer than a row.
     """
-    if packing == "wrapped":
-        tokens_T = np.concatenate(documents)
-        rows_RxN = tokens_T[: len(tokens_T) // length * length].reshape(-1, length)
-        return Rows(rows_RxN, documents=len(documents))
+    if packing in ("wrapped", "framed"):
+        return Rows(_wrap(documents, length, frame), documents=len(documents))
     documents = [document[:length] for document in documents]
     lengths = [len(document) for document in documents]
     rows = best_fit(lengths, length) if packing == "segments" else list(range(len(documents)))
     return _lay_out(documents, rows, length, padding)
+
+
+def _wrap(documents, length, frame):
+    tokens_T = np.concatenate(documents) if documents else np.zeros(0, np.uint8)
+    inner = length - 2 if frame else length
+    rows_RxM = tokens_T[: len(tokens_T) // inner * inner].reshape(-1, inner)
+    if not frame:
+        return rows_RxM
+    begin_Rx1, end_Rx1 = (np.full((len(rows_RxM), 1), i, tokens_T.dtype) for i in frame)
+    return np.concatenate([begin_Rx1, rows_RxM, end_Rx1], axis=1)
 
 
 def best_fit(lengths: Sequence[int], capacity: int) -> list[int]:
@@ -77,8 +87,8 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[int]:
 
 
 def _lay_out(documents, rows, length, padding):
-    shape = (max(rows) + 1, length)
-    tokens_RxN = np.full(shape, padding, documents[0].dtype)
+    shape = (max(rows, default=-1) + 1, length)
+    tokens_RxN = np.full(shape, padding, documents[0].dtype if documents else np.uint8)
     segments_RxN = np.zeros(shape, SEGMENT_DTYPE)
     filled_R, count_R = np.zeros(shape[0], int), np.zeros(shape[0], int)
     for document, row in zip(documents, rows, strict=True):

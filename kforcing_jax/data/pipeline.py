@@ -1,27 +1,27 @@
-"""From a source to rows of tokens on disk, once, and from there to batches that depend on (seed, step) alone."""
+"""Prepared data: rows of tokens on disk, and batches of them that depend on (seed, step) alone."""
 
 import dataclasses
 import json
 import os
-import shutil
-import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import grain
 import jax
 import numpy as np
-from array_record.python import array_record_module
+from absl import flags
 
 from kforcing_jax.config import DataConfig
 from kforcing_jax.data import packing
-from kforcing_jax.data.packing import Batch, Rows
-from kforcing_jax.data.sources import load_documents, markov_chain, markov_rows
-from kforcing_jax.data.tokenizers import Tokenizer, check_vocabulary, markov_tokenizer, train_tokenizer
+from kforcing_jax.data.packing import Batch
+from kforcing_jax.data.shards import Shard, damage
+from kforcing_jax.data.tokenizers import Tokenizer
 from kforcing_jax.errors import DataError, RunError
 
-_FORMAT = 2
+FORMAT = 3
 _SPLITS = ("train", "validation")
+# Validation rows that are looked at together for prompts.
+_ROWS_AT_ONCE = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +34,7 @@ class Corpus:
 
     directory: Path
     tokenizer: Tokenizer
+    seed: int
     seq_len: int
     dtype: np.dtype
     segmented: bool
@@ -41,6 +42,8 @@ class Corpus:
     num_validation_rows: int
     useful_tokens_per_row: float
     tokens_per_document: float
+    files: Mapping[str, tuple[str, ...]]
+    reader_processes: int = 0
 
     @property
     def vocab_size(self) -> int:
@@ -72,6 +75,11 @@ class Corpus:
             )
         return f"{self.num_train_rows:,} training rows of {self.seq_len}{fill}, vocabulary {self.vocab_size:,}"
 
+    def statistics(self) -> str:
+        """Rows, tokens and useful tokens of both splits, a line each."""
+        manifest = _read_manifest(self.directory)
+        return "\n".join(_statistics(split, manifest[split], self.seq_len) for split in _SPLITS)
+
     def train_batches(
         self, batch_size: int, seed: int, start_step: int = 0, process_index: int = 0, process_count: int = 1
     ) -> Iterator[Batch]:
@@ -91,15 +99,18 @@ class Corpus:
         # The machine's cores belong to the compiled step; reading a batch takes milliseconds.
         options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
         batches = shares[process_index::process_count][start_step:].to_iter_dataset(options)
+        if self.reader_processes:
+            batches = _in_processes(batches, self.reader_processes)
         return (Batch(*arrays) for arrays in batches)
 
     def validation_rows(self, count: int) -> Batch:
-        """The first min(count, rows there are) validation rows.
+        """The first min(count, rows there are) validation rows of a random order, so a few are a sample of all."""
+        return self._validation_rows(0, count)
 
-        They were put in random order when prepared, so the first few are a sample of all validation documents.
-        """
+    def _validation_rows(self, start, stop):
         source = self._source("validation")
-        rows = [self._row(source[i]) for i in range(min(count, self.num_validation_rows))]
+        order = np.random.default_rng([self.seed, 3]).permutation(self.num_validation_rows)
+        rows = [self._row(source[i]) for i in order[start:stop]]
         return Batch(*(np.stack(arrays) for arrays in zip(*rows, strict=True)))
 
     def validation_batches(self, count: int, batch_size: int) -> Batch:
@@ -118,22 +129,29 @@ class Corpus:
         Raises:
           DataError: no document is longer than `length` tokens.
         """
+        return np.stack([text_M[:length] for text_M in self.beginnings(count, length)])
+
+    def beginnings(self, count: int, length: int) -> list[np.ndarray]:
+        """Up to `count` validation texts of more than `length` tokens, to their end or that of the row.
+
+        Raises:
+          DataError: no document is longer than `length` tokens.
+        """
         if not self.segmented:
-            return self.validation_rows(count).tokens[:, :length]
-        tokens_RxN, segments_RxN = self.validation_rows(self.num_validation_rows)
-        # A document begins where the id changes; it goes on if its id is still there `length` positions later.
-        first_RxN = np.diff(segments_RxN, axis=1, prepend=0) > 0
-        goes_on_RxN = np.zeros_like(first_RxN)
-        goes_on_RxN[:, :-length] = segments_RxN[:, :-length] == segments_RxN[:, length:]
-        rows, starts = np.nonzero(first_RxN & goes_on_RxN)
-        if not len(rows):
+            return list(self.validation_rows(count).tokens)
+        found = []
+        for start in range(0, self.num_validation_rows, _ROWS_AT_ONCE):
+            found.extend(_beginnings(*self._validation_rows(start, start + _ROWS_AT_ONCE), length))
+            if len(found) >= count:
+                break
+        if not found:
             raise DataError(
                 f"evaluation.prompt_length = {length}: no validation document is longer; shorten it or give more text"
             )
-        return np.stack([tokens_RxN[r, s : s + length] for r, s in zip(rows[:count], starts[:count], strict=True)])
+        return found[:count]
 
     def _source(self, split):
-        return grain.sources.ArrayRecordDataSource(os.fspath(_rows_path(self.directory, split)))
+        return grain.sources.ArrayRecordDataSource([os.fspath(self.directory / name) for name in self.files[split]])
 
     def _row(self, record):
         """(tokens_N,) or (tokens_N, segments_N) of one record."""
@@ -144,140 +162,48 @@ class Corpus:
         return tokens_N, segments_N.astype(np.int32)
 
 
-def prepare(config: DataConfig, seed: int, directory: str | Path) -> Corpus:
-    """The corpus of a config, prepared in `directory` unless it is there already.
+def _statistics(name, split, seq_len):
+    tokens = split["rows"] * seq_len
+    share = split["useful_tokens"] / tokens
+    return (
+        f"{name:<10} {split['rows']:,} rows of {seq_len} from {split['documents']:,} documents "
+        f"in {len(split['shards'])} shards: {tokens:,} tokens, {split['useful_tokens']:,} useful ({share:.1%})"
+    )
 
-    The directory appears when it is complete. Processes that share a file system may all call this.
+
+def _beginnings(tokens_RxN, segments_RxN, length) -> list[np.ndarray]:
+    """The tokens of every document that goes on after the first `length`."""
+    # A document begins where the id changes; it goes on if its id is still there `length` positions later.
+    first_RxN = np.diff(segments_RxN, axis=1, prepend=0) > 0
+    goes_on_RxN = np.zeros_like(first_RxN)
+    goes_on_RxN[:, :-length] = segments_RxN[:, :-length] == segments_RxN[:, length:]
+    places = zip(*np.nonzero(first_RxN & goes_on_RxN), strict=True)
+    return [tokens_RxN[row][segments_RxN[row] == segments_RxN[row, start]] for row, start in places]
+
+
+def _in_processes(batches, count):
+    """Grain's worker processes take their settings from absl's flags, which a plain script has not parsed."""
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
+    return batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=count))
+
+
+def load(config: DataConfig, seed: int, directory: str | Path) -> Corpus:
+    """The corpus that was prepared in a directory.
 
     Raises:
-      ConfigError: no vocabulary can satisfy the config.
-      DataError: the text cannot be read, or is too short for one row in each split.
-      RunError: the directory holds data of another config or seed, is damaged, or cannot be written.
+      RunError: the directory holds data of another config or seed, or is damaged or missing.
     """
     directory = Path(directory)
-    if not directory.exists():
-        check_vocabulary(config)
-        _write_whole(directory, config, seed)
-    return _load(config, seed, directory)
-
-
-def _write_whole(directory, config, seed):
-    """Writes beside the directory and renames, so that nothing half-written ever has its name."""
-    temporary = directory.with_name(f"{directory.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        temporary.mkdir(parents=True)
-        _write(temporary, config, seed)
-        temporary.rename(directory)
-    except OSError as error:
-        # Another process may have been first; what it made is the same.
-        if not (directory / "manifest.json").exists():
-            raise RunError(f"{directory} cannot be written: {error.strerror}") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _write(directory, config, seed):
-    tokenizer, train, validation = (_markov if config.source == "markov" else _text)(config, seed)
-    validation = validation.in_order(np.random.default_rng([seed, 3]).permutation(len(validation.tokens_RxN)))
-    tokenizer.save(directory / "tokenizer.json")
-    files = {}
-    for split, rows in zip(_SPLITS, (train, validation), strict=True):
-        path = _rows_path(directory, split)
-        _write_rows(path, rows)
-        files[split] = {
-            "rows": len(rows.tokens_RxN),
-            "documents": rows.documents,
-            "useful_tokens": rows.useful_tokens,
-            "bytes": path.stat().st_size,
-        }
-    manifest = {
-        "format": _FORMAT,
-        "made_from": _made_from(config, seed),
-        "dtype": train.tokens_RxN.dtype.name,
-        "segmented": train.segments_RxN is not None,
-        **files,
-    }
-    (directory / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
-
-
-def _markov(config, seed):
-    """(tokenizer, train rows, validation rows): every row is a sample path of its own."""
-    tokenizer = markov_tokenizer(config.markov_states)
-    rows_RxN = markov_rows(markov_chain(config, seed), seed, config.markov_rows, config.seq_len)
-    rows_RxN = rows_RxN.astype(_token_dtype(tokenizer))
-    num_validation = _num_validation(config.validation_fraction, len(rows_RxN))
-    train_RxN, validation_RxN = rows_RxN[num_validation:], rows_RxN[:num_validation]
-    return tokenizer, *(Rows(split_RxN, documents=len(split_RxN)) for split_RxN in (train_RxN, validation_RxN))
-
-
-def _text(config, seed):
-    """(tokenizer, train rows, validation rows): split by document, the tokenizer trained on the training split."""
-    documents = load_documents(config)
-    if len(documents) < 2:
-        raise DataError(
-            f"data.path = {config.path!r} holds 1 document, and one is needed for training and one for validation; "
-            f"check data.document_separator = {config.document_separator!r} or give more text"
-        )
-    order = np.random.default_rng([seed, 2]).permutation(len(documents))
-    shuffled = [documents[i] for i in order]
-    num_validation = _num_validation(config.validation_fraction, len(documents))
-    validation, train = shuffled[:num_validation], shuffled[num_validation:]
-    tokenizer = train_tokenizer(config, train)
-    return tokenizer, _pack(tokenizer, train, "train", config), _pack(tokenizer, validation, "validation", config)
-
-
-def _num_validation(fraction, available):
-    return min(max(1, round(fraction * available)), available - 1)
-
-
-def _pack(tokenizer: Tokenizer, documents: Iterable[str], split: str, config: DataConfig) -> Rows:
-    dtype = _token_dtype(tokenizer)
-    encoded = [np.array([*ids, tokenizer.eos_id], dtype) for ids in tokenizer.encode_documents(documents)]
-    rows = packing.pack(encoded, config.packing, config.seq_len, padding=tokenizer.eos_id)
-    if not len(rows.tokens_RxN):
-        raise DataError(
-            f"the {split} split has {sum(map(len, encoded))} tokens in {len(encoded)} documents, fewer than one row of "
-            f"data.seq_len = {config.seq_len}; shorten it, change data.validation_fraction = "
-            f"{config.validation_fraction} or give more text"
-        )
-    return rows
-
-
-def _token_dtype(tokenizer):
-    return np.min_scalar_type(tokenizer.vocab_size - 1)
-
-
-def _rows_path(directory, split):
-    return directory / f"{split}.arrayrecord"
-
-
-def _write_rows(path, rows: Rows):
-    # Groups of one record: random access then reads nothing but the row.
-    writer = array_record_module.ArrayRecordWriter(os.fspath(path), "group_size:1")
-    for row, tokens_N in enumerate(rows.tokens_RxN):
-        segments = b"" if rows.segments_RxN is None else rows.segments_RxN[row].tobytes()
-        writer.write(tokens_N.tobytes() + segments)
-    writer.close()
-
-
-def _made_from(config, seed):
-    return {f"data.{name}": value for name, value in dataclasses.asdict(config).items()} | {"seed": seed}
-
-
-def _load(config: DataConfig, seed: int, directory: Path) -> Corpus:
     manifest = _read_manifest(directory)
-    for name, value in _made_from(config, seed).items():
-        if manifest["made_from"].get(name) != value:
-            raise RunError(
-                f"{directory} was prepared with {name} = {manifest['made_from'].get(name)!r}, now it is {value!r}; "
-                "set it back, use another work directory or delete the folder"
-            )
+    _check_made_from(manifest["made_from"], config, seed, directory)
     for split in _SPLITS:
-        _check_rows(_rows_path(directory, split), manifest[split])
+        _check_shards(directory, manifest[split], thorough=False)
     train = manifest["train"]
     return Corpus(
         directory=directory,
         tokenizer=Tokenizer.load(directory / "tokenizer.json"),
+        seed=seed,
         seq_len=config.seq_len,
         dtype=np.dtype(manifest["dtype"]),
         segmented=manifest["segmented"],
@@ -285,7 +211,35 @@ def _load(config: DataConfig, seed: int, directory: Path) -> Corpus:
         num_validation_rows=manifest["validation"]["rows"],
         useful_tokens_per_row=train["useful_tokens"] / train["rows"],
         tokens_per_document=train["useful_tokens"] / train["documents"],
+        files={split: tuple(shard["file"] for shard in manifest[split]["shards"]) for split in _SPLITS},
+        reader_processes=config.reader_processes,
     )
+
+
+def verify(directory: str | Path):
+    """Reads every row of prepared data. Raises RunError, naming the file, when one is not what was written."""
+    manifest = _read_manifest(Path(directory))
+    for split in _SPLITS:
+        _check_shards(Path(directory), manifest[split], thorough=True)
+
+
+def made_from(config: DataConfig, seed: int) -> dict:
+    """The fields that rows depend on, by name, as JSON."""
+    fields = dataclasses.asdict(config)
+    names = [name for name in fields if name not in ("prepared", "reader_processes")]
+    # Only a random part of the text to validate on, and a Markov chain, depend on the seed.
+    seeded = config.source in ("news", "markov") or (config.source == "text_files" and not config.validation_documents)
+    return {f"data.{name}": fields[name] for name in names} | ({"seed": seed} if seeded else {})
+
+
+def _check_made_from(before, config, seed, directory):
+    for name, value in made_from(config, seed).items():
+        # Prepared data is copied to where the text is not.
+        if before.get(name) != value and not (name == "data.path" and config.prepared):
+            raise RunError(
+                f"{directory} was prepared with {name} = {before.get(name)!r}, now it is {value!r}; "
+                "set it back, use another work directory or delete the folder"
+            )
 
 
 def _read_manifest(directory):
@@ -294,22 +248,21 @@ def _read_manifest(directory):
         manifest = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise _damaged(path, error) from None
-    if manifest.get("format") != _FORMAT:
-        raise _damaged(path, f"format {manifest.get('format')}, expected {_FORMAT}")
+    if manifest.get("format") != FORMAT:
+        raise _damaged(path, f"format {manifest.get('format')}, expected {FORMAT}")
     return manifest
 
 
-def _check_rows(path, expected):
-    # The size first: opening a file that was cut short is an error of the reader's own, with a longer text.
-    size = path.stat().st_size if path.exists() else 0
-    if size != expected["bytes"]:
-        raise _damaged(path, f"{size} bytes, expected {expected['bytes']}")
-    try:
-        rows = len(grain.sources.ArrayRecordDataSource(os.fspath(path)))
-    except Exception as error:  # the reader raises whatever its C++ status maps to
-        raise _damaged(path, error) from None
-    if rows != expected["rows"]:
-        raise _damaged(path, f"{rows} rows, expected {expected['rows']}")
+def _check_shards(directory, split, thorough):
+    rows = 0
+    for entry in split["shards"]:
+        shard = Shard(**{field.name: entry[field.name] for field in dataclasses.fields(Shard)})
+        reason = damage(directory / entry["file"], shard, thorough)
+        if reason:
+            raise _damaged(directory / entry["file"], reason)
+        rows += shard.rows
+    if rows != split["rows"]:
+        raise _damaged(directory / "manifest.json", f"{split['rows']} rows, its shards have {rows}")
 
 
 def _damaged(path, reason):

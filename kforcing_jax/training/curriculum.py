@@ -8,6 +8,7 @@ from jax.sharding import Mesh
 
 from kforcing_jax.config import Config
 from kforcing_jax.data.pipeline import Corpus
+from kforcing_jax.interop import released
 from kforcing_jax.models import init_params
 from kforcing_jax.training.objectives import mean_loss
 from kforcing_jax.training.progress import clock, say
@@ -39,6 +40,8 @@ def run(workdir: Workdir, corpus: Corpus, mesh: Mesh):
         for name in names:
             if workdir.is_finished(name):
                 say(f"{name:<11} finished, skipped")
+            elif workdir.config.stages[name].checkpoint:
+                _import_stage(workdir, corpus, name, mesh)
             else:
                 _train_stage(workdir, corpus, name, mesh)
             # Also for a stage whose run was stopped right after its last checkpoint.
@@ -63,6 +66,15 @@ def _train_stage(workdir: Workdir, corpus: Corpus, name: str, mesh: Mesh):
         train(stage, mesh, checkpoints, workdir.metrics_path, config.logging)
 
 
+def _import_stage(workdir: Workdir, corpus: Corpus, name: str, mesh: Mesh):
+    """Takes the stage's weights from a released file."""
+    path = workdir.config.stages[name].checkpoint
+    params = released.load_for(path, workdir.model(name, corpus))
+    say(f"{name:<11} taken from {path}, not trained")
+    with workdir.checkpoints(name) as checkpoints:
+        checkpoints.save_imported(jax.device_put(params, parameter_shardings(params, mesh)))
+
+
 def _summarise_stage(workdir: Workdir, corpus: Corpus, name: str, mesh: Mesh):
     """Adds steps, seconds and validation loss of a finished stage to summary.json."""
     objective = stage_objective(workdir.config, name, corpus)
@@ -77,7 +89,7 @@ def _summarise_stage(workdir: Workdir, corpus: Corpus, name: str, mesh: Mesh):
     say(f"{name:<11} done in {clock(seconds)}, validation loss {loss:.4f} nats per token")
     summary = workdir.summary()
     summary["stages"][name] = {
-        "steps": workdir.config.stages[name].steps,
+        "steps": workdir.config.stages[name].last_step,
         "seconds": round(seconds, 1),
         "validation_loss": loss,
     }

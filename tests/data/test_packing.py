@@ -46,9 +46,14 @@ def test_rows_of_sentences_are_nearly_full(mean_length):
     assert lengths.sum() / (128 * (max(rows) + 1)) > 0.97
 
 
-def test_ids_of_rows_are_those_of_their_order():
-    order = np.array([1, 0])
-    rows = pack(DOCUMENTS[:2], "padded", 8, padding=0)
-    moved = rows.in_order(order)
-    np.testing.assert_array_equal(moved.tokens_RxN, rows.tokens_RxN[order])
-    np.testing.assert_array_equal(moved.segments_RxN, rows.segments_RxN[order])
+def test_framed_documents_lie_end_to_end_between_two_ids():
+    wrapped = pack(DOCUMENTS, "wrapped", 6, padding=0).tokens_RxN
+    framed = pack(DOCUMENTS, "framed", 8, padding=0, frame=(101, 102)).tokens_RxN
+    np.testing.assert_array_equal(framed[:, 1:-1], wrapped)
+    assert set(framed[:, 0]) == {101} and set(framed[:, -1]) == {102}
+
+
+@pytest.mark.parametrize("packing", ["wrapped", "framed", "segments", "padded"])
+def test_no_documents_make_no_rows(packing):
+    rows = pack([], packing, 8, padding=0, frame=(1, 2) if packing == "framed" else None)
+    assert rows.tokens_RxN.shape == (0, 8) and rows.useful_tokens == rows.documents == 0

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 
 from kforcing_jax.config import DataConfig
-from kforcing_jax.data import pipeline
-from kforcing_jax.data.pipeline import prepare
+from kforcing_jax.data import preparation, shards
+from kforcing_jax.data.preparation import prepare
 from kforcing_jax.data.sources import load_documents, markov_chain
 from kforcing_jax.errors import ConfigError, DataError, RunError
 
 SEED = 3
+TRAIN, VALIDATION = (f"{split}-00000-of-00001.arrayrecord" for split in ("train", "validation"))
 WORDS = ["cat", "mat", "hat", "rat", "sat", "bat", "fat", "vat"]
 
 
@@ -84,7 +85,7 @@ def test_the_tokenizer_is_trained_on_the_training_split_alone(tmp_path):
 
 def test_a_second_call_loads_and_prepares_nothing(config, tmp_path, monkeypatch):
     first = prepare(config, SEED, tmp_path / "data")
-    monkeypatch.setattr(pipeline, "load_documents", lambda config: pytest.fail("prepared twice"))
+    monkeypatch.setattr(preparation, "load_documents", lambda config: pytest.fail("prepared twice"))
     second = prepare(config, SEED, tmp_path / "data")
     assert (first.num_train_rows, first.dtype) == (second.num_train_rows, np.uint8)
     np.testing.assert_array_equal(all_rows(first, "train"), all_rows(second, "train"))
@@ -106,7 +107,7 @@ def test_another_config_is_refused_by_the_field_that_differs(config, corpus):
         prepare(config, SEED + 1, corpus.directory)
 
 
-@pytest.mark.parametrize("name", ["train.arrayrecord", "validation.arrayrecord", "manifest.json", "tokenizer.json"])
+@pytest.mark.parametrize("name", [TRAIN, VALIDATION, "manifest.json", "tokenizer.json"])
 def test_a_file_that_was_cut_short_is_named(config, tmp_path, name):
     file = prepare(config, SEED, tmp_path / "data").directory / name
     file.write_bytes(file.read_bytes()[:-10])
@@ -122,14 +123,14 @@ def test_a_row_count_that_differs_from_the_manifest_is_refused(config, tmp_path)
     manifest = json.loads(path.read_text())
     manifest["train"]["rows"] += 1
     path.write_text(json.dumps(manifest))
-    with pytest.raises(RunError, match=r"train\.arrayrecord is damaged \(\d+ rows, expected \d+\)"):
+    with pytest.raises(RunError, match=r"manifest\.json is damaged \(\d+ rows, its shards have \d+\)"):
         prepare(config, SEED, tmp_path / "data")
 
 
 def test_a_shard_of_the_right_size_with_a_damaged_index_is_refused(config, tmp_path):
-    file = prepare(config, SEED, tmp_path / "data").directory / "train.arrayrecord"
+    file = prepare(config, SEED, tmp_path / "data").directory / TRAIN
     file.write_bytes(bytes(file.stat().st_size))
-    with pytest.raises(RunError, match=r"train\.arrayrecord is damaged"):
+    with pytest.raises(RunError, match=f"{TRAIN} is damaged"):
         prepare(config, SEED, tmp_path / "data")
 
 
@@ -137,28 +138,15 @@ def test_a_preparation_that_fails_leaves_nothing_behind(config, tmp_path, monkey
     def fail(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipeline, "_write_rows", fail)
+    monkeypatch.setattr(shards, "write_rows", fail)
     with pytest.raises(KeyboardInterrupt):
         prepare(config, SEED, tmp_path / "data")
     assert not list(tmp_path.iterdir())
 
 
-def test_a_process_that_comes_second_uses_what_the_first_one_wrote(config, tmp_path, monkeypatch):
-    write = pipeline._write
-
-    def write_while_another_finishes(directory, *args):
-        monkeypatch.setattr(pipeline, "_write", write)
-        prepare(config, SEED, tmp_path / "data")
-        write(directory, *args)
-
-    monkeypatch.setattr(pipeline, "_write", write_while_another_finishes)
-    assert prepare(config, SEED, tmp_path / "data").num_train_rows
-    assert [path.name for path in tmp_path.iterdir()] == ["data"]
-
-
 def test_a_folder_that_cannot_be_written_is_named(config, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunError, match="data cannot be written: Not a directory"):
+    with pytest.raises(RunError, match="data cannot be written: File exists"):
         prepare(config, SEED, tmp_path / "file" / "data")
 
 

@@ -1,0 +1,80 @@
+"""Evaluating a released checkpoint, which has no run directory: on completions of prefixes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kforcing_jax.data.packing import Batch
+from kforcing_jax.decoding import Generation
+from kforcing_jax.decoding.prefixes import Completions, complete
+from kforcing_jax.evaluation.external import external_figures
+from kforcing_jax.evaluation.fidelity import agreement
+from kforcing_jax.evaluation.samples import measure
+from kforcing_jax.evaluation.scorer import Scorer, new_tokens, text_report
+from kforcing_jax.interop.released import Released
+from kforcing_jax.models import CausalLM
+
+
+def evaluate_released(
+    released: Released, completions: Completions, teacher: Released | None, scorer: Scorer | None
+) -> dict:
+    """Figures of a released model's completions, and of its map where its AR teacher is given.
+
+    Returns:
+      throughput and the texts' own figures always; sample_nll and sample_entropy with a teacher (an AR model is its
+      own); agreement, chance and block_agreement for a student with a teacher, at every position of the teacher's own
+      completions of the same prefixes; external with a scorer.
+    """
+    prompt_of = np.arange(len(completions.tokens)) // completions.samples_per_prefix
+    rows = zip(completions.tokens, completions.lengths, strict=True)
+    eos_id, length = released.tokenizer.eos_id, completions.prefix_length
+    figures = {"throughput": completions.throughput}
+    figures |= text_report([new_tokens(row, length, end, eos_id) for row, end in rows], prompt_of)
+    is_student = not isinstance(released.model, CausalLM)
+    teacher = teacher or (None if is_student else released)
+    if teacher:
+        generation = Generation(completions.tokens, completions.lengths, passes=np.zeros(0))
+        under_teacher = measure(teacher.model, teacher.params, generation, length)
+        figures |= {name: under_teacher[name] for name in ("sample_nll", "sample_entropy")}
+    if teacher and is_student:
+        figures |= _agreement(released, completions, teacher)
+    if scorer:
+        rows = completions.tokens, completions.lengths, length, released.tokenizer
+        figures["external"] = external_figures(scorer, *rows, prompt_of=prompt_of)
+    return figures
+
+
+def _agreement(released, completions, teacher):
+    """On the teacher's own texts: the contexts that a student meets when it decodes as it should."""
+    throughput = completions.throughput
+    texts = complete(
+        teacher.model,
+        teacher.params,
+        completions.prefixes,
+        max_new_tokens=throughput["max_new_tokens"],
+        k=1,
+        batch_size=throughput["batch_size"],
+        eos_id=released.tokenizer.eos_id,
+    )
+    return agreement(
+        teacher.model,
+        teacher.params,
+        released.model,
+        released.params,
+        _batches(texts, throughput["batch_size"]),
+        jax.random.key(0),
+        window=throughput["K_per_step"],
+        tau=1.0,
+        eos_id=released.tokenizer.eos_id,
+    )
+
+
+def _batches(texts, batch_size) -> Batch:
+    """Leaves (batches, B, N); what follows a text's end is padding, a remainder is left out."""
+    batch_size = min(batch_size, len(texts.tokens))
+    whole = len(texts.tokens) // batch_size * batch_size
+    tokens_RxN = texts.tokens[:whole]
+    segments_RxN = (np.arange(tokens_RxN.shape[1]) < texts.lengths[:whole, None]).astype(np.int32)
+    return jax.tree.map(
+        lambda x_RxN: jnp.asarray(x_RxN).reshape(-1, batch_size, x_RxN.shape[1]), Batch(tokens_RxN, segments_RxN)
+    )

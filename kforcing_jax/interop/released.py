@@ -1,0 +1,91 @@
+"""What is known of the released models beyond their weights, and how a run or a command takes one."""
+
+import dataclasses
+from pathlib import Path
+from typing import NamedTuple
+
+from kforcing_jax.data.pretrained import load_pretrained
+from kforcing_jax.data.tokenizers import Tokenizer
+from kforcing_jax.errors import DataError, RunError
+from kforcing_jax.interop import official
+from kforcing_jax.models import CausalLM, PushForwardLM
+
+
+@dataclasses.dataclass(frozen=True)
+class Release:
+    """How the models of one data set are used: tokenizer, longest text, and tokens of a prefix that is completed."""
+
+    tokenizer: str
+    seq_len: int
+    prefix_length: int
+
+
+# By vocabulary size: LM1B and OpenWebText.
+RELEASES = {30_522: Release("bert-base-uncased", 128, 6), 50_258: Release("gpt2", 1024, 64)}
+
+
+class Released(NamedTuple):
+    """A released model, ready to decode. `tokenizer` is None when it is not known; `release` likewise."""
+
+    model: CausalLM | PushForwardLM
+    params: dict
+    tokenizer: Tokenizer | None
+    release: Release | None
+
+
+def open_released(path: str | Path, tokenizer: str | None = None, weights: str = "state_dict") -> Released:
+    """A released file with its tokenizer: `tokenizer` (a name or path), or the one that its vocabulary size says.
+
+    Raises:
+      CheckpointFormatError: as `official.load`.
+      DataError: the tokenizer is not to be had, or has another vocabulary than the checkpoint.
+    """
+    model, params = official.load(path, weights=weights)
+    release = RELEASES.get(model.cfg.vocab_size)
+    name = tokenizer or (release and release.tokenizer)
+    if name is None:
+        return Released(model, params, None, None)
+    loaded = load_pretrained(name)
+    if (loaded.vocab_size, loaded.mask_id) != (model.cfg.vocab_size, model.cfg.mask_id):
+        raise DataError(
+            f"tokenizer {name!r} has {loaded.vocab_size} ids, of which {loaded.mask_id} is the mask; {path} has "
+            f"{model.cfg.vocab_size} and {model.cfg.mask_id}; give the one that it was trained with as --tokenizer"
+        )
+    return Released(model, params, loaded, release)
+
+
+def open_teacher(path: str | Path, student: Released) -> Released:
+    """The released AR model that a student's tokens are compared with.
+
+    Raises:
+      CheckpointFormatError: as `official.load`.
+      DataError: it is not an AR model, or has another vocabulary than the student.
+    """
+    model, params = official.load(path, mask_id=student.model.cfg.mask_id)
+    if not isinstance(model, CausalLM):
+        raise DataError(f"--teacher={path} is a student; give the AR checkpoint that it was distilled from")
+    if model.cfg.vocab_size != student.model.cfg.vocab_size:
+        raise DataError(f"--teacher={path} has {model.cfg.vocab_size} ids, --checkpoint {student.model.cfg.vocab_size}")
+    return Released(model, params, student.tokenizer, student.release)
+
+
+def load_for(path: str | Path, model: CausalLM) -> dict:
+    """The parameters of a released file that is to be `model`.
+
+    Raises:
+      CheckpointFormatError: as `official.load`.
+      RunError: the file holds another model; names the first field that differs.
+    """
+    loaded, params = official.load(path, mask_id=model.cfg.mask_id)
+    if type(loaded) is not type(model):
+        raise RunError(f"stages.ar.checkpoint = {str(path)!r} is a student, the teacher of a curriculum is an AR model")
+    for name, field in (
+        ("vocab_size", "the tokenizer of the data"),
+        ("num_layers", "model.num_layers"),
+        ("d_model", "model.d_model"),
+        ("num_heads", "model.num_heads"),
+    ):
+        there, here = getattr(loaded.cfg, name), getattr(model.cfg, name)
+        if there != here:
+            raise RunError(f"stages.ar.checkpoint = {str(path)!r} has {name} {there}, {field} says {here}")
+    return params

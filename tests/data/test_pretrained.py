@@ -1,0 +1,181 @@
+"""The real vocabularies: ids, round trips, the forms in which they are handed around, and what is refused."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from vocabularies import vocabulary
+
+from kforcing_jax.config import DataConfig
+from kforcing_jax.data import pretrained
+from kforcing_jax.data.pretrained import digest, load_configured, load_pretrained
+from kforcing_jax.data.tokenizers import Tokenizer
+from kforcing_jax.errors import DataError
+
+BERT, GPT2 = "bert-base-uncased", "gpt2"
+TEXTS = [
+    "The U.S. Postal Service said it can't comment.",
+    'Mr. Smith paid $3.50 (about £2) for "it" at 9:30, didn\'t he?',
+    "naïve café — Zürich 漢字 😀",
+    "  two  spaces\n\nand lines\t",
+    "x" * 300 + " antidisestablishmentarianism",
+]
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch, tmp_path):
+    """Names are looked for in an empty cache, and the hub cannot be reached."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+
+    def unreachable(endpoint):
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr(pretrained, "_reach", unreachable)
+
+
+@pytest.fixture(scope="module")
+def bert():
+    return load_pretrained(str(vocabulary(BERT)))
+
+
+@pytest.fixture(scope="module")
+def gpt2():
+    return load_pretrained(str(vocabulary(GPT2)))
+
+
+def test_bert_has_the_ids_of_the_released_models(bert):
+    assert (bert.vocab_size, bert.bos_id, bert.eos_id, bert.mask_id) == (30_522, 101, 102, 103)
+    # As the released example is tokenised by transformers.
+    assert bert.encode_marked("[CLS] the bank also reported that") == [101, 1996, 2924, 2036, 2988, 2008]
+    assert bert.encode("Hello, world!") == [7592, 1010, 2088, 999]
+
+
+def test_gpt2_has_the_ids_of_the_released_models_and_the_mask_after_them(gpt2):
+    assert (gpt2.vocab_size, gpt2.bos_id, gpt2.eos_id, gpt2.mask_id) == (50_258, 50_256, 50_256, 50_257)
+    assert gpt2.encode("Hello, world!") == [15496, 11, 995, 0]
+    assert gpt2.encode_marked("a<|endoftext|>b") == [64, 50_256, 65]
+
+
+def test_gpt2_gives_every_text_back(gpt2):
+    for text in TEXTS:
+        assert gpt2.decode(gpt2.encode(text)) == text
+
+
+def test_bert_gives_every_text_back_but_for_case_accents_and_spaces(bert):
+    for text in TEXTS[:2]:
+        back = bert.decode(bert.encode(text))
+        assert back.replace(" ", "") == text.lower().replace(" ", "")
+        assert bert.encode(back) == bert.encode(text)
+
+
+def test_text_that_spells_a_special_token_does_not_become_one(bert, gpt2):
+    assert not {101, 102, 103} & set(bert.encode("[CLS] [SEP] [MASK]"))
+    assert not {50_256, 50_257} & set(gpt2.encode("<|endoftext|> <mask>"))
+
+
+def test_a_prompt_begins_as_a_row_does(bert, gpt2):
+    assert bert.encode_prompt("the bank") == [101, 1996, 2924]
+    assert bert.encode_prompt("") == [101]
+    assert gpt2.encode_prompt("the bank") == gpt2.encode("the bank")
+    assert gpt2.encode_prompt("") == [50_256]
+
+
+def test_cutting_a_long_document_into_pieces_changes_nothing(bert, gpt2):
+    text = "The  cat sat, on the   mat it's 12 the—text\n\n the end " * 2000
+    for tokenizer in (bert, gpt2):
+        assert tokenizer.encode(text) == tokenizer.backend.encode(text, add_special_tokens=False).ids
+
+
+@pytest.mark.parametrize("name", [BERT, GPT2])
+def test_a_saved_tokenizer_is_the_same_when_loaded(name, tmp_path):
+    tokenizer = load_pretrained(str(vocabulary(name)))
+    tokenizer.save(tmp_path / "tokenizer.json")
+    loaded = Tokenizer.load(tmp_path / "tokenizer.json")
+    assert (loaded.vocab_size, loaded.bos_id, loaded.eos_id, loaded.mask_id) == (
+        tokenizer.vocab_size,
+        tokenizer.bos_id,
+        tokenizer.eos_id,
+        tokenizer.mask_id,
+    )
+    assert [loaded.encode(text) for text in TEXTS] == [tokenizer.encode(text) for text in TEXTS]
+
+
+def test_padding_and_truncation_of_a_file_are_left_out(bert, tmp_path):
+    # As the tokenizer.json of sentence encoders has them.
+    backend = load_pretrained(str(vocabulary(BERT))).backend
+    backend.enable_truncation(8)
+    backend.enable_padding(length=8)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    long = "word " * 50
+    assert load_pretrained(str(tmp_path)).encode(long) == bert.encode(long)
+
+
+@pytest.mark.parametrize("names", [("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")])
+def test_gpt2s_two_files_go_by_either_names(gpt2, tmp_path, names):
+    for file, name in zip(("encoder.json", "vocab.bpe"), names, strict=True):
+        shutil.copy(vocabulary(GPT2) / file, tmp_path / name)
+    assert load_pretrained(str(tmp_path)).encode(TEXTS[0]) == gpt2.encode(TEXTS[0])
+
+
+def test_a_name_is_found_in_the_users_cache(bert, tmp_path):
+    folder = tmp_path / "cache" / "kforcing_jax" / "tokenizers" / BERT
+    shutil.copytree(vocabulary(BERT), folder)
+    assert load_pretrained(BERT).encode(TEXTS[0]) == bert.encode(TEXTS[0])
+    assert load_pretrained("google-bert/bert-base-uncased").vocab_size == 30_522
+
+
+def test_another_vocabulary_under_a_known_name_is_refused(tmp_path):
+    folder = tmp_path / "cache" / "kforcing_jax" / "tokenizers" / BERT
+    folder.mkdir(parents=True)
+    words = (vocabulary(BERT) / "vocab.txt").read_text(encoding="utf-8").split("\n")
+    (folder / "vocab.txt").write_text("\n".join(np.roll(words[2000:], 1).tolist() + words[:2000]), encoding="utf-8")
+    with pytest.raises(DataError, match=r"'bert-base-uncased' as found in .* is another vocabulary"):
+        load_pretrained(BERT)
+
+
+@pytest.mark.parametrize("name", [BERT, GPT2, "someone/something"])
+def test_offline_the_error_says_which_file_to_put_where(name, tmp_path):
+    with pytest.raises(DataError) as raised:
+        load_pretrained(name)
+    message = str(raised.value)
+    assert "\n" not in message and f"tokenizer {name!r}" in message and "Name or service not known" in message
+    assert "tokenizer.json" in message and str(tmp_path / "cache" / "kforcing_jax" / "tokenizers" / name) in message
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        (None, None, "no such file or folder"),
+        ("other.bin", "", "holds no tokenizer; it should hold one of: tokenizer.json, vocab.txt"),
+        ("tokenizer.json", "{}", "is not a tokenizer"),
+        ("encoder.json", "{}", "holds no tokenizer"),
+        ("vocab.txt", "", "is not a tokenizer"),
+    ],
+)
+def test_a_path_without_a_tokenizer_is_named(tmp_path, file, content, message):
+    if file:
+        (tmp_path / file).write_text(content)
+    with pytest.raises(DataError, match=message) as raised:
+        load_pretrained(str(tmp_path if file else tmp_path / "missing"))
+    assert str(tmp_path) in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_a_vocabulary_of_another_size_than_the_config_says_is_refused():
+    config = DataConfig(tokenizer=str(vocabulary(BERT)), vocab_size=30_000)
+    with pytest.raises(DataError, match=r"30522 ids .*data\.vocab_size = 30000; set data\.vocab_size to 30522"):
+        load_configured(config)
+
+
+def test_a_vocabulary_without_an_end_is_refused(tmp_path):
+    tokens = {"[UNK]": 0, "a": 1}
+    model = {"type": "WordLevel", "vocab": tokens, "unk_token": "[UNK]"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"version": "1.0", "model": model, "added_tokens": []}))
+    with pytest.raises(DataError, match="no token that ends a document"):
+        load_configured(DataConfig(tokenizer=str(tmp_path), vocab_size=5))
+
+
+def test_the_digest_depends_on_the_order_of_the_tokens(bert, gpt2):
+    assert len({digest(bert.backend), digest(gpt2.backend)}) == 2
+    assert digest(bert.backend) == pretrained._DIGESTS[BERT]
