@@ -21,11 +21,13 @@ def main(_):
 
     from kforcing_jax.evaluation.suite import evaluate
     from kforcing_jax.evaluation.tables import samples_text, table
+    from kforcing_jax.interop.released import check_teacher_of
     from kforcing_jax.training import curriculum
     from kforcing_jax.training.progress import say
     from kforcing_jax.training.sharding import make_mesh
     from kforcing_jax.workdir import Workdir
 
+    check_teacher_of(config)
     mesh = make_mesh(config.mesh)
     workdir = Workdir.claim(_WORKDIR.value, config)
     say(f"{'data':<11} {config.data.source}, preparing or reading {workdir.path / 'data'}")

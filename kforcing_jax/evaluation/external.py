@@ -5,7 +5,8 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from kforcing_jax.data.tokenizers import Tokenizer
-from kforcing_jax.evaluation.scorer import Completion, Scorer, clean, gen_ppl, mauve_score, new_tokens, text_report
+from kforcing_jax.evaluation.intervals import gen_ppl, text_report
+from kforcing_jax.evaluation.scorer import Completion, Scorer, clean, mauve_score, new_tokens
 
 
 def external_figures(

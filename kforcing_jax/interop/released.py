@@ -4,8 +4,9 @@ import dataclasses
 from pathlib import Path
 from typing import NamedTuple
 
+from kforcing_jax.config import Config
 from kforcing_jax.data.pretrained import load_pretrained
-from kforcing_jax.data.tokenizers import Tokenizer
+from kforcing_jax.data.tokenizers import Tokenizer, is_trained
 from kforcing_jax.errors import DataError, RunError
 from kforcing_jax.interop import official
 from kforcing_jax.models import CausalLM, PushForwardLM
@@ -22,6 +23,14 @@ class Release:
 
 # By vocabulary size: LM1B and OpenWebText.
 RELEASES = {30_522: Release("bert-base-uncased", 128, 6), 50_258: Release("gpt2", 1024, 64)}
+
+# What says these sizes of the model that a released teacher is to be.
+_FIELDS = {
+    "vocab_size": "the tokenizer of the data",
+    "num_layers": "model.num_layers",
+    "d_model": "model.d_model",
+    "num_heads": "model.num_heads",
+}
 
 
 class Released(NamedTuple):
@@ -69,6 +78,16 @@ def open_teacher(path: str | Path, student: Released) -> Released:
     return Released(model, params, student.tokenizer, student.release)
 
 
+def check_teacher_of(config: Config):
+    """Raises what `load_for` would, as far as a configuration tells, before anything is prepared or trained."""
+    path = config.stages["ar"].checkpoint
+    if path:
+        sizes = {name: getattr(config.model, name) for name in ("num_layers", "d_model", "num_heads")}
+        if not is_trained(config.data):
+            sizes["vocab_size"] = config.data.vocab_size
+        _check_teacher(path, official.load(path)[0], sizes)
+
+
 def load_for(path: str | Path, model: CausalLM) -> dict:
     """The parameters of a released file that is to be `model`.
 
@@ -77,15 +96,14 @@ def load_for(path: str | Path, model: CausalLM) -> dict:
       RunError: the file holds another model; names the first field that differs.
     """
     loaded, params = official.load(path, mask_id=model.cfg.mask_id)
-    if type(loaded) is not type(model):
-        raise RunError(f"stages.ar.checkpoint = {str(path)!r} is a student, the teacher of a curriculum is an AR model")
-    for name, field in (
-        ("vocab_size", "the tokenizer of the data"),
-        ("num_layers", "model.num_layers"),
-        ("d_model", "model.d_model"),
-        ("num_heads", "model.num_heads"),
-    ):
-        there, here = getattr(loaded.cfg, name), getattr(model.cfg, name)
-        if there != here:
-            raise RunError(f"stages.ar.checkpoint = {str(path)!r} has {name} {there}, {field} says {here}")
+    _check_teacher(path, loaded, {name: getattr(model.cfg, name) for name in _FIELDS})
     return params
+
+
+def _check_teacher(path, loaded, sizes):
+    if not isinstance(loaded, CausalLM):
+        raise RunError(f"stages.ar.checkpoint = {str(path)!r} is a student, the teacher of a curriculum is an AR model")
+    for name, size in sizes.items():
+        there = getattr(loaded.cfg, name)
+        if there != size:
+            raise RunError(f"stages.ar.checkpoint = {str(path)!r} has {name} = {there}, {_FIELDS[name]} says {size}")

@@ -14,17 +14,8 @@ from scipy import stats
 from kforcing_jax.config import DataConfig
 from kforcing_jax.data.tokenizers import train_tokenizer
 from kforcing_jax.errors import DataError
-from kforcing_jax.evaluation.scorer import (
-    Completion,
-    Score,
-    Scorer,
-    bootstrap,
-    clean,
-    gen_ppl,
-    mauve_score,
-    new_tokens,
-    text_report,
-)
+from kforcing_jax.evaluation.intervals import bootstrap, gen_ppl, text_report
+from kforcing_jax.evaluation.scorer import Completion, Score, Scorer, clean, mauve_score, new_tokens
 from kforcing_jax.evaluation.text_metrics import distinct_n, repetition, token_entropy
 
 torch = pytest.importorskip("torch")
