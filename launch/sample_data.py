@@ -92,7 +92,7 @@ def write_sample(articles: Sequence[str], out: Path, count: int):
 
 
 def write_lm1b(sentences: Sequence[str], data_dir: Path, download_dir: Path):
-    """A data set called lm1b as TFDS prepares the real one, in ArrayRecord format; one sentence in twenty is for testing.
+    """A data set called lm1b as TFDS prepares the real one; every twentieth sentence is for testing.
 
     Raises:
       DataError: tensorflow-datasets is missing.
@@ -143,7 +143,11 @@ def _articles(news):
 
 
 def _check_free(out):
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+    try:
+        used = out.exists() and not (out.is_dir() and not any(out.iterdir()))
+    except OSError as error:
+        raise RunError(f"--out={out} cannot be read: {error.strerror}") from None
+    if used:
         raise RunError(f"--out={out} is there already and not an empty folder; delete it or name another one")
 
 

@@ -134,6 +134,49 @@ def test_a_config_that_is_not_there_is_named(tmp_path):
     refused(call("main", "--config=configs/tiny.py"), "--workdir")
 
 
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--config=configs/lm1b.py:smok", "--workdir={run}"], ["configs/lm1b.py has no variant 'smok'", "smoke"]),
+        (
+            ["--config=configs/lm1b.py:smoke", "--workdir={run}", "--config.data.seq_le=9"],
+            ["data.seq_le is not a field", "data.seq_len?"],
+        ),
+        (["--config=configs/lm1b.py:smoke"], ["--workdir is missing", "--config.data.prepared"]),
+        (["--config=configs/owt.py", "--workdir=gs://bucket/run"], ["--workdir=gs://bucket/run", "gcsfuse"]),
+        (["--config=configs/owt.py", "--workdir={file}/run"], ["--workdir={file}/run cannot be written"]),
+        (
+            ["--config=configs/owt.py:smoke", "--workdir={run}", "--config.data.tokenizer=/no/such"],
+            ["data.tokenizer = '/no/such': no such file or folder"],
+        ),
+        (
+            ["--config=configs/lm1b.py:smoke", "--workdir={run}", "--config.data.path={run}", "--workers=1"],
+            ["tokenizer 'bert-base-uncased'", "tokenizer.json", "kforcing_jax/tokenizers/bert-base-uncased"],
+        ),
+    ],
+)
+def test_prepare_refuses_what_it_cannot_do(tmp_path, monkeypatch, flags, says):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "file").write_text("")
+    named = {"run": tmp_path / "run", "file": tmp_path / "file"}
+    out = call("prepare", *(flag.format(**named) for flag in flags))
+    refused(out, *(words.format(**named) for words in says))
+    assert not (tmp_path / "run/data").exists() and not (tmp_path / "run/data.partial").exists()
+
+
+def test_data_that_was_to_be_prepared_elsewhere_is_missed(tmp_path):
+    out = call(
+        "main",
+        "--config=configs/owt.py",
+        f"--workdir={tmp_path / 'run'}",
+        f"--config.data.prepared={tmp_path / 'rows'}",
+    )
+    assert out.returncode == 2
+    assert out.stderr.strip().splitlines()[-1].endswith("run python -m kforcing_jax.prepare with the same flags")
+
+
 def test_without_a_network_the_message_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     out = call("main", "--config=configs/tiny.py", f"--workdir={tmp_path / 'run'}")

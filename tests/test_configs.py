@@ -22,6 +22,17 @@ def test_every_config_is_valid_and_says_how_it_is_run(path):
     assert f"--config=configs/{path.name}" in module["__doc__"]
 
 
+@pytest.mark.parametrize("name", ["lm1b", "owt"])
+def test_the_smoke_variant_is_the_same_run_in_tiny(name):
+    get_config = runpy.run_path(str(REPOSITORY / f"configs/{name}.py"))["get_config"]
+    real, smoke = parse(get_config()), parse(get_config("smoke"))
+    assert list(real.stages) == list(smoke.stages)
+    for field in ("source", "packing", "tokenizer", "vocab_size"):
+        assert getattr(real.data, field) == getattr(smoke.data, field)
+    assert smoke.stages["k4"].bfloat16_fraction == real.stages["k4"].bfloat16_fraction
+    assert smoke.model.d_model < real.model.d_model and smoke.stages["k4"].steps < 10
+
+
 def run_config(name, workdir, longest):
     """summary.json's stages after `main` has run a config of the repository within `longest` seconds."""
     command = [sys.executable, "-m", "kforcing_jax.main", f"--config=configs/{name}.py", f"--workdir={workdir}"]

@@ -1,4 +1,4 @@
-"""The paper's two configurations in tiny, by the commands that a user types: prepare, train, evaluate, generate, resume."""
+"""The configurations of the paper in tiny, by the commands that a user types, from text to samples."""
 
 import json
 import os

@@ -234,8 +234,8 @@ def _check_format(root, folder, described):
     if _FORMAT not in formats:
         other = _data_dir(root) / _FORMAT
         raise DataError(
-            f"{folder} is prepared as {', '.join(formats)}, which only TensorFlow reads; {_FORMAT} is needed, in another "
-            f"folder: {_how_to_prepare(other)}"
+            f"{folder} is prepared as {', '.join(formats)}, which only TensorFlow reads; it should be {_FORMAT}, in "
+            f"another folder; {_how_to_prepare(other)}"
         )
 
 

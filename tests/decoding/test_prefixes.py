@@ -126,7 +126,7 @@ def test_a_folder_that_cannot_be_written_is_named(push_forward_lm, tokenizer, tm
     model, params = push_forward_lm
     done = complete(model, params, PREFIXES, max_new_tokens=2, k=2, batch_size=3)
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunError, match="--output_dir=.*file cannot be written"):
+    with pytest.raises(RunError, match=r"--output_dir=.*file cannot be written"):
         write_completions(tmp_path / "file", done, tokenizer)
 
 
