@@ -58,8 +58,9 @@ _LAST_STOP = re.compile(r"(?<=[^.\s])\.(?=(?: [\"')\]])*$)")
 def main(_):
     if not _OUT.value:
         raise ConfigError("--out is missing, for example --out=sample")
-    out = Path(_OUT.value).expanduser()
-    _check_free(out)
+    out = Path(_OUT.value).expanduser().resolve()
+    # Before anything is downloaded.
+    _check_arguments(out, _SENTENCES.value)
     articles = _articles(_NEWS.value)
     write_sample(articles, out, _SENTENCES.value)
     print(f"{out}/tfds: {_SENTENCES.value:,} sentences, {out}/openwebtext.jsonl: {len(articles):,} articles")
@@ -73,12 +74,9 @@ def write_sample(articles: Sequence[str], out: Path, count: int):
       DataError: the articles have fewer sentences, or tensorflow-datasets is missing.
       RunError: the folder holds something, or cannot be written. Nothing is left of it then.
     """
-    if count < _FEWEST_SENTENCES:
-        raise ConfigError(f"--sentences = {count} should be at least {_FEWEST_SENTENCES}")
-    _check_free(out)
-    sentences = _first_distinct(
-        map(tokenize_like_lm1b, itertools.chain.from_iterable(map(sentences_of, articles))), count
-    )
+    _check_arguments(out, count)
+    sentences = itertools.chain.from_iterable(map(sentences_of, articles))
+    sentences = _first_distinct(map(tokenize_like_lm1b, sentences), count)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         # Beside the folder, so that the last step is a rename.
@@ -142,7 +140,9 @@ def _articles(news):
         raise DataError(re.sub(r"(?:--config\.)?data\.path", "--news", str(error))) from None
 
 
-def _check_free(out):
+def _check_arguments(out, count):
+    if count < _FEWEST_SENTENCES:
+        raise ConfigError(f"--sentences = {count} should be at least {_FEWEST_SENTENCES}")
     try:
         used = out.exists() and not (out.is_dir() and not any(out.iterdir()))
     except OSError as error:

@@ -51,7 +51,7 @@ RULES = (
     Rule("slash", r" / ", "/", ("and / or", "and/or")),
     Rule("e-mail address", r"(?<=\w) @ (?=\w[\w-]*\.\w)", "@", ("mail me @ bbc.co.uk", "mail me@bbc.co.uk")),
     # Also after an abbreviation: the U.S. 's.
-    Rule("contraction", r"(?<=[\w.)]) '(?=(?i:s|t|m|d|re|ve|ll)\b)", "'", ("the U.S. 's role", "the U.S.'s role")),
+    Rule("contraction", r"(?<=[\w.)]) '(?=(?i:s|t|m|d|re|ve|ll)\b(?!'))", "'", ("the U.S. 's role", "the U.S.'s role")),
     # Not when a third apostrophe follows: the letter ' s ' is a quotation.
     Rule(
         "detached contraction",
@@ -72,7 +72,7 @@ RULES = (
     # After an s, a plural's possessive is more likely.
     Rule(
         "single quotation",
-        r"(?<!\S)(?<![sS] )' ((?:[^']|(?<=\w)'(?=\w))+) '(?!\S)",
+        r"(?<!\S)(?<![sS] )' ((?![.,;:!?)])(?:[^']|(?<=\w)'(?=\w))+) '(?!\S)",
         r"'\1'",
         ("he said ' yes ' twice", "he said 'yes' twice"),
     ),
@@ -85,7 +85,7 @@ RULES = (
     ),
     Rule(
         "single quotation after an s",
-        r"(?<!\S)' ((?:[^']|(?<=\w)'(?=\w))+) '(?!\S)",
+        r"(?<!\S)' ((?![.,;:!?)])(?:[^']|(?<=\w)'(?=\w))+) '(?!\S)",
         r"'\1'",
         ("she calls ' home ' here", "she calls 'home' here"),
     ),
@@ -261,8 +261,7 @@ def _quiet_tfds():
         yield tfds
     except ImportError as error:
         raise DataError(
-            f"LM1B is read with a package that is not installed ({_one_line(error)}); "
-            "pip install tensorflow-datasets importlib_resources"
+            f"LM1B is read with a package that is not installed ({_one_line(error)}); pip install tensorflow-datasets"
         ) from None
     finally:
         logging.set_verbosity(verbosity)
@@ -290,22 +289,22 @@ def _open(tfds, folder, split) -> Split:
 def _check_file(file: Path, count: int):
     if not file.is_file():
         raise DataError(f"{file} is missing, it should hold {count:,} sentences; copy or prepare it again")
-    found = _num_records(file)
-    if found != count:
-        raise DataError(f"{file} is damaged ({found}), it should hold {count:,} sentences; copy or prepare it again")
+    damage = _damage(file, count)
+    if damage:
+        raise DataError(f"{file} is damaged ({damage}), it should hold {count:,} sentences; copy or prepare it again")
 
 
-def _num_records(file: Path) -> int | str:
-    """Records of a file, or why they cannot be counted: the reader says so only when it is closed."""
+def _damage(file: Path, count: int) -> str | None:
     from array_record.python import array_record_module
 
     try:
         reader = array_record_module.ArrayRecordReader(os.fspath(file))
-        count = reader.num_records()
+        found = reader.num_records()
+        # Only here does it say that it could not open the file.
         reader.close()
     except Exception as error:  # the reader raises whatever its C++ status maps to
         return _one_line(error)
-    return count
+    return None if found == count else f"it holds {found:,}"
 
 
 def _how_to_prepare(root) -> str:
@@ -325,4 +324,4 @@ def _listed(names) -> str:
 
 
 def _one_line(error) -> str:
-    return (" ".join(str(error).split()) or type(error).__name__)[:200]
+    return (" ".join(str(error).split()) or "no reason was given")[:200]

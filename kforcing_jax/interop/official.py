@@ -1,168 +1,253 @@
-"""Reading checkpoints in the layout of the released K-Forcing code, without torch and without unpickling code.
+"""Checkpoints in the layout of the released K-Forcing code: read into our parameters, and written from them.
 
-A released `.ckpt` is a zip archive: a pickle that describes tensors, and one raw file per storage. The pickle is
-read by an unpickler that knows three harmless constructors and refuses every other name, so opening a file from
-a stranger cannot run anything.
+A file holds {"state_dict": tensors by name}, or is that dict itself. Full training checkpoints hold more beside it:
+optimizer states, which are never read, and an average of the weights (`ema`), which can be read instead.
 """
 
-import collections
 import dataclasses
-import io
-import pickle
-import zipfile
+import itertools
+import math
 from pathlib import Path
+from typing import NamedTuple
 
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
+from kforcing_jax.interop import torch_zip
+from kforcing_jax.interop.torch_zip import CheckpointFormatError, StoredTensor
 from kforcing_jax.models import CausalLM, ModelConfig, PushForwardLM
 from kforcing_jax.models.transformer import ROPE_BASE, rotary_frequencies
 
+_WEIGHTS = ("state_dict", "ema")
+
 _PREFIX = "backbone."
+_FREQUENCIES = "rotary_emb.inv_freq"  # a buffer: in the state dict, but not a parameter
 _MASK_IDS = {30_522: 103, 50_258: 50_257}  # bert-base-uncased [MASK]; the id added to GPT-2's vocabulary
-_STORAGE_DTYPES = {
-    "FloatStorage": np.dtype(np.float32),
-    "DoubleStorage": np.dtype(np.float64),
-    "HalfStorage": np.dtype(np.float16),
-    "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
-    "LongStorage": np.dtype(np.int64),
-    "IntStorage": np.dtype(np.int32),
-    "ShortStorage": np.dtype(np.int16),
-    "CharStorage": np.dtype(np.int8),
-    "ByteStorage": np.dtype(np.uint8),
-    "BoolStorage": np.dtype(np.bool_),
-}
 
 
-class CheckpointFormatError(ValueError):
-    """The file is not a released checkpoint, or holds something that is not safe to read."""
-
-
-def load(path: str | Path, mask_id: int | None = None):
+def load(path: str | Path, mask_id: int | None = None, weights: str = "state_dict"):
     """Reads a released `.ckpt`: (model, params), a CausalLM or a PushForwardLM by what the file holds.
 
     Args:
       path: the checkpoint.
-      mask_id: the id that is never drawn. By default 103 for 30,522 ids (BERT), 50,257 for 50,258 (GPT-2 with
-        a mask), otherwise the last id.
+      mask_id: the id that is never drawn; by default `default_mask_id` of the vocabulary.
+      weights: "state_dict", as the released inference code takes them, or "ema", the averaged ones of a full
+        training checkpoint.
 
     Raises:
-      CheckpointFormatError: not such a file, a tensor of the wrong shape, or an object other than tensors in it.
+      CheckpointFormatError: not such a file, a tensor of the wrong shape, something that is not safe to read in it,
+        or no averaged weights where they are asked for. One line that begins with the path.
     """
-    try:
-        return from_state_dict(read_state_dict(path), mask_id)
-    except CheckpointFormatError as error:
-        raise CheckpointFormatError(f"{path}: {error}") from None
+    with torch_zip.opened(path) as content:
+        return from_state_dict(_model_tensors(content, weights), mask_id)
 
 
-def read_state_dict(path: str | Path) -> dict[str, np.ndarray]:
-    """The tensors of a torch zip checkpoint by name, as numpy arrays."""
-    try:
-        archive = zipfile.ZipFile(path)
-    except zipfile.BadZipFile:
-        raise CheckpointFormatError("not a torch zip checkpoint (expected a file written by torch.save)") from None
-    with archive:
-        pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
-        if len(pickles) != 1:
-            raise CheckpointFormatError("a zip archive without a data.pkl, so not a torch checkpoint")
-        content = _load_pickle(archive, pickles[0])
-    state = content.get("state_dict") if isinstance(content, dict) else None
-    if not isinstance(state, dict) or not all(
-        isinstance(name, str) and isinstance(value, np.ndarray) for name, value in state.items()
-    ):
-        raise CheckpointFormatError('no "state_dict" of tensors in this checkpoint')
-    return dict(state)
+def read_state_dict(path: str | Path, weights: str = "state_dict") -> dict[str, np.ndarray]:
+    """The model's tensors by the names that they have in the file, as numpy arrays. Raises like `load`."""
+    with torch_zip.opened(path) as content:
+        return {name: tensor.read() for name, tensor in _model_tensors(content, weights).items()}
 
 
-def from_state_dict(state: dict[str, np.ndarray], mask_id: int | None = None):
-    """Converts released tensors, with or without the `backbone.` prefix: (model, params)."""
-    tensors = _Tensors({name.removeprefix(_PREFIX): value for name, value in state.items()})
+def from_state_dict(state: dict[str, np.ndarray | StoredTensor], mask_id: int | None = None):
+    """Converts released tensors, with or without the `backbone.` prefix: (model, params). Raises like `load`."""
+    tensors = _Tensors({name.removeprefix(_PREFIX): tensor for name, tensor in _of_backbone(state).items()})
+    is_student = any(name.startswith("noise_encoder.") for name in tensors.by_name)
+    model = (PushForwardLM if is_student else CausalLM)(_config(tensors, mask_id))
+    before, block, after = _layout(model)
+    params = {weight.path: jnp.asarray(weight.ours(tensors)) for weight in (*before, *after)}
+    for weight in block:
+        layers = [weight.ours(tensors, _block_prefix(i)) for i in range(model.cfg.num_layers)]
+        params[weight.path] = jnp.asarray(np.stack(layers))  # as nn.scan keeps them
+    return model, unflatten_dict(params)
+
+
+def to_state_dict(model: CausalLM | PushForwardLM, params: dict) -> dict[str, np.ndarray]:
+    """The inverse of `from_state_dict`: f32 tensors with the names, the order and the shapes of the released files."""
+    before, block, after = _layout(model)
+    leaves = {path: np.asarray(leaf, np.float32) for path, leaf in flatten_dict(params).items()}
+    state = {weight.name: weight.released(leaves[weight.path]) for weight in before}
+    state[_FREQUENCIES] = _torch_frequencies(model.cfg.head_width)
+    for i, weight in itertools.product(range(model.cfg.num_layers), block):
+        state[_block_prefix(i) + weight.name] = weight.released(leaves[weight.path][i])
+    state |= {weight.name: weight.released(leaves[weight.path]) for weight in after}
+    return {_PREFIX + name: np.ascontiguousarray(tensor) for name, tensor in state.items()}
+
+
+def save(path: str | Path, model: CausalLM | PushForwardLM, params: dict):
+    """Writes a `.ckpt` that the released code loads, as does `load`. It is there whole or not at all.
+
+    The file does not say the mask id: `load` takes `default_mask_id` unless it is given.
+
+    Raises:
+      OSError: it cannot be written.
+    """
+    torch_zip.write(path, {"state_dict": to_state_dict(model, params)})
+
+
+def default_mask_id(vocab_size: int) -> int:
+    """103 for 30,522 ids (BERT), 50,257 for 50,258 (GPT-2 with a mask), otherwise the last id."""
+    return _MASK_IDS.get(vocab_size, vocab_size - 1)
+
+
+def _model_tensors(content, weights) -> dict[str, StoredTensor]:
+    """The tensors of the model in a file, by name, not read yet."""
+    if weights not in _WEIGHTS:
+        raise ValueError(f"weights = {weights!r} is not one of {', '.join(_WEIGHTS)}")
+    state = content.get("state_dict", content) if isinstance(content, dict) else content
+    if not isinstance(state, dict) or not state:
+        raise _no_state_dict("it" if state is content else '"state_dict"', state)
+    state = _of_backbone(state)
+    for name, tensor in state.items():
+        if not isinstance(name, str):
+            raise _no_state_dict("a name", name)
+        if not isinstance(tensor, StoredTensor):
+            raise _no_state_dict(name, tensor)
+    return _averaged(state, content.get("ema")) if weights == "ema" else state
+
+
+def _no_state_dict(what, value):
+    found = "empty" if value == {} else torch_zip.describe(value)
+    return CheckpointFormatError(f'no "state_dict" of tensors in this checkpoint ({what} is {found})')
+
+
+def _of_backbone(state):
+    """Full checkpoints may hold other modules (a noise schedule, a teacher) beside the model."""
+    backbone = {name: value for name, value in state.items() if isinstance(name, str) and name.startswith(_PREFIX)}
+    return backbone or state
+
+
+def _averaged(state, ema):
+    """The state dict with the averaged weights in it, which are listed in its order."""
+    shadows = ema.get("shadow_params") if isinstance(ema, dict) else None
+    if not isinstance(shadows, list):
+        raise CheckpointFormatError('no averaged weights ("ema") in this checkpoint; take those of its "state_dict"')
+    names = [name for name in state if name.removeprefix(_PREFIX) != _FREQUENCIES]
+    if len(shadows) != len(names):
+        raise CheckpointFormatError(f"ema has {len(shadows)} weights, the model {len(names)}")
+    for name, shadow in zip(names, shadows, strict=True):
+        if not isinstance(shadow, StoredTensor):
+            raise CheckpointFormatError(f"ema has {torch_zip.describe(shadow)} for {name}, expected a tensor")
+        if shadow.shape != state[name].shape:
+            raise CheckpointFormatError(f"ema has shape {shadow.shape} for {name}, expected {state[name].shape}")
+    return state | dict(zip(names, shadows, strict=True))
+
+
+def _config(tensors, mask_id) -> ModelConfig:
     vocab_size, d_model = tensors.shape("vocab_embed.embedding", 2)
-    head_width = _head_width(tensors, d_model)
     try:
-        cfg = ModelConfig(
+        return ModelConfig(
             vocab_size=vocab_size,
-            mask_id=_MASK_IDS.get(vocab_size, vocab_size - 1) if mask_id is None else mask_id,
+            mask_id=default_mask_id(vocab_size) if mask_id is None else mask_id,
             num_layers=_count_layers(tensors),
             d_model=d_model,
-            num_heads=d_model // head_width,
+            num_heads=d_model // _head_width(tensors, d_model),
         )
+    except CheckpointFormatError:
+        raise
     except ValueError as error:
         raise CheckpointFormatError(str(error)) from None
-    params = {"backbone": _backbone(tensors, cfg)}
-    if any(name.startswith("noise_encoder.") for name in tensors.by_name):
-        return PushForwardLM(cfg), params | {"noise_encoder": _noise_encoder(tensors, d_model)}
-    return CausalLM(cfg), params
-
-
-def _backbone(tensors, cfg):
-    vocab, d, h, c = cfg.vocab_size, cfg.d_model, cfg.num_heads, cfg.head_width
-
-    def block(i):
-        name = f"blocks.{i}."
-        return {
-            "attn_norm": {"scale": tensors.get(name + "norm1.weight", (d,))},
-            "attn_qkv": {"kernel": tensors.kernel(name + "attn_qkv.weight", d, 3 * d).reshape(d, 3, h, c)},
-            "attn_out": {"kernel": tensors.kernel(name + "attn_out.weight", d, d).reshape(h, c, d)},
-            "mlp_norm": {"scale": tensors.get(name + "norm2.weight", (d,))},
-            "mlp_in": tensors.dense(name + "mlp.0", d, 4 * d),
-            "mlp_out": tensors.dense(name + "mlp.2", 4 * d, d),
-        }
-
-    return {
-        "embedding": {"embedding": tensors.get("vocab_embed.embedding", (vocab, d))},
-        "blocks": _stack([block(i) for i in range(cfg.num_layers)]),
-        "final_norm": {"scale": tensors.get("output_layer.norm_final.weight", (d,))},
-        "output": tensors.dense("output_layer.linear", d, vocab),
-    }
-
-
-def _noise_encoder(tensors, d):
-    return {
-        "project": tensors.dense("noise_encoder.combined_proj", 2 * d, d),
-        "norm": {
-            "scale": tensors.get("noise_encoder.norm.weight", (d,)),
-            "bias": tensors.get("noise_encoder.norm.bias", (d,)),
-        },
-        "mlp_in": tensors.dense("noise_encoder.mlp.0", d, 4 * d),
-        "mlp_out": tensors.dense("noise_encoder.mlp.2", 4 * d, d),
-    }
 
 
 def _head_width(tensors, d_model):
     """The rotary frequencies are the only trace of the number of heads."""
-    (pairs,) = tensors.shape("rotary_emb.inv_freq", 1)
-    if pairs == 0 or d_model % (2 * pairs):
+    (pairs,) = tensors.shape(_FREQUENCIES, 1)
+    if pairs == 0 or d_model == 0 or d_model % (2 * pairs):
         raise CheckpointFormatError(
-            f"rotary_emb.inv_freq has {pairs} entries, which is not half a head width that divides {d_model}"
+            f"{_FREQUENCIES} has {pairs} entries, which is not half a head width that divides {d_model}"
         )
     expected = rotary_frequencies(2 * pairs)
-    if not np.allclose(tensors.by_name["rotary_emb.inv_freq"], expected, rtol=1e-3):
-        raise CheckpointFormatError(f"rotary_emb.inv_freq is not that of base {ROPE_BASE:g}")
+    if not np.allclose(tensors.get(_FREQUENCIES, (pairs,)), expected, rtol=1e-3):
+        raise CheckpointFormatError(f"{_FREQUENCIES} is not that of base {ROPE_BASE:g}")
     return 2 * pairs
 
 
+def _torch_frequencies(head_width):
+    """1 / base^(i / C) in f32 as torch gives it, to the last bit for the usual head widths.
+
+    XLA's and numpy's own f32 powers differ in that bit, and so does any other order of the operations.
+    """
+    exponents = np.arange(0, head_width, 2, dtype=np.float32) / np.float32(head_width)
+    return np.float32(1) / (ROPE_BASE ** exponents.astype(np.float64)).astype(np.float32)
+
+
 def _count_layers(tensors):
-    layers = {int(name.split(".")[1]) for name in tensors.by_name if name.startswith("blocks.")}
-    if layers != set(range(len(layers))) or not layers:
-        raise CheckpointFormatError(f"blocks are numbered {sorted(layers)}, expected 0, 1, ... without a gap")
-    return len(layers)
+    numbers = {name.split(".")[1] for name in tensors.by_name if name.startswith("blocks.")}
+    if not numbers or numbers != {str(i) for i in range(len(numbers))}:
+        found = ", ".join(sorted(numbers))
+        raise CheckpointFormatError(f"blocks are numbered [{found}], expected 0, 1, ... without a gap")
+    return len(numbers)
 
 
-def _stack(layers):
-    """One tree whose leaves carry a leading layer axis, as `nn.scan` keeps them."""
-    first = layers[0]
-    if isinstance(first, dict):
-        return {key: _stack([layer[key] for layer in layers]) for key in first}
-    return jnp.stack(layers)
+def _block_prefix(layer):
+    return f"blocks.{layer}."
+
+
+class _Weight(NamedTuple):
+    """A weight in both layouts. torch keeps a product's matrix as (out, in), Flax as (*in, *out)."""
+
+    name: str
+    path: tuple[str, ...]
+    shape: tuple[int, ...]  # ours, of one layer
+    inputs: int = 0  # the leading axes that are inputs of a product; 0 for what is not a matrix of one
+
+    def ours(self, tensors, prefix="") -> np.ndarray:
+        tensor = tensors.get(prefix + self.name, self._released_shape())
+        return tensor.T.reshape(self.shape) if self.inputs else tensor
+
+    def released(self, leaf: np.ndarray) -> np.ndarray:
+        return leaf.reshape(self._released_shape()[::-1]).T if self.inputs else leaf
+
+    def _released_shape(self):
+        if not self.inputs:
+            return self.shape
+        return math.prod(self.shape[self.inputs :]), math.prod(self.shape[: self.inputs])
+
+
+def _layout(model) -> tuple[list[_Weight], list[_Weight], list[_Weight]]:
+    """The weights before the blocks, of one block, and after the blocks, in the order of the released files."""
+    cfg = model.cfg
+    vocab, d, h, c = cfg.vocab_size, cfg.d_model, cfg.num_heads, cfg.head_width
+    blocks = ("backbone", "blocks")
+    before = [_Weight("vocab_embed.embedding", ("backbone", "embedding", "embedding"), (vocab, d))]
+    block = [
+        _Weight("norm1.weight", (*blocks, "attn_norm", "scale"), (d,)),
+        _Weight("attn_qkv.weight", (*blocks, "attn_qkv", "kernel"), (d, 3, h, c), inputs=1),
+        _Weight("attn_out.weight", (*blocks, "attn_out", "kernel"), (h, c, d), inputs=2),
+        _Weight("norm2.weight", (*blocks, "mlp_norm", "scale"), (d,)),
+        *_dense("mlp.0", (*blocks, "mlp_in"), d, 4 * d),
+        *_dense("mlp.2", (*blocks, "mlp_out"), 4 * d, d),
+    ]
+    after = [
+        *(_noise_encoder(d) if isinstance(model, PushForwardLM) else ()),
+        _Weight("output_layer.norm_final.weight", ("backbone", "final_norm", "scale"), (d,)),
+        *_dense("output_layer.linear", ("backbone", "output"), d, vocab),
+    ]
+    return before, block, after
+
+
+def _noise_encoder(d):
+    return [
+        *_dense("noise_encoder.combined_proj", ("noise_encoder", "project"), 2 * d, d),
+        _Weight("noise_encoder.norm.weight", ("noise_encoder", "norm", "scale"), (d,)),
+        _Weight("noise_encoder.norm.bias", ("noise_encoder", "norm", "bias"), (d,)),
+        *_dense("noise_encoder.mlp.0", ("noise_encoder", "mlp_in"), d, 4 * d),
+        *_dense("noise_encoder.mlp.2", ("noise_encoder", "mlp_out"), 4 * d, d),
+    ]
+
+
+def _dense(name, path, inputs, outputs):
+    return (
+        _Weight(name + ".weight", (*path, "kernel"), (inputs, outputs), inputs=1),
+        _Weight(name + ".bias", (*path, "bias"), (outputs,)),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class _Tensors:
-    """Released tensors by name, checked for presence and shape when they are taken."""
+    """Released tensors by name, checked for presence and shape before they are read."""
 
-    by_name: dict[str, np.ndarray]
+    by_name: dict[str, np.ndarray | StoredTensor]
 
     def shape(self, name, rank):
         if name not in self.by_name:
@@ -172,63 +257,9 @@ class _Tensors:
             raise CheckpointFormatError(f"tensor {name} has shape {shape}, expected {rank} axes")
         return shape
 
-    def get(self, name, shape):
+    def get(self, name, shape) -> np.ndarray:
+        """The tensor in f32."""
         if self.shape(name, len(shape)) != shape:
             raise CheckpointFormatError(f"tensor {name} has shape {self.by_name[name].shape}, expected {shape}")
-        return jnp.asarray(self.by_name[name], jnp.float32)
-
-    def kernel(self, name, inputs, outputs):
-        """torch keeps (out, in), Flax (in, out)."""
-        return self.get(name, (outputs, inputs)).T
-
-    def dense(self, name, inputs, outputs):
-        return {"kernel": self.kernel(name + ".weight", inputs, outputs), "bias": self.get(name + ".bias", (outputs,))}
-
-
-def _load_pickle(archive, name):
-    try:
-        return _TensorUnpickler(archive, name).load()
-    except (CheckpointFormatError, MemoryError):
-        raise
-    except Exception as error:  # a damaged pickle or storage can raise anything
-        raise CheckpointFormatError(f"damaged checkpoint ({type(error).__name__}: {error})") from None
-
-
-class _TensorUnpickler(pickle.Unpickler):
-    """Rebuilds tensors and plain containers, and refuses every other object."""
-
-    def __init__(self, archive: zipfile.ZipFile, pickle_name: str):
-        super().__init__(io.BytesIO(archive.read(pickle_name)))
-        self._archive = archive
-        self._root = pickle_name.removesuffix("data.pkl")
-        order_file = self._root + "byteorder"
-        big = order_file in archive.namelist() and archive.read(order_file) == b"big"
-        self._byte_order = ">" if big else "<"
-
-    def find_class(self, module, name):
-        if (module, name) == ("collections", "OrderedDict"):
-            return collections.OrderedDict
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return _rebuild_tensor
-        if module == "torch" and name in _STORAGE_DTYPES:
-            return _STORAGE_DTYPES[name]
-        raise CheckpointFormatError(f"holds {module}.{name}, which is not a tensor; refusing to unpickle it")
-
-    def persistent_load(self, pid):
-        kind, dtype, key, _, count = pid
-        if kind != "storage" or not isinstance(dtype, np.dtype):
-            raise CheckpointFormatError(f"unknown storage {pid!r}")
-        raw = self._archive.read(f"{self._root}data/{key}")
-        if len(raw) < count * dtype.itemsize:
-            raise CheckpointFormatError(f"storage {key} is cut short")
-        return np.frombuffer(raw, dtype.newbyteorder(self._byte_order), count)
-
-
-def _rebuild_tensor(storage, offset, shape, strides, *unused):
-    """A view of a storage, copied; bounds are checked because the numbers come from the file."""
-    last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
-    if min(shape, default=1) > 0 and not (0 <= offset <= last < storage.size and min(strides, default=0) >= 0):
-        raise CheckpointFormatError(f"a tensor of shape {tuple(shape)} reaches outside its storage")
-    strides = [stride * storage.itemsize for stride in strides]
-    view = np.lib.stride_tricks.as_strided(storage[offset:], shape, strides, writeable=False)
-    return np.array(view.astype(storage.dtype.newbyteorder("=")))
+        tensor = self.by_name[name]
+        return np.asarray(tensor.read() if isinstance(tensor, StoredTensor) else tensor, np.float32)

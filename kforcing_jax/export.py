@@ -1,0 +1,72 @@
+"""Writes a finished stage of a run as a released checkpoint, for the released code or for others to load.
+
+python -m kforcing_jax.export --workdir=runs/tiny --stage=k4 --output=tiny_k4.ckpt
+"""
+
+import os
+from pathlib import Path
+
+from absl import flags
+
+from kforcing_jax import cli
+from kforcing_jax.errors import ConfigError, RunError
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "The run directory.")
+_STAGE = flags.DEFINE_string("stage", None, "The stage (ar, k4, ...); the last finished one by default.")
+_OUTPUT = flags.DEFINE_string("output", None, "The .ckpt to write; one that is there is replaced.")
+
+
+def main(_):
+    if _WORKDIR.value is None:
+        raise ConfigError("--workdir is missing, for example --workdir=runs/tiny")
+    output = check_output(_OUTPUT.value)
+
+    import jax
+
+    from kforcing_jax.interop import official
+    from kforcing_jax.workdir import Workdir
+
+    workdir = Workdir.open(_WORKDIR.value)
+    stage = choose_stage(workdir.finished_stages(), _STAGE.value)
+    model, params = workdir.load(stage, workdir.tokenizer())
+    try:
+        official.save(output, model, params)
+    except OSError as error:
+        raise RunError(f"--output={output} cannot be written: {error.strerror or error}") from None
+    size, cfg = sum(leaf.size for leaf in jax.tree.leaves(params)), model.cfg
+    print(
+        f"{output}: {type(model).__name__} of stage {stage}, {size:,} parameters, {cfg.vocab_size:,} ids"
+        + _note_on_mask(cfg.mask_id, official.default_mask_id(cfg.vocab_size))
+    )
+
+
+def check_output(output: str | None) -> Path:
+    """The path to write. Raises ConfigError when it is already clear that nothing can be written there."""
+    if not output:
+        raise ConfigError("--output is missing, for example --output=model.ckpt")
+    path = Path(output)
+    if path.exists() and not path.is_file():
+        raise ConfigError(f"--output={output} is {'a directory' if path.is_dir() else 'not a file'}; name a file in it")
+    if not path.parent.is_dir():
+        raise ConfigError(f"--output={output}: there is no directory {path.parent}")
+    if not os.access(path.parent, os.W_OK):
+        raise ConfigError(f"--output={output}: the directory {path.parent} is not writable")
+    return path
+
+
+def choose_stage(finished: list[str], stage: str | None) -> str:
+    """The stage to write, by default the last of the finished ones. Raises ConfigError when it is not one of them."""
+    if not finished:
+        raise ConfigError("this run has no finished stage; run kforcing_jax.main on it again")
+    if stage is not None and stage not in finished:
+        raise ConfigError(f"--stage={stage} is not a finished stage of this run; finished: {', '.join(finished)}")
+    return stage or finished[-1]
+
+
+def _note_on_mask(mask_id, default):
+    """The layout does not say the mask id."""
+    return "" if mask_id == default else f"; load it with mask_id={mask_id}, which the file does not say"
+
+
+if __name__ == "__main__":
+    cli.run(main)
