@@ -1,7 +1,7 @@
 """The paper's LM1B run: 12 layers, 128 positions, k = 1, 2 and 4.
 
-    python -m kforcing_jax.prepare --config=configs/lm1b.py --workdir=runs/lm1b --config.data.path=~/tensorflow_datasets
-    python -m kforcing_jax.main --config=configs/lm1b.py --workdir=runs/lm1b --config.data.path=~/tensorflow_datasets
+    python -m kforcing_jax.prepare --config=configs/lm1b.py --workdir=runs/lm1b
+    python -m kforcing_jax.main --config=configs/lm1b.py --workdir=runs/lm1b
 
 Hardware: one TPU v5e slice of 8 chips (the paper: 8 H100). By `launch/compile_for_tpu.py --topology=v5e:2x4` the
 largest stage, k4 in f32, takes 11.9 of 15.75 GiB a chip (docs/scaling.md has all of them). Nothing has run on a TPU

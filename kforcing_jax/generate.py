@@ -48,6 +48,7 @@ class Decoder(NamedTuple):
     model: object
     params: dict
     tokenizer: object | None
+    eos_id: int | None
     k: int
     seq_len: int | None
     prefix_length: int | None
@@ -70,16 +71,22 @@ def _from_run() -> Decoder:
     workdir = Workdir.open(_WORKDIR.value)
     tokenizer = workdir.tokenizer()
     stage, k = choose_stage(workdir.config, workdir.finished_stages(), _MODE.value, _K.value, _STAGE.value)
-    config = workdir.config
-    return Decoder(*workdir.load(stage, tokenizer), tokenizer, k, config.data.seq_len, config.evaluation.prompt_length)
+    data, evaluation = workdir.config.data, workdir.config.evaluation
+    loaded = workdir.load(stage, tokenizer)
+    return Decoder(*loaded, tokenizer, tokenizer.eos_id, k, data.seq_len, evaluation.prompt_length)
 
 
 def _from_checkpoint() -> Decoder:
     from kforcing_jax.interop.released import open_released
 
-    model, params, tokenizer, release = open_released(_CHECKPOINT.value, _TOKENIZER.value, _WEIGHTS.value)
+    needs_tokenizer = _PROMPT_IDS.value is None
+    released = open_released(_CHECKPOINT.value, _TOKENIZER.value, _WEIGHTS.value, needs_tokenizer)
+    model, params, tokenizer, release = released
+    if release and not tokenizer:
+        print(f"the tokenizer {release.tokenizer} is not here: ids in, ids out", file=sys.stderr)
+    eos_id = tokenizer.eos_id if tokenizer else release and release.eos_id
     known = (release.seq_len, release.prefix_length) if release else (None, None)
-    return Decoder(model, params, tokenizer, _K.value or _RELEASED_WINDOW, *known)
+    return Decoder(model, params, tokenizer, eos_id, _K.value or _RELEASED_WINDOW, *known)
 
 
 def _continue_prompt(decoder: Decoder):
@@ -96,7 +103,7 @@ def _continue_prompt(decoder: Decoder):
         tau=_TAU.value,
         seeds=range(_SEED.value, _SEED.value + _NUM_SAMPLES.value),
         frequency_penalty=_FREQUENCY_PENALTY.value,
-        eos_id=decoder.tokenizer and decoder.tokenizer.eos_id,
+        eos_id=decoder.eos_id,
     )
     tokens = [row[:length].tolist() for row, length in zip(decoded.tokens, decoded.lengths, strict=True)]
     text = [decoder.tokenizer.decode(row) if decoder.tokenizer else " ".join(map(str, row)) for row in tokens]
@@ -124,7 +131,7 @@ def _complete_prefixes(decoder: Decoder):
         tau=_TAU.value,
         seed=_SEED.value,
         frequency_penalty=_FREQUENCY_PENALTY.value,
-        eos_id=decoder.tokenizer.eos_id,
+        eos_id=decoder.eos_id,
     )
     write_completions(_OUTPUT_DIR.value, completions, decoder.tokenizer)
     speed = completions.throughput

@@ -150,7 +150,8 @@ def write_completions(folder: str | Path, completions: Completions, tokenizer: T
       RunError: the folder cannot be written.
     """
     folder = Path(folder)
-    samples = [json.dumps(_sample(completions, row, tokenizer)) for row in range(len(completions.tokens))]
+    rows = range(len(completions.tokens))
+    samples = [json.dumps(_sample(completions, row, tokenizer), ensure_ascii=False) for row in rows]
     others = {"throughput.json": completions.throughput} | (more or {})
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -14,15 +14,16 @@ from kforcing_jax.models import CausalLM, PushForwardLM
 
 @dataclasses.dataclass(frozen=True)
 class Release:
-    """How the models of one data set are used: tokenizer, longest text, and tokens of a prefix that is completed."""
+    """How the models of one data set are used: longest text, and tokens of a prefix that is completed."""
 
     tokenizer: str
+    eos_id: int
     seq_len: int
     prefix_length: int
 
 
 # By vocabulary size: LM1B and OpenWebText.
-RELEASES = {30_522: Release("bert-base-uncased", 128, 6), 50_258: Release("gpt2", 1024, 64)}
+RELEASES = {30_522: Release("bert-base-uncased", 102, 128, 6), 50_258: Release("gpt2", 50_256, 1024, 64)}
 
 # What says these sizes of the model that a released teacher is to be.
 _FIELDS = {
@@ -42,8 +43,12 @@ class Released(NamedTuple):
     release: Release | None
 
 
-def open_released(path: str | Path, tokenizer: str | None = None, weights: str = "state_dict") -> Released:
+def open_released(
+    path: str | Path, tokenizer: str | None = None, weights: str = "state_dict", needs_tokenizer: bool = True
+) -> Released:
     """A released file with its tokenizer: `tokenizer` (a name or path), or the one that its vocabulary size says.
+
+    Unless `needs_tokenizer`, there is none when that one is not to be had.
 
     Raises:
       CheckpointFormatError: as `official.load`.
@@ -54,7 +59,12 @@ def open_released(path: str | Path, tokenizer: str | None = None, weights: str =
     name = tokenizer or (release and release.tokenizer)
     if name is None:
         return Released(model, params, None, None)
-    loaded = load_pretrained(name)
+    try:
+        loaded = load_pretrained(name)
+    except DataError:
+        if needs_tokenizer or tokenizer:
+            raise
+        return Released(model, params, None, release)
     if (loaded.vocab_size, loaded.mask_id) != (model.cfg.vocab_size, model.cfg.mask_id):
         raise DataError(
             f"tokenizer {name!r} has {loaded.vocab_size} ids, of which {loaded.mask_id} is the mask; {path} has "
@@ -70,7 +80,7 @@ def open_teacher(path: str | Path, student: Released) -> Released:
       CheckpointFormatError: as `official.load`.
       DataError: it is not an AR model, or has another vocabulary than the student.
     """
-    model, params = official.load(path, mask_id=student.model.cfg.mask_id)
+    model, params = official.load(path)
     if not isinstance(model, CausalLM):
         raise DataError(f"--teacher={path} is a student; give the AR checkpoint that it was distilled from")
     if model.cfg.vocab_size != student.model.cfg.vocab_size:
@@ -95,7 +105,7 @@ def load_for(path: str | Path, model: CausalLM) -> dict:
       CheckpointFormatError: as `official.load`.
       RunError: the file holds another model; names the first field that differs.
     """
-    loaded, params = official.load(path, mask_id=model.cfg.mask_id)
+    loaded, params = official.load(path)
     _check_teacher(path, loaded, {name: getattr(model.cfg, name) for name in _FIELDS})
     return params
 

@@ -43,9 +43,10 @@ _INERT_PACKAGES = {
 }
 _INERT_BUILTINS = {
     *("bool", "bytearray", "bytes", "complex", "dict", "float", "frozenset", "int", "list", "object", "range", "set"),
-    *("slice", "str", "tuple", "long", "unicode", "xrange"),  # torch.save writes the names of Python 2
+    *("slice", "str", "tuple", "type", "Ellipsis", "NotImplemented"),
+    *("long", "unicode", "xrange"),  # torch.save writes the names of Python 2
 }
-_INERT_NAMES = {"operator.getitem", "_operator.getitem"}  # typing.Optional[int] is pickled as such
+_INERT_NAMES = {"operator.getitem", "_operator.getitem"}  # typing.Optional[int] is pickled as such a call
 
 _ROOT = "archive/"
 _ALIGNMENT = 64
@@ -303,7 +304,7 @@ def _add(archive, name, data):
     info.file_size = len(data)
     # The field of sizes beyond 32 bits, which zipfile adds by this rule.
     long_sizes = 20 if len(data) * 1.05 > zipfile.ZIP64_LIMIT else 0
-    begin = archive.fp.tell() + len(zipfile.ZipInfo(info.filename).FileHeader()) + long_sizes + 4
+    begin = archive.fp.tell() + zipfile.sizeFileHeader + len(info.filename) + long_sizes + 4
     padding = -begin % _ALIGNMENT
     info.extra = b"FB" + padding.to_bytes(2, "little") + padding * b"Z"
     with archive.open(info, "w") as file:

@@ -1,79 +1,18 @@
-"""Reading released checkpoints: what is read is exact, and what is not a checkpoint is refused and never run."""
+"""Released checkpoints: read exactly, full ones too, written so that the released code loads them, or refused."""
 
-import builtins
 import collections
-import os
-import pickle
-import zipfile
-from typing import NamedTuple
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
+from interop.archives import Object, described, global_name, released_tensors, write_archive, write_checkpoint
 
 from kforcing_jax.interop import official
-from kforcing_jax.models import CausalLM, PushForwardLM
+from kforcing_jax.models import CausalLM, ModelConfig, PushForwardLM, init_params
 
-
-class Tensor(NamedTuple):
-    """A tensor as a torch checkpoint describes it: a view of a numbered storage."""
-
-    storage: str
-    count: int
-    offset: int
-    shape: tuple
-    strides: tuple
-    kind: str = "FloatStorage"
-
-
-def _global(module, name):
-    return b"c" + f"{module}\n{name}\n".encode()
-
-
-def _plain(value):
-    """Pickle operations that push a value, without the header and the stop."""
-    return pickle.dumps(value, protocol=2)[2:-1]
-
-
-def _tuple(*parts):
-    return b"(" + b"".join(parts) + b"t"
-
-
-def _pickled(value):
-    """The operations that torch.save writes for a value (torch itself is not needed)."""
-    if isinstance(value, Tensor):
-        storage = _tuple(
-            _plain("storage"), _global("torch", value.kind), *map(_plain, (value.storage, "cpu", value.count))
-        )
-        args = [storage + b"Q", *map(_plain, (value.offset, value.shape, value.strides, False))]
-        hooks = _global("collections", "OrderedDict") + b")R"
-        return _global("torch._utils", "_rebuild_tensor_v2") + _tuple(*args, hooks) + b"R"
-    if isinstance(value, dict):
-        return b"}(" + b"".join(_pickled(key) + _pickled(item) for key, item in value.items()) + b"u"
-    return _plain(value)
-
-
-def write_checkpoint(path, content, storages, byteorder="little"):
-    """A zip archive with the layout of torch.save."""
-    write_archive(path, {"data.pkl": b"\x80\x02" + _pickled(content) + b"."}, storages, byteorder)
-    return path
-
-
-def write_archive(path, files, storages=None, byteorder="little"):
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, data in files.items():
-            archive.writestr(f"archive/{name}", data)
-        archive.writestr("archive/byteorder", byteorder)
-        for key, data in (storages or {}).items():
-            archive.writestr(f"archive/data/{key}", data)
-
-
-def read_one(path, tensor, data, **kwargs):
-    """The single tensor of a checkpoint."""
-    write_checkpoint(path, {"state_dict": {"x": tensor}}, {tensor.storage: data}, **kwargs)
-    return official.read_state_dict(path)["x"]
+PARITY = Path(__file__).parents[1] / "parity"
 
 
 @pytest.fixture
@@ -81,200 +20,164 @@ def path(tmp_path):
     return tmp_path / "model.ckpt"
 
 
-NUMBERS = np.arange(24, dtype=np.float32)
-
-
-@pytest.mark.parametrize(
-    "offset, shape, strides, expected",
-    [
-        (0, (4, 6), (6, 1), NUMBERS.reshape(4, 6)),
-        (0, (6, 4), (1, 6), NUMBERS.reshape(4, 6).T),
-        (5, (3,), (1,), NUMBERS[5:8]),
-        (12, (2, 2), (6, 2), NUMBERS.reshape(4, 6)[2:, :4:2]),
-        (23, (), (), NUMBERS[23]),
-        (0, (0, 3), (3, 1), np.zeros((0, 3))),
-        (3, (2, 4), (0, 1), np.stack([NUMBERS[3:7]] * 2)),
-    ],
-    ids=["contiguous", "transposed", "offset", "strided", "scalar", "empty", "expanded"],
-)
-def test_a_view_of_a_storage_is_read_exactly(path, offset, shape, strides, expected):
-    read = read_one(path, Tensor("0", 24, offset, shape, strides), NUMBERS.tobytes())
-    np.testing.assert_array_equal(read, expected)
-    assert read.shape == shape and read.dtype == np.float32
-
-
-@pytest.mark.parametrize(
-    "kind, dtype",
-    [
-        ("FloatStorage", np.float32),
-        ("DoubleStorage", np.float64),
-        ("HalfStorage", np.float16),
-        ("BFloat16Storage", ml_dtypes.bfloat16),
-        ("LongStorage", np.int64),
-        ("IntStorage", np.int32),
-        ("ShortStorage", np.int16),
-        ("CharStorage", np.int8),
-        ("ByteStorage", np.uint8),
-        ("BoolStorage", np.bool_),
-    ],
-)
-@pytest.mark.parametrize("byteorder", ["little", "big"])
-def test_every_dtype_is_read_in_either_byte_order(path, kind, dtype, byteorder):
-    values = np.array([0, 1, 3, 100]).astype(dtype)
-    bytes_of_each = values.view(np.uint8).reshape(4, -1)
-    raw = (bytes_of_each if byteorder == "little" else bytes_of_each[:, ::-1]).tobytes()
-    read = read_one(path, Tensor("0", 4, 0, (4,), (1,), kind), raw, byteorder=byteorder)
-    assert read.dtype == dtype and read.dtype.isnative
-    np.testing.assert_array_equal(read, values)
-
-
-class RunsOnLoad:
-    def __init__(self, function, *args):
-        self.call = function, args
-
-    def __reduce__(self):
-        return self.call
-
-
-@pytest.mark.parametrize("nested", [False, True])
-@pytest.mark.parametrize(
-    "function, named",
-    [(os.system, f"{os.system.__module__}.system"), (builtins.eval, "builtins.eval"), (builtins.exec, "builtins.exec")],
-)
-def test_a_pickle_that_runs_code_is_refused_and_nothing_runs(path, function, named, nested):
-    proof = path.with_name("executed")
-    command = f"touch {proof}" if function is os.system else f"open({str(proof)!r}, 'w')"
-    attack = RunsOnLoad(function, command)
-    content = {"state_dict": {"x": attack}} if nested else attack
-    write_archive(path, {"data.pkl": pickle.dumps(content)})
-    with pytest.raises(official.CheckpointFormatError, match=named):
-        official.load(path)
-    assert not proof.exists()
-
-
-@pytest.mark.parametrize(
-    "module, name",
-    [
-        ("torch._utils", "_rebuild_parameter"),
-        ("torch", "load"),
-        ("torch", "Tensor"),
-        ("collections", "defaultdict"),
-        ("collections.OrderedDict", "fromkeys"),
-        ("numpy", "FloatStorage"),
-    ],
-)
-def test_any_other_global_is_refused_by_name(path, module, name):
-    write_archive(path, {"data.pkl": b"\x80\x02" + _global(module, name) + b")R."})
-    with pytest.raises(official.CheckpointFormatError, match=f"{module}.{name}"):
-        official.load(path)
-
-
-def test_a_dotted_name_does_not_reach_into_an_allowed_global(path):
-    attack = b"\x80\x04\x8c\x0bcollections\x8c\x14OrderedDict.fromkeys\x93."
-    write_archive(path, {"data.pkl": attack})
-    with pytest.raises(official.CheckpointFormatError, match=r"OrderedDict\.fromkeys"):
-        official.load(path)
-
-
-def test_a_file_that_is_no_archive_is_refused_by_path(path):
-    path.write_bytes(b"not a zip")
-    with pytest.raises(official.CheckpointFormatError, match=f"{path}: not a torch zip checkpoint"):
-        official.load(path)
-
-
-def test_an_archive_without_a_pickle_is_refused(path):
-    write_archive(path, {"model.json": b"{}"})
-    with pytest.raises(official.CheckpointFormatError, match=r"without a data\.pkl"):
-        official.load(path)
-
-
-def test_a_pickle_cut_short_is_refused(path):
-    whole = pickle.dumps({"state_dict": {}})
-    write_archive(path, {"data.pkl": whole[:-5]})
-    with pytest.raises(official.CheckpointFormatError, match="damaged checkpoint"):
-        official.load(path)
-
-
-def test_a_storage_cut_short_is_refused(path):
-    with pytest.raises(official.CheckpointFormatError, match="storage 0 is cut short"):
-        read_one(path, Tensor("0", 24, 0, (24,), (1,)), NUMBERS.tobytes()[:-1])
-
-
-def test_a_storage_that_is_not_there_is_refused(path):
-    write_checkpoint(path, {"state_dict": {"x": Tensor("7", 24, 0, (24,), (1,))}}, {"0": NUMBERS.tobytes()})
-    with pytest.raises(official.CheckpointFormatError, match="archive/data/7"):
-        official.read_state_dict(path)
-
-
-@pytest.mark.parametrize(
-    "offset, shape, strides",
-    [
-        (0, (25,), (1,)),
-        (1, (24,), (1,)),
-        (0, (2, 2), (24, 1)),
-        (-1, (2,), (1,)),
-        (5, (3,), (-1,)),
-        (24, (), ()),
-        (0, (2, 2), (30, -10)),
-    ],
-)
-def test_a_tensor_that_reaches_outside_its_storage_is_refused(path, offset, shape, strides):
-    with pytest.raises(official.CheckpointFormatError, match="reaches outside its storage"):
-        read_one(path, Tensor("0", 24, offset, shape, strides), NUMBERS.tobytes())
-
-
-@pytest.mark.parametrize("content", [[], {}, {"state_dict": 3}, {"state_dict": {"x": 3}}, {"weights": {}}])
-def test_a_checkpoint_without_a_state_dict_is_refused(path, content):
-    write_checkpoint(path, content, {})
-    with pytest.raises(official.CheckpointFormatError, match='no "state_dict" of tensors'):
-        official.load(path)
-
-
-def released_tensors(vocab=7, d=4, heads=1, layers=2, student=True, prefix="backbone."):
-    """A random state dict with the names and shapes of the released models."""
-    shapes = {"vocab_embed.embedding": (vocab, d), "rotary_emb.inv_freq": (d // heads // 2,)}
-    for i in range(layers):
-        block = f"blocks.{i}."
-        shapes |= {block + "norm1.weight": (d,), block + "norm2.weight": (d,)}
-        shapes |= {block + "attn_qkv.weight": (3 * d, d), block + "attn_out.weight": (d, d)}
-        shapes |= {block + "mlp.0.weight": (4 * d, d), block + "mlp.0.bias": (4 * d,)}
-        shapes |= {block + "mlp.2.weight": (d, 4 * d), block + "mlp.2.bias": (d,)}
-    if student:
-        encoder = "noise_encoder."
-        shapes |= {encoder + "combined_proj.weight": (d, 2 * d), encoder + "combined_proj.bias": (d,)}
-        shapes |= {encoder + "norm.weight": (d,), encoder + "norm.bias": (d,)}
-        shapes |= {encoder + "mlp.0.weight": (4 * d, d), encoder + "mlp.0.bias": (4 * d,)}
-        shapes |= {encoder + "mlp.2.weight": (d, 4 * d), encoder + "mlp.2.bias": (d,)}
-    shapes |= {"output_layer.norm_final.weight": (d,)}
-    shapes |= {"output_layer.linear.weight": (vocab, d), "output_layer.linear.bias": (vocab,)}
-    rng = np.random.default_rng(0)
-    tensors = {prefix + name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
-    half = d // heads // 2
-    tensors[prefix + "rotary_emb.inv_freq"] = (10_000.0 ** (-np.arange(half) / half)).astype(np.float32)
-    return tensors
+@pytest.fixture
+def torch():
+    return pytest.importorskip("torch", reason="needs torch, an optional extra: pip install 'kforcing-jax[torch]'")
 
 
 def assert_same_tree(actual, expected):
     jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
-def contiguous(storage, array):
-    strides = tuple(stride // array.itemsize for stride in array.strides)
-    return Tensor(storage, array.size, 0, array.shape, strides)
-
-
 def test_load_reads_a_checkpoint_written_in_the_released_layout(path):
     tensors = released_tensors()
-    described = {name: contiguous(str(i), array) for i, (name, array) in enumerate(tensors.items())}
-    write_checkpoint(
-        path,
-        {"epoch": 3, "state_dict": described},
-        {str(i): array.tobytes() for i, array in enumerate(tensors.values())},
-    )
+    state, storages = described(tensors)
+    write_checkpoint(path, {"epoch": 3, "state_dict": state}, storages)
     model, params = official.load(path)
     expected_model, expected_params = official.from_state_dict(tensors)
     assert model == expected_model
     assert_same_tree(params, expected_params)
+
+
+@pytest.mark.parametrize("prefix", ["backbone.", ""])
+def test_the_state_dict_may_be_the_whole_file(path, prefix):
+    tensors = released_tensors(prefix=prefix)
+    write_checkpoint(path, *described(tensors))
+    assert_same_tree(official.load(path)[1], official.from_state_dict(tensors)[1])
+    assert list(official.read_state_dict(path)) == list(tensors)
+
+
+@pytest.mark.parametrize(
+    "content, found",
+    [
+        ([], "it is list"),
+        ({}, "it is empty"),
+        ({"state_dict": 3}, '"state_dict" is int'),
+        ({"state_dict": {}}, '"state_dict" is empty'),
+        ({"state_dict": {"x": 3}}, "x is int"),
+        ({"state_dict": {3: 3}}, "a name is int"),
+        ({"weights": {}}, "weights is dict"),
+        ({"state_dict": Object("omegaconf", "DictConfig")}, '"state_dict" is omegaconf.DictConfig'),
+        ({"state_dict": {"backbone.x": Object("torch", "load")}}, "backbone.x is torch.load"),
+    ],
+)
+def test_a_checkpoint_without_a_state_dict_is_refused_with_what_is_there(path, content, found):
+    write_checkpoint(path, content)
+    with pytest.raises(official.CheckpointFormatError) as refusal:
+        official.load(path)
+    assert str(refusal.value) == f'{path}: no "state_dict" of tensors in this checkpoint ({found})'
+
+
+@pytest.mark.parametrize(
+    "module, name",
+    [
+        ("torch", "load"),
+        ("torch", "Tensor"),
+        ("collections", "defaultdict"),
+        ("collections.OrderedDict", "fromkeys"),
+        ("numpy", "FloatStorage"),
+        ("os", "system"),
+        ("builtins", "eval"),
+    ],
+)
+def test_any_other_global_is_refused_by_name(path, module, name):
+    write_archive(path, {"data.pkl": b"\x80\x02" + global_name(module, name) + b")R."})
+    with pytest.raises(official.CheckpointFormatError, match=f"{module}.{name}"):
+        official.load(path)
+
+
+def write_full(path, tensors, shadows=None, **others):
+    """A full training checkpoint; of its optimizer not one storage is in the file."""
+    state, storages = described(tensors)
+    ema, ema_storages = described(shadows or {}, first_storage=1000)
+    absent = {name: tensor._replace(storage="absent") for name, tensor in state.items()}
+    content = {
+        "epoch": 3,
+        "state_dict": state,
+        "optimizer_states": [{"state": {0: absent}, "param_groups": [{"lr": 0.1}]}],
+        "hyper_parameters": {"config": Object("omegaconf.dictconfig", "DictConfig")},
+        **({} if shadows is None else {"ema": {"decay": 0.9, "shadow_params": list(ema.values())}}),
+        **others,
+    }
+    write_checkpoint(path, content, storages | ema_storages)
+
+
+def test_a_full_checkpoint_is_read_and_its_optimizer_is_not(path):
+    tensors = released_tensors()
+    write_full(path, tensors)
+    model, params = official.load(path)
+    expected_model, expected_params = official.from_state_dict(tensors)
+    assert model == expected_model
+    assert_same_tree(params, expected_params)
+
+
+OTHER_MODULES = {
+    "noise.sigma": np.zeros(2, np.float32),
+    "ar_teacher.backbone.vocab_embed.embedding": np.zeros((3, 3), np.float32),
+    "teacher.noise_encoder.norm.weight": np.zeros(9, np.float32),
+}
+
+
+def test_modules_beside_the_backbone_are_not_the_model(path):
+    tensors = released_tensors(student=False)
+    write_full(path, OTHER_MODULES | tensors)
+    for model, params in (official.load(path), official.from_state_dict(OTHER_MODULES | tensors)):
+        assert isinstance(model, CausalLM)
+        assert_same_tree(params, official.from_state_dict(tensors)[1])
+    assert list(official.read_state_dict(path)) == list(tensors)
+
+
+def averages(tensors):
+    """Other values for everything that is trained, as EMA lists them: in order, without the rotary buffer."""
+    return {name: array + 1 for name, array in tensors.items() if not name.endswith("inv_freq")}
+
+
+@pytest.mark.parametrize("student", [False, True])
+def test_averaged_weights_take_the_place_of_the_last_ones(path, student):
+    tensors = released_tensors(student=student)
+    write_full(path, OTHER_MODULES | tensors, averages(tensors))
+    assert_same_tree(official.load(path)[1], official.from_state_dict(tensors)[1])
+    expected = official.from_state_dict(tensors | averages(tensors))
+    assert_same_tree(official.load(path, weights="ema")[1], expected[1])
+    read = official.read_state_dict(path, weights="ema")
+    assert list(read) == list(tensors)
+    assert_same_tree(read, tensors | averages(tensors))
+
+
+def test_averages_that_are_not_there_or_do_not_fit_are_refused(path):
+    tensors = released_tensors()
+    shadows = list(averages(tensors).values())
+
+    def refused(says, **content):
+        write_full(path, tensors, **content)
+        with pytest.raises(official.CheckpointFormatError, match=rf"{path}: {says}"):
+            official.load(path, weights="ema")
+
+    def numbered(arrays):
+        return dict(enumerate(arrays))
+
+    refused(r'no averaged weights \("ema"\) in this checkpoint')
+    refused("no averaged weights", ema={"decay": 0.9})
+    refused("no averaged weights", ema=Object("torch", "Tensor"))
+    refused("ema has 26 weights, the model 27", shadows=numbered(shadows[1:]))
+    refused("ema has 28 weights, the model 27", shadows=numbered([*shadows, shadows[0]]))
+    wrong = numbered([*shadows[:3], shadows[3].T[:2], *shadows[4:]])
+    refused(r"ema has shape \(2, 4\) for backbone.blocks.0.attn_out.weight, expected \(4, 4\)", shadows=wrong)
+    objects = {"decay": 0.9, "shadow_params": [Object("torch", "Size")] * 27}
+    refused("ema has torch.Size for backbone.vocab_embed.embedding", ema=objects)
+
+
+def test_weights_of_another_kind_are_not_a_choice(path):
+    write_full(path, released_tensors())
+    with pytest.raises(ValueError, match="weights = 'best' is not one of state_dict, ema"):
+        official.load(path, weights="best")
+
+
+def test_a_file_that_is_no_checkpoint_is_refused_by_path(path):
+    path.write_bytes(b"not a zip")
+    for read in (official.load, official.read_state_dict):
+        with pytest.raises(official.CheckpointFormatError, match=f"^{path}: not a torch zip checkpoint"):
+            read(path)
 
 
 @pytest.mark.parametrize("student, kind", [(False, CausalLM), (True, PushForwardLM)])
@@ -362,40 +265,173 @@ def test_rotary_frequencies_of_another_base_are_refused():
         official.from_state_dict(tensors)
 
 
-@pytest.fixture
-def torch():
-    return pytest.importorskip("torch", reason="needs torch, an optional extra: pip install 'kforcing-jax[torch]'")
+@pytest.mark.parametrize("name", ["blocks.x.norm1.weight", "blocks.", "blocks.01.norm1.weight"])
+def test_a_block_without_a_proper_number_is_refused(name):
+    with pytest.raises(official.CheckpointFormatError, match="blocks are numbered"):
+        official.from_state_dict(released_tensors() | {"backbone." + name: np.zeros(4, np.float32)})
 
 
-def test_what_torch_saves_is_read_bit_for_bit(torch, path):
-    """Views that share one storage (plain, transposed, offset, strided) and every dtype that weights come in."""
-    base = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
-    state = collections.OrderedDict(
-        base=base,
-        transposed=base.T,
-        offset=base.reshape(-1)[11:20],
-        strided=base[1::2, ::3],
-        expanded=base[0].expand(3, 8),
-        scalar=base[2, 3],
-        empty=base[:0],
-        bfloat16=base.bfloat16(),
-        half=base.half(),
-        double=base.double(),
-        int64=torch.arange(-3, 5),
-        bool=base > 0,
-    )
-    torch.save({"state_dict": state, "epoch": 3}, path)
-    read = official.read_state_dict(path)
-    assert list(read) == list(state)
-    for name, tensor in state.items():
-        expected = tensor.float() if tensor.dtype == torch.bfloat16 else tensor
-        assert read[name].shape == tuple(tensor.shape)
-        np.testing.assert_array_equal(read[name].astype(expected.numpy().dtype), expected.numpy(), err_msg=name)
-    assert read["bfloat16"].dtype == ml_dtypes.bfloat16
-    assert [read[name].dtype for name in ("half", "double", "int64")] == [np.float16, np.float64, np.int64]
+def test_a_model_without_width_is_refused():
+    tensors = released_tensors() | {"backbone.vocab_embed.embedding": np.zeros((7, 0), np.float32)}
+    with pytest.raises(official.CheckpointFormatError, match="head"):
+        official.from_state_dict(tensors)
 
 
-def test_load_reads_what_torch_saves(torch, path):
+def recorded(name):
+    """Weights of the released modules, recorded from their own code, in its order."""
+    return dict(np.load(PARITY / f"weights_{name}.npz"))
+
+
+RECORDED = ["ar", "pflm1", "pflm2", "pflm4"]
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_to_state_dict_gives_back_what_from_state_dict_took(name):
+    tensors = recorded(name)
+    state = official.to_state_dict(*official.from_state_dict(tensors))
+    assert list(state) == list(tensors)
+    for key, array in tensors.items():
+        assert state[key].dtype == np.float32 and state[key].flags.c_contiguous
+        np.testing.assert_array_equal(state[key], array, err_msg=key)
+
+
+def our_model(kind, mask_id=96):
+    model = kind(ModelConfig(vocab_size=97, mask_id=mask_id, num_layers=3, d_model=24, num_heads=2))
+    return model, init_params(model, jax.random.key(1))
+
+
+@pytest.mark.parametrize("kind", [CausalLM, PushForwardLM])
+def test_what_is_saved_loads_as_the_same_model(path, kind):
+    model, params = our_model(kind)
+    official.save(path, model, params)
+    loaded_model, loaded = official.load(path)
+    assert loaded_model == model
+    assert jax.tree.structure(loaded) == jax.tree.structure(params)
+    assert_same_tree(loaded, params)
+
+
+def test_a_mask_id_that_the_file_does_not_say_can_be_given(path):
+    model, params = our_model(CausalLM, mask_id=3)
+    official.save(path, model, params)
+    assert official.load(path, mask_id=3)[0] == model
+    assert official.load(path)[0].cfg.mask_id == official.default_mask_id(97) == 96
+
+
+def test_a_failed_save_leaves_nothing(path):
+    model, params = our_model(CausalLM)
+    with pytest.raises(OSError):
+        official.save(path.parent / "missing" / path.name, model, params)
+    with pytest.raises(KeyError):
+        official.save(path, PushForwardLM(model.cfg), params)
+    assert not list(path.parent.iterdir())
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_torch_reads_what_is_saved_bit_for_bit(torch, path, name):
+    """A released file, read here and written again, is for torch the file that it was."""
+    tensors = recorded(name)
+    released = path.with_name("released.ckpt")
+    torch.save({"state_dict": {key: torch.from_numpy(array) for key, array in tensors.items()}}, released)
+    official.save(path, *official.load(released))
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    assert list(checkpoint) == ["state_dict"] and list(checkpoint["state_dict"]) == list(tensors)
+    for key, array in tensors.items():
+        tensor = checkpoint["state_dict"][key]
+        assert tensor.dtype == torch.float32 and tensor.is_contiguous()
+        np.testing.assert_array_equal(tensor.numpy(), array, err_msg=key)
+
+
+@pytest.mark.parametrize("head_width", [2, 16, 32, 64, 128])
+def test_rotary_frequencies_are_those_that_torch_computes(torch, head_width):
+    model = CausalLM(ModelConfig(vocab_size=5, mask_id=4, num_layers=1, d_model=head_width, num_heads=1))
+    state = official.to_state_dict(model, init_params(model, jax.random.key(0)))
+    expected = 1.0 / (10000 ** (torch.arange(0, head_width, 2).float() / head_width))
+    np.testing.assert_array_equal(state["backbone.rotary_emb.inv_freq"], expected.numpy())
+
+
+def released_module(torch, vocab, d, heads, layers, student):
+    """The tensors that the released modules register, by their names; what they compute is no matter here."""
+    nn = torch.nn
+
+    class Embedding(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding = nn.Parameter(torch.empty(vocab, d))
+
+    class Rotary(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("inv_freq", torch.empty(d // heads // 2))
+
+    class Norm(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(d))
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm1 = Norm()
+            self.attn_qkv, self.attn_out = nn.Linear(d, 3 * d, bias=False), nn.Linear(d, d, bias=False)
+            self.norm2 = Norm()
+            self.mlp = nn.Sequential(nn.Linear(d, 4 * d), nn.GELU(approximate="tanh"), nn.Linear(4 * d, d))
+
+    class NoiseEncoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.combined_proj, self.norm = nn.Linear(2 * d, d), nn.LayerNorm(d)
+            self.mlp = nn.Sequential(nn.Linear(d, 4 * d), nn.GELU(), nn.Linear(4 * d, d))
+
+    class Output(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm_final, self.linear = Norm(), nn.Linear(d, vocab)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.vocab_embed, self.rotary_emb = Embedding(), Rotary()
+            self.blocks = nn.ModuleList(Block() for _ in range(layers))
+            if student:
+                self.noise_encoder = NoiseEncoder()
+            self.output_layer = Output()
+
+    return Model()
+
+
+@pytest.mark.parametrize("kind", [CausalLM, PushForwardLM])
+def test_the_released_modules_load_what_is_saved(torch, path, kind):
+    """By the steps of the released loader: torch.load, "state_dict", the prefix off, a strict load_state_dict."""
+    model, params = our_model(kind)
+    official.save(path, model, params)
+    checkpoint = torch.load(path, map_location="cpu")
+    state = {name.replace("backbone.", ""): v for name, v in checkpoint.get("state_dict", checkpoint).items()}
+    module = released_module(torch, vocab=97, d=24, heads=2, layers=3, student=kind is PushForwardLM)
+    module.load_state_dict(state, strict=True)
+    assert list(module.state_dict()) == list(state)
+    for name, tensor in module.state_dict().items():
+        np.testing.assert_array_equal(tensor.numpy(), official.to_state_dict(model, params)["backbone." + name])
+
+
+def test_load_reads_what_torch_saves_of_a_module_in_training(torch, path):
+    """Module.state_dict with its metadata, Parameters, an optimizer that has stepped, and averages of the weights."""
+    module = released_module(torch, vocab=7, d=4, heads=1, layers=2, student=True)
+    module.load_state_dict({name: torch.from_numpy(a) for name, a in released_tensors(prefix="").items()})
+    optimizer = torch.optim.AdamW(module.parameters(), lr=0.1)
+    sum(weight.sum() for weight in module.parameters()).backward()
+    optimizer.step()
+    state = collections.OrderedDict(("backbone." + name, tensor) for name, tensor in module.state_dict().items())
+    shadows = [torch.nn.Parameter(weight.detach() + 1) for weight in module.parameters()]
+    ema = {"decay": 0.9, "num_updates": 1, "shadow_params": shadows}
+    torch.save({"state_dict": state, "optimizer_states": [optimizer.state_dict()], "ema": ema}, path)
+
+    arrays = {name: tensor.numpy() for name, tensor in state.items()}
+    assert_same_tree(official.load(path)[1], official.from_state_dict(arrays)[1])
+    averaged = official.from_state_dict(arrays | averages(arrays))
+    assert_same_tree(official.load(path, weights="ema")[1], averaged[1])
+
+
+def test_load_reads_a_transposed_tensor_that_torch_saves(torch, path):
     tensors = released_tensors()
     state = {name: torch.from_numpy(array) for name, array in tensors.items()}
     embedding = torch.from_numpy(np.ascontiguousarray(tensors["backbone.vocab_embed.embedding"].T)).T

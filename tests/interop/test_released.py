@@ -1,0 +1,188 @@
+"""Released files in use: with their tokenizers, in the commands, and as the teacher of a curriculum."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from micro import micro_config, micro_config_dict
+from test_cli import call, refused
+from vocabularies import vocabulary
+
+from kforcing_jax.config import parse
+from kforcing_jax.data.tokenizers import markov_tokenizer
+from kforcing_jax.errors import DataError, RunError
+from kforcing_jax.interop import official
+from kforcing_jax.interop.released import check_teacher_of, load_for, open_released
+from kforcing_jax.models import CausalLM, ModelConfig, PushForwardLM, init_params
+from kforcing_jax.training import curriculum
+from kforcing_jax.training.recipes import stage_model
+from kforcing_jax.training.sharding import make_mesh
+from kforcing_jax.workdir import Workdir
+
+
+def write_released(path, vocab_size, mask_id, student, num_layers=2, d_model=16, num_heads=2):
+    cfg = ModelConfig(vocab_size, mask_id, num_layers, d_model, num_heads)
+    model = (PushForwardLM if student else CausalLM)(cfg)
+    params = init_params(model, jax.random.key(1))
+    # Zero-initialised parts would hide mistakes.
+    params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), params)
+    official.save(path, model, params)
+    return path
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Checkpoints of the released vocabularies."""
+    folder = tmp_path_factory.mktemp("released")
+    sizes = {"lm1b": (30_522, 103), "owt": (50_258, 50_257)}
+    return {
+        (data, kind): write_released(folder / f"{kind}_{data}.ckpt", *size, student=kind == "pflm")
+        for data, size in sizes.items()
+        for kind in ("ar", "pflm")
+    }
+
+
+BERT = ("lm1b", "bert-base-uncased")
+GPT2 = ("owt", "gpt2")
+
+
+@pytest.mark.parametrize(("data", "name"), [BERT, GPT2])
+@pytest.mark.parametrize("kind", ["ar", "pflm"])
+def test_a_released_file_continues_a_prompt(files, data, name, kind):
+    out = call(
+        "generate",
+        f"--checkpoint={files[data, kind]}",
+        f"--tokenizer={vocabulary(name)}",
+        "--prompt=The bank also",
+        "--max_new_tokens=6",
+        "--k=2",
+        "--json",
+    )
+    assert out.returncode == 0, out.stderr
+    result = json.loads(out.stdout)
+    tokenizer = open_released(files[data, kind], str(vocabulary(name))).tokenizer
+    prompt = tokenizer.encode_prompt("The bank also")
+    assert result["tokens"][0][: len(prompt)] == prompt
+    assert len(result["tokens"][0]) <= len(prompt) + 6
+    assert result["passes"][0] <= (6 if kind == "ar" else 3)
+
+
+def test_ids_need_no_tokenizer(files, monkeypatch, tmp_path):
+    for name in ("HF_HUB_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.setenv(name, str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    flags = [f"--checkpoint={files['lm1b', 'pflm']}", "--max_new_tokens=4"]
+    out = call("generate", *flags, "--prompt_ids=101,1996", "--json")
+    assert out.returncode == 0 and "bert-base-uncased is not here" in out.stderr
+    assert json.loads(out.stdout)["tokens"][0][:2] == [101, 1996]
+    refused(call("generate", *flags, "--prompt=the"), "tokenizer 'bert-base-uncased'", "tokenizer.json")
+
+
+def test_prefixes_are_completed_and_bad_lines_reported(files, tmp_path):
+    lines = ['{"prefix": "[CLS] the bank also reported that it"}', "", "{", '{"prefix": "[CLS] short"}']
+    (tmp_path / "prefixes.jsonl").write_text("\n".join(lines) + "\n")
+    out = call(
+        "generate",
+        f"--checkpoint={files['lm1b', 'pflm']}",
+        f"--tokenizer={vocabulary('bert-base-uncased')}",
+        f"--prefix_file={tmp_path / 'prefixes.jsonl'}",
+        f"--output_dir={tmp_path / 'out'}",
+        "--num_samples=2",
+    )
+    assert out.returncode == 0, out.stderr
+    assert [line.split(": ")[0].split(", ")[1] for line in out.stderr.strip().splitlines()] == [
+        "line 2",
+        "line 3",
+        "line 4",
+    ]
+    samples = [json.loads(line) for line in (tmp_path / "out/samples.jsonl").read_text().splitlines()]
+    assert [sample["prefix"] for sample in samples] == ["[CLS] the bank also reported that"] * 2
+    assert samples[0]["completion"] != samples[1]["completion"]
+    throughput = json.loads((tmp_path / "out/throughput.json").read_text())
+    assert (throughput["prefix_len"], throughput["max_new_tokens"], throughput["K_per_step"]) == (6, 122, 4)
+
+
+def test_a_student_is_evaluated_against_its_teacher(files, tmp_path):
+    (tmp_path / "prefixes.jsonl").write_text('{"prefix": "[CLS] the bank also reported that it"}\n' * 2)
+    flags = [
+        f"--checkpoint={files['lm1b', 'pflm']}",
+        f"--tokenizer={vocabulary('bert-base-uncased')}",
+        f"--prefix_file={tmp_path / 'prefixes.jsonl'}",
+        "--max_new_tokens=6",
+        "--k=2",
+    ]
+    out = call("evaluate", *flags, f"--teacher={files['lm1b', 'ar']}", f"--output_dir={tmp_path / 'out'}", "--json")
+    assert out.returncode == 0, out.stderr
+    figures = json.loads(out.stdout)
+    assert len(figures["agreement"]) == len(figures["chance"]) == 2
+    assert {"sample_nll", "sample_entropy", "distinct_2", "repetition_4", "throughput"} <= figures.keys()
+    assert json.loads((tmp_path / "out/evaluation.json").read_text()) == figures
+    refused(call("evaluate", *flags, f"--teacher={files['lm1b', 'pflm']}"), "is a student", "give the AR checkpoint")
+    refused(call("evaluate", *flags, f"--teacher={files['owt', 'ar']}"), "50258 ids", "30522")
+    refused(call("evaluate", f"--checkpoint={files['lm1b', 'pflm']}"), "--prefix_file is missing")
+    refused(call("evaluate", *flags, f"--scorer={tmp_path / 'none'}"), "scorer", "no such folder")
+
+
+def test_a_tokenizer_of_another_vocabulary_is_refused(files):
+    with pytest.raises(DataError, match=r"30522 ids, of which 103 is the mask; .*owt\.ckpt has 50258 and 50257"):
+        open_released(files["owt", "ar"], str(vocabulary("bert-base-uncased")))
+
+
+# The micro configuration's chain has four states and a mask.
+@pytest.fixture
+def released_teacher(tmp_path):
+    return write_released(tmp_path / "ar.ckpt", 5, 4, student=False)
+
+
+def with_teacher(path, **model):
+    config = micro_config_dict()
+    config.stages.ar.checkpoint = str(path)
+    config.model.update(model)
+    return parse(config)
+
+
+def test_a_released_teacher_takes_the_place_of_training(released_teacher, tmp_path):
+    config = with_teacher(released_teacher)
+    check_teacher_of(config)
+    workdir = Workdir.claim(tmp_path / "run", config)
+    corpus = workdir.corpus()
+    curriculum.run(workdir, corpus, make_mesh(config.mesh))
+    assert workdir.finished_stages() == ["ar", "k1", "k2"]
+    model, params = workdir.load("ar", corpus)
+    _, expected = official.load(released_teacher)
+    jax.tree.map(np.testing.assert_array_equal, params, expected)
+    assert workdir.summary()["stages"]["ar"]["steps"] == 0
+    records = [json.loads(line) for line in workdir.metrics_path.read_text().splitlines()]
+    assert {record["stage"] for record in records} == {"k1", "k2"}
+    # And the first student was taught by it: both start from the same weights.
+    tokens_1xN = jnp.zeros((1, 4), jnp.int32)
+    assert jnp.isfinite(model.apply({"params": params}, tokens_1xN)).all()
+    curriculum.run(workdir, corpus, make_mesh(config.mesh))
+    assert len(workdir.metrics_path.read_text().splitlines()) == len(records), "something was trained again"
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({"d_model": 32}, "has d_model = 16, model.d_model says 32"),
+        ({"num_layers": 3}, "has num_layers = 2, model.num_layers says 3"),
+        ({"num_heads": 4}, "has num_heads = 2, model.num_heads says 4"),
+    ],
+)
+def test_a_teacher_of_another_shape_is_refused_before_anything_happens(released_teacher, model, message):
+    with pytest.raises(RunError, match=message):
+        check_teacher_of(with_teacher(released_teacher, **model))
+
+
+def test_a_teacher_has_to_be_an_ar_model_of_the_datas_vocabulary(released_teacher, tmp_path):
+    student = write_released(tmp_path / "student.ckpt", 5, 4, student=True)
+    with pytest.raises(RunError, match="is a student, the teacher of a curriculum is an AR model"):
+        check_teacher_of(with_teacher(student))
+    config = micro_config()
+    larger = dataclasses.replace(config.data, markov_states=6)
+    model = stage_model(dataclasses.replace(config, data=larger), "ar", markov_tokenizer(6))
+    with pytest.raises(RunError, match="has vocab_size = 5, the tokenizer of the data says 7"):
+        load_for(released_teacher, model)
