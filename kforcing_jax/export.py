@@ -35,7 +35,7 @@ def main(_):
         raise RunError(f"--output={output} cannot be written: {error.strerror or error}") from None
     size, cfg = sum(leaf.size for leaf in jax.tree.leaves(params)), model.cfg
     print(
-        f"{output}: {type(model).__name__} of stage {stage}, {size:,} parameters, {cfg.vocab_size:,} ids"
+        f"{output}: {type(model).__name__} of stage {stage}, {size:,} parameters, vocabulary of {cfg.vocab_size:,}"
         + _note_on_mask(cfg.mask_id, official.default_mask_id(cfg.vocab_size))
     )
 
@@ -44,14 +44,16 @@ def check_output(output: str | None) -> Path:
     """The path to write. Raises ConfigError when it is already clear that nothing can be written there."""
     if not output:
         raise ConfigError("--output is missing, for example --output=model.ckpt")
-    path = Path(output)
-    if path.exists() and not path.is_file():
-        raise ConfigError(f"--output={output} is {'a directory' if path.is_dir() else 'not a file'}; name a file in it")
-    if not path.parent.is_dir():
-        raise ConfigError(f"--output={output}: there is no directory {path.parent}")
-    if not os.access(path.parent, os.W_OK):
-        raise ConfigError(f"--output={output}: the directory {path.parent} is not writable")
-    return path
+    folder = os.path.dirname(output) or "."
+    if os.path.isdir(output) or output.endswith(os.sep):
+        raise ConfigError(f"--output={output} is a directory; name a file in it")
+    if os.path.exists(output) and not os.path.isfile(output):
+        raise ConfigError(f"--output={output} is there, and is not a file")
+    if not os.path.isdir(folder):
+        raise ConfigError(f"--output={output}: there is no directory {folder}")
+    if not os.access(folder, os.W_OK):
+        raise ConfigError(f"--output={output}: the directory {folder} is not writable")
+    return Path(output)
 
 
 def choose_stage(finished: list[str], stage: str | None) -> str:

@@ -49,7 +49,9 @@ def evaluate(workdir: Workdir, corpus: Corpus, scorer: Scorer | None = None) -> 
             measured["external"] = external_figures(scorer, *rows, references=references)
         if workdir.config.stages[name].window:
             measured |= _measure_map(workdir, corpus, name, model, params, teacher, teacher_params, key)
-        summary["stages"][name] = summary["stages"].get(name, {}) | measured
+        before = summary["stages"].get(name, {})
+        before.pop("external", None)  # of the samples before
+        summary["stages"][name] = before | measured
         continuations[name] = corpus.tokenizer.decode(decoded.tokens[0, settings.prompt_length : decoded.lengths[0]])
     prompt = corpus.tokenizer.decode(prompts_BxP[0])
     summary["samples"] = [{"prompt": prompt, "seed": _FIRST_SEED, "continuations": continuations}]

@@ -9,6 +9,7 @@ import types
 import numpy as np
 import pytest
 import tokenizers as hf
+from external_lm import END, WORDS, write_external_lm
 from scipy import stats
 
 from kforcing_jax.config import DataConfig
@@ -22,35 +23,11 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 CONTEXT = 24
-WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "and", "says", "hello", "world"]
-END = "<|endoftext|>"
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A random GPT-2 with weights large enough for its scores to depend on the text, as save_pretrained writes it."""
-    path = tmp_path_factory.mktemp("gpt2")
-    tokenizer = _byte_level_bpe()
-    tokenizer.save_pretrained(path)
-    torch.manual_seed(0)
-    config = transformers.GPT2Config(
-        vocab_size=len(tokenizer), n_positions=CONTEXT, n_embd=32, n_layer=2, n_head=2, initializer_range=0.3
-    )
-    transformers.GPT2LMHeadModel(config).save_pretrained(path)
-    return path
-
-
-def _byte_level_bpe():
-    backend = hf.Tokenizer(hf.models.BPE())
-    backend.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = hf.decoders.ByteLevel()
-    backend.post_processor = hf.processors.ByteLevel(trim_offsets=True)  # as that of GPT-2
-    alphabet = hf.pre_tokenizers.ByteLevel.alphabet()
-    trainer = hf.trainers.BpeTrainer(
-        vocab_size=330, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
-    )
-    backend.train_from_iterator([" ".join(WORDS)] * 9, trainer)
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=END, eos_token=END)
+    return write_external_lm(tmp_path_factory.mktemp("gpt2"), CONTEXT)
 
 
 @pytest.fixture(scope="module")

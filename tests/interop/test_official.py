@@ -56,7 +56,7 @@ def test_the_state_dict_may_be_the_whole_file(path, prefix):
         ({"state_dict": {}}, '"state_dict" is empty'),
         ({"state_dict": {"x": 3}}, "x is int"),
         ({"state_dict": {3: 3}}, "a name is int"),
-        ({"weights": {}}, "weights is dict"),
+        ({"weights": {"x": 1}}, "weights is dict"),
         ({"state_dict": Object("omegaconf", "DictConfig")}, '"state_dict" is omegaconf.DictConfig'),
         ({"state_dict": {"backbone.x": Object("torch", "load")}}, "backbone.x is torch.load"),
     ],
@@ -159,11 +159,11 @@ def test_averages_that_are_not_there_or_do_not_fit_are_refused(path):
     refused(r'no averaged weights \("ema"\) in this checkpoint')
     refused("no averaged weights", ema={"decay": 0.9})
     refused("no averaged weights", ema=Object("torch", "Tensor"))
-    refused("ema has 26 weights, the model 27", shadows=numbered(shadows[1:]))
-    refused("ema has 28 weights, the model 27", shadows=numbered([*shadows, shadows[0]]))
+    refused("ema has 27 weights, the model 28", shadows=numbered(shadows[1:]))
+    refused("ema has 29 weights, the model 28", shadows=numbered([*shadows, shadows[0]]))
     wrong = numbered([*shadows[:3], shadows[3].T[:2], *shadows[4:]])
     refused(r"ema has shape \(2, 4\) for backbone.blocks.0.attn_out.weight, expected \(4, 4\)", shadows=wrong)
-    objects = {"decay": 0.9, "shadow_params": [Object("torch", "Size")] * 27}
+    objects = {"decay": 0.9, "shadow_params": [Object("torch", "Size")] * 28}
     refused("ema has torch.Size for backbone.vocab_embed.embedding", ema=objects)
 
 

@@ -1,0 +1,360 @@
+#!/usr/bin/env bash
+# One run on one Cloud TPU slice, from creating the slice to resuming after a preemption. See --help and docs/cloud.md.
+# Runs in the bash 3.2 of macOS too: hence no mapfile, and ${list[@]+...} around lists that may be empty.
+set -euo pipefail
+
+usage() {
+  cat << 'EOF'
+usage: launch/tpu_vm.sh COMMAND [--FLAG=VALUE ...] [-- OVERRIDE ...]
+
+  create   request the slice as a queued resource, wait until it is there
+  setup    on all workers: mount the bucket, install Python and this checkout's last commit (or --repo at --ref)
+  start    run kforcing_jax.main on all workers, detached; the work directory is /mnt/kforcing/RUN, in the bucket
+  logs     follow the log of a worker
+  status   state of the slice; state and last line of the process on each worker
+  resume   after a preemption or a crash: create (if the slice is gone), setup, start as the last time
+  stop     end the process on all workers
+  delete   give the slice back; the bucket keeps the run
+
+flags, and their environment variables:
+  --name=kforcing                  KFORCING_NAME              of the slice
+  --zone=ZONE                      KFORCING_ZONE              with quota for the accelerator type
+  --project=PROJECT                KFORCING_PROJECT
+  --accelerator-type=v5litepod-8   KFORCING_ACCELERATOR_TYPE
+  --runtime-version=VERSION        KFORCING_RUNTIME_VERSION   by default what suits the type
+  --spot, --no-spot                KFORCING_SPOT=false        spot by default
+  --bucket=BUCKET                  KFORCING_BUCKET            holds the runs; in the zone's region
+  --config=configs/lm1b.py         KFORCING_CONFIG            a path in the repository
+  --run=RUN                        KFORCING_RUN               by default the name of the config
+  --repo=URL                       KFORCING_REPO              install from git instead of this checkout
+  --ref=HEAD                       KFORCING_REF               branch, tag or commit
+  --worker=0                       KFORCING_WORKER            for logs
+  --dry-run                        print the commands, one a line; run none
+
+What follows -- goes to kforcing_jax.main, for example -- --config.mesh.fsdp=8. All settings are kept in
+~/.local/state/kforcing_jax, so the commands after create need the name alone; a flag given again wins.
+EOF
+}
+
+# Kept from one command to the next.
+settings=(zone project accelerator_type runtime_version spot bucket config run repo ref)
+zone='' project='' accelerator_type='' runtime_version='' spot='' bucket='' config='' run='' repo='' ref=''
+name='' worker='' dry_run='' started=''
+overrides=()
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+mount=/mnt/kforcing
+unit=kforcing_jax
+exec 3>&1 # where --dry-run prints, also from within $(...)
+
+fail() {
+  echo "error: $*" >&2
+  exit 2
+}
+
+# One argument as a shell reads it back.
+quote() {
+  local single="'" escaped="'\\''"
+  case $1 in
+    '' | *[!A-Za-z0-9_./:=,@%+-]*) printf "'%s'" "${1//$single/$escaped}" ;;
+    *) printf '%s' "$1" ;;
+  esac
+}
+
+execute() {
+  local argument line=''
+  if [[ $dry_run ]]; then
+    for argument in "$@"; do line+=" $(quote "$argument")"; done
+    echo "${line# }" >&3
+  else
+    "$@"
+  fi
+}
+
+# A script of && chains as one line, so that the command around it is one.
+flat() { sed 's/^ *//' | paste -sd ' ' -; }
+
+on() { # WORKER SCRIPT
+  execute gcloud compute tpus tpu-vm ssh "$name" "${where[@]}" --worker="$1" --command="$2"
+}
+
+set_flag() { # FLAG VALUE
+  local setting=${1//-/_}
+  [[ " name worker ${settings[*]} " == *" $setting "* ]] || fail "unknown flag --$1; see --help"
+  [[ $2 != *$'\n'* ]] || fail "--$1 has a line break"
+  printf -v "$setting" %s "$2"
+}
+
+parse() {
+  while (($#)); do
+    case $1 in
+      -h | --help) usage && exit ;;
+      --dry-run) dry_run=yes ;;
+      --spot) spot=true ;;
+      --no-spot) spot=false ;;
+      --)
+        shift
+        overrides=("$@")
+        return
+        ;;
+      --*=*)
+        local flag=${1%%=*}
+        set_flag "${flag#--}" "${1#*=}"
+        ;;
+      --*)
+        (($# > 1)) || set_flag "${1#--}" '' # names an unknown flag as such
+        (($# > 1)) || fail "$1 needs a value"
+        set_flag "${1#--}" "$2"
+        shift
+        ;;
+      *) fail "unexpected argument $1; see --help" ;;
+    esac
+    shift
+  done
+}
+
+from_environment() {
+  local setting variable
+  for setting in name worker "${settings[@]}"; do
+    variable=KFORCING_$(tr '[:lower:]' '[:upper:]' <<< "$setting")
+    [[ ${!setting} ]] || printf -v "$setting" %s "${!variable-}"
+  done
+}
+
+# Settings that neither flag nor environment gave, and the overrides of the last start.
+from_last_time() {
+  local line key
+  [[ -f $state/settings ]] || return 0
+  while IFS= read -r line; do
+    key=${line%%=*}
+    case $key in
+      started) started=yes ;;
+      override) [[ $command == start ]] || overrides+=("${line#*=}") ;;
+      *) [[ ${!key} ]] || printf -v "$key" %s "${line#*=}" ;;
+    esac
+  done < "$state/settings"
+}
+
+keep() {
+  local setting override
+  [[ ! $dry_run ]] || return 0
+  mkdir -p "$state"
+  {
+    for setting in "${settings[@]}"; do
+      [[ ! ${!setting} ]] || echo "$setting=${!setting}"
+    done
+    [[ ! $started ]] || echo started=yes
+    for override in ${overrides[@]+"${overrides[@]}"}; do echo "override=$override"; done
+  } > "$state/settings"
+}
+
+check() {
+  local override setting
+  [[ $name =~ ^[a-z][-a-z0-9]*$ ]] || fail "--name=$name should be lower-case letters, digits and hyphens"
+  for setting in zone project; do
+    [[ ${!setting} ]] || fail "--$setting is missing"
+  done
+  [[ $spot == true || $spot == false ]] || fail "KFORCING_SPOT=$spot should be true or false"
+  [[ $worker =~ ^[0-9]+$ ]] || fail "--worker=$worker should be a number"
+  case $command in setup | start | resume) check_run ;; esac
+  for override in ${overrides[@]+"${overrides[@]}"}; do
+    [[ $override == --* && $override != *$'\n'* ]] || fail "override $override should be a flag of kforcing_jax.main"
+  done
+}
+
+check_run() {
+  [[ $bucket ]] || fail "--bucket is missing"
+  [[ $bucket =~ ^[a-z0-9][-_.a-z0-9]*$ ]] || fail "--bucket=$bucket should be the name of a bucket, without folders"
+  [[ $run =~ ^[A-Za-z0-9][-_.A-Za-z0-9]*$ ]] || fail "--run=$run should be letters, digits, dots, hyphens and underscores"
+  [[ $repo || -f $root/${config%%:*} ]] || fail "--config=$config: no such file in $root"
+}
+
+queued_state() {
+  # A list, because describe fails alike for a slice that is not there and for a network that is not.
+  execute gcloud compute tpus queued-resources list "${where[@]}" --filter="name~/$name\$" --format='value(state.state)'
+}
+
+node_state() {
+  execute gcloud compute tpus tpu-vm describe "$name" "${where[@]}" --format='value(state)'
+}
+
+request() {
+  local version=$runtime_version tier=()
+  [[ $spot == false ]] || tier=(--spot)
+  if [[ ! $version ]]; then
+    case $accelerator_type in
+      v5litepod-*) version=v2-alpha-tpuv5-lite ;;
+      v5p-*) version=v2-alpha-tpuv5 ;;
+      v6e-*) version=v2-alpha-tpuv6e ;;
+      *) version=tpu-ubuntu2204-base ;;
+    esac
+  fi
+  execute gcloud compute tpus queued-resources create "$name" --node-id="$name" "${where[@]}" \
+    --accelerator-type="$accelerator_type" --runtime-version="$version" ${tier[@]+"${tier[@]}"}
+}
+
+remove() {
+  execute gcloud compute tpus queued-resources delete "$name" "${where[@]}" --force --quiet
+}
+
+wait_until_ready() {
+  local queued node
+  while true; do
+    node=''
+    queued=$(queued_state)
+    # The node appears some time after the request is granted.
+    [[ $queued != ACTIVE && ! $dry_run ]] || node=$(node_state 2> /dev/null || true)
+    [[ ! $dry_run && $queued/$node != ACTIVE/READY ]] || return 0
+    case $queued/$node in
+      / | FAILED/ | SUSPEND*/ | DELETING/ | ACTIVE/PREEMPTED | ACTIVE/TERMINATED)
+        fail "slice $name is ${queued:-not there}${node:+, its node $node}; create it, or resume" ;;
+    esac
+    echo "waiting for $name: $queued${node:+, node $node}" >&2
+    sleep 30
+  done
+}
+
+setup_script() {
+  local keyring=/usr/share/keyrings/cloud.google.asc source='tar -xzf ~/kforcing_jax.tar.gz -C ~/kforcing_jax'
+  local apt='sudo apt-get -qq -o DPkg::Lock::Timeout=600' # a fresh machine upgrades itself first
+  if [[ $repo ]]; then
+    source="git -C ~/kforcing_jax init -q && git -C ~/kforcing_jax fetch -q --depth=1 $(quote "$repo") $(quote "$ref") &&
+      git -C ~/kforcing_jax checkout -q FETCH_HEAD"
+  fi
+  # gcsfuse: orbax and prepare end with renaming a folder, in which a bucket without hierarchical namespace may have
+  # rename-dir-limit files. Workers have to see each other's files at once, and on TPU machines the default is to look
+  # once and never again. Training reads rows in random order, so whole files are cached on the local disk.
+  flat << EOF
+    set -o pipefail &&
+    { ! systemctl is-active --quiet $unit || { echo "error: a run is active on \$(hostname); stop it first" >&2; exit 1; }; } &&
+    { command -v gcsfuse > /dev/null || {
+      curl -fsSL https://packages.cloud.google.com/apt/doc/apt-key.gpg | sudo tee $keyring > /dev/null &&
+      echo "deb [signed-by=$keyring] https://packages.cloud.google.com/apt gcsfuse-\$(lsb_release -cs) main" |
+      sudo tee /etc/apt/sources.list.d/gcsfuse.list > /dev/null &&
+      $apt update && $apt install -y gcsfuse; }; } &&
+    { ! mountpoint -q $mount || sudo umount $mount; } &&
+    sudo install -d -o "\$USER" $mount &&
+    gcsfuse --implicit-dirs --rename-dir-limit=200000 --metadata-cache-ttl-secs=0 --metadata-cache-negative-ttl-secs=0
+      --cache-dir="\$HOME/.cache/gcsfuse" --file-cache-max-size-mb=40000 --file-cache-cache-file-for-range-read
+      $bucket $mount &&
+    rm -rf ~/kforcing_jax && mkdir ~/kforcing_jax && $source &&
+    { test -x ~/.local/bin/uv || curl -LsSf https://astral.sh/uv/install.sh | sh; } &&
+    ~/.local/bin/uv venv -q --python=3.12 ~/kforcing_jax/.venv &&
+    ~/.local/bin/uv pip install -q --python="\$HOME/kforcing_jax/.venv/bin/python" -e "\$HOME/kforcing_jax[tpu]" &&
+    echo "\$(hostname) ready"
+EOF
+}
+
+set_up() {
+  local archive=$state/kforcing_jax.tar.gz
+  if [[ ! $repo ]]; then
+    if [[ ! $dry_run ]]; then
+      git -C "$root" rev-parse --git-dir > /dev/null 2>&1 || fail "$root is no git checkout; give --repo=URL"
+      git -C "$root" diff --quiet HEAD || fail "$root has changes that are not committed; commit them, or give --repo=URL"
+      mkdir -p "$state"
+    fi
+    execute git -C "$root" archive --format=tar.gz --output="$archive" "$ref"
+    execute gcloud compute tpus tpu-vm scp "$archive" "$name:kforcing_jax.tar.gz" "${where[@]}" --worker=all
+  fi
+  on all "$(setup_script)"
+}
+
+# HOST, STATE and the last line of the log, for every worker.
+processes() {
+  on all "echo \"\$(hostname) \$(systemctl is-active $unit) \$(tail -n 1 ~/kforcing_jax.log 2> /dev/null)\""
+}
+
+start_script() {
+  local dollar='$' argument arguments=''
+  for argument in "--config=$config" "--workdir=$mount/$run" ${overrides[@]+"${overrides[@]}"}; do
+    arguments+=" $(quote "${argument//$dollar/$dollar$dollar}")" # systemd replaces $NAME in commands, and $$ by $
+  done
+  # Without a TPU it should fail, not train on the CPU. libtpu pins its memory. SIGINT ends Python at once, where JAX
+  # takes a SIGTERM for a preemption to come.
+  flat << EOF
+    { sudo systemctl reset-failed $unit 2> /dev/null || true; } &&
+    sudo systemd-run --quiet --unit=$unit --uid="\$USER" --working-directory="\$HOME/kforcing_jax"
+      --setenv=JAX_PLATFORMS=tpu,cpu
+      -p LimitMEMLOCK=infinity -p LimitNOFILE=1048576 -p TasksMax=infinity -p KillSignal=SIGINT -p TimeoutStopSec=60
+      -p StandardOutput=append:"\$HOME/kforcing_jax.log"
+      "\$HOME/kforcing_jax/.venv/bin/python" -u -m kforcing_jax.main$arguments
+EOF
+}
+
+start() {
+  local active
+  active=$(processes | awk '$2 == "active"')
+  [[ ! $active ]] || fail "a run is active on $name; follow it with logs, or end it with stop"
+  started=yes
+  keep
+  on all "$(start_script)"
+}
+
+stop() { on all "sudo systemctl stop $unit 2> /dev/null || true"; }
+
+resume() {
+  local queued node='' idle
+  queued=$(queued_state)
+  [[ $queued != ACTIVE && ! $dry_run ]] || node=$(node_state)
+  case ${dry_run:+dry run}$queued/$node in
+    ACTIVE/READY)
+      idle=$(processes | awk '$2 != "active"')
+      [[ $idle ]] || fail "the run is active on all workers of $name"
+      stop # a worker that is left waits for those that are gone
+      ;;
+    'dry run/' | FAILED/ | SUSPEND*/ | ACTIVE/PREEMPTED | ACTIVE/TERMINATED)
+      remove
+      request
+      ;;
+    /) request ;;
+  esac
+  wait_until_ready
+  set_up
+  start
+}
+
+status() {
+  local queued
+  queued=$(queued_state)
+  [[ $dry_run ]] || echo "$name: ${queued:-no slice}"
+  [[ $queued == ACTIVE || $dry_run ]] || return 0
+  node_state
+  processes
+}
+
+command=${1-}
+case $command in
+  create | setup | start | logs | status | resume | stop | delete) shift ;;
+  -h | --help) usage && exit ;;
+  '') fail "which command? See --help" ;;
+  *) fail "unknown command $command; see --help" ;;
+esac
+parse "$@"
+from_environment
+name=${name:-kforcing} worker=${worker:-0}
+state=${XDG_STATE_HOME:-$HOME/.local/state}/kforcing_jax/$name
+[[ $command == start || ! ${overrides[*]+given} ]] || fail "$command takes no overrides; start does"
+[[ $command == create ]] || from_last_time
+bucket=${bucket#gs://} spot=${spot:-true} ref=${ref:-HEAD} config=${config:-configs/lm1b.py}
+accelerator_type=${accelerator_type:-v5litepod-8}
+[[ $run ]] || { run=${config##*/} && run=${run%%.*}; }
+check
+where=(--zone="$zone" --project="$project")
+[[ $command != resume || $started ]] || fail "$name was never started from here; use create, setup and start"
+[[ $dry_run ]] || command -v gcloud > /dev/null || fail "gcloud is not installed; see https://cloud.google.com/sdk/docs/install"
+
+case $command in
+  create)
+    request
+    keep
+    wait_until_ready
+    ;;
+  setup)
+    keep
+    wait_until_ready
+    set_up
+    ;;
+  logs) on "$worker" 'tail -n 100 -F ~/kforcing_jax.log' ;;
+  delete) remove ;;
+  *) "$command" ;;
+esac

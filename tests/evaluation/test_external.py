@@ -1,0 +1,63 @@
+"""External figures of a run's samples: in its summary, its table, and of texts made by hand."""
+
+import json
+
+import numpy as np
+import pytest
+from external_lm import write_external_lm
+from micro import micro_config
+
+from kforcing_jax.config import DataConfig
+from kforcing_jax.data.tokenizers import train_tokenizer
+from kforcing_jax.evaluation.external import external_figures
+from kforcing_jax.evaluation.scorer import Completion, Scorer
+from kforcing_jax.evaluation.suite import evaluate
+from kforcing_jax.evaluation.tables import gen_ppl_text, table
+from kforcing_jax.training import curriculum
+from kforcing_jax.training.sharding import make_mesh
+from kforcing_jax.workdir import Workdir
+
+
+@pytest.fixture(scope="module")
+def scorer(tmp_path_factory):
+    return Scorer.load(write_external_lm(tmp_path_factory.mktemp("lm"), context=32), device="cpu")
+
+
+def test_text_counts_up_to_eos_and_without_special_tokens(scorer):
+    tokenizer = train_tokenizer(DataConfig(tokenizer="bpe", vocab_size=300), ["the quick fox. the dog. "] * 5)
+    prompt, eos = tokenizer.encode("the "), tokenizer.eos_id
+    texts = ["quick fox", "dog", ""]
+    rows = [[*prompt, *tokenizer.encode(text), eos, *tokenizer.encode("the fox")] for text in texts]
+    width = max(map(len, rows))
+    tokens_RxM = np.array([row + [eos] * (width - len(row)) for row in rows])
+    lengths_R = np.full(len(rows), width)
+    figures = external_figures(scorer, tokens_RxM, lengths_R, len(prompt), tokenizer)
+    scores = scorer.score([Completion("the ", text) for text in texts])
+    assert figures["gen_ppl"] == pytest.approx(np.exp(sum(s.nll for s in scores) / sum(s.tokens for s in scores)))
+    assert (figures["scored_completions"], figures["empty_completions"]) == (2, 1)
+    assert figures["mauve"] is None
+    assert {"token_entropy", "distinct_2", "repetition_4", "gen_ppl_interval"} <= figures.keys()
+
+
+def test_a_run_has_external_figures_next_to_its_own(scorer, tmp_path):
+    config = micro_config()
+    workdir = Workdir.claim(tmp_path, config)
+    corpus = workdir.corpus()
+    curriculum.run(workdir, corpus, make_mesh(config.mesh))
+    summary = evaluate(workdir, corpus, scorer)
+    assert summary == json.loads(workdir.summary_path.read_text())
+    for stage in summary["stages"].values():
+        low, high = stage["external"]["gen_ppl_interval"]
+        assert 1 < low <= stage["external"]["gen_ppl"] <= high
+    header, rows = table(summary).splitlines()[1], table(summary).splitlines()[3:6]
+    assert {"Gen-PPL", "entropy", "distinct", "repeat"} <= set(header.split())
+    assert all(
+        gen_ppl_text(stage["external"]) in row for stage, row in zip(summary["stages"].values(), rows, strict=True)
+    )
+    assert "Gen-PPL" in (tmp_path / "report.html").read_text()
+    assert "external" not in evaluate_again(workdir, corpus)["stages"]["ar"], "figures of other samples were kept"
+
+
+def evaluate_again(workdir, corpus):
+    workdir.write_summary({"stages": {}})
+    return evaluate(workdir, corpus)

@@ -1,0 +1,107 @@
+"""The export command: a finished stage as a file that loads as the same model, one line per mistake."""
+
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_cli import CONFIG, call, refused
+
+from kforcing_jax import export
+from kforcing_jax.errors import ConfigError
+from kforcing_jax.interop import official
+from kforcing_jax.models import CausalLM, PushForwardLM
+from kforcing_jax.workdir import Workdir
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The directory of a finished micro run."""
+    folder = tmp_path_factory.mktemp("export")
+    (folder / "config.py").write_text(CONFIG)
+    done = call("main", f"--config={folder / 'config.py'}", f"--workdir={folder / 'run'}")
+    assert done.returncode == 0, done.stderr
+    return folder / "run"
+
+
+def logits_of(model, params):
+    tokens = jnp.array([[0, 1, 2, 3, 0, 1]])
+    if isinstance(model, CausalLM):
+        return model.apply({"params": params}, tokens)
+    noise = jnp.linspace(0.05, 0.95, 12).reshape(1, 6, 2)
+    return model.apply({"params": params}, tokens, noise, jnp.array([0.7]))
+
+
+@pytest.mark.parametrize(
+    ("flags", "stage", "kind"),
+    [(["--stage=ar"], "ar", CausalLM), (["--stage=k1"], "k1", PushForwardLM), ([], "k2", PushForwardLM)],
+)
+def test_a_finished_stage_is_written_as_a_file_that_loads_as_the_same_model(run, tmp_path, flags, stage, kind):
+    output = tmp_path / "model.ckpt"
+    out = call("export", f"--workdir={run}", *flags, f"--output={output}")
+    assert out.returncode == 0, out.stderr
+    workdir = Workdir.open(run)
+    model, params = workdir.load(stage, workdir.tokenizer())
+    loaded_model, loaded = official.load(output)
+    assert type(loaded_model) is type(model) is kind
+    assert loaded_model.cfg.mask_id == model.cfg.mask_id
+    np.testing.assert_array_equal(logits_of(loaded_model, loaded), logits_of(model, params))
+    size = sum(leaf.size for leaf in jax.tree.leaves(params))
+    assert out.stdout == f"{output}: {kind.__name__} of stage {stage}, {size:,} parameters, vocabulary of 5\n"
+    assert list(tmp_path.iterdir()) == [output]
+
+
+def test_what_there_is_no_stage_or_run_for_is_refused_and_nothing_is_written(run, tmp_path):
+    output = f"--output={tmp_path / 'model.ckpt'}"
+    unfinished = call("export", f"--workdir={run}", "--stage=k8", output)
+    refused(unfinished, "--stage=k8 is not a finished stage of this run; finished: ar, k1, k2")
+    refused(call("export", f"--workdir={tmp_path}", output), f"{tmp_path} is not a run directory")
+    refused(call("export", output), "--workdir is missing")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_without_a_finished_stage_has_nothing_to_write():
+    with pytest.raises(ConfigError, match="no finished stage; run kforcing_jax.main"):
+        export.choose_stage([], None)
+
+
+def test_an_output_that_cannot_be_is_refused_before_the_run_is_looked_at(tmp_path):
+    """There is no such run either, and that is not what is reported."""
+    output = tmp_path / "missing" / "model.ckpt"
+    out = call("export", f"--workdir={tmp_path / 'no_run'}", f"--output={output}")
+    refused(out, f"--output={output}: there is no directory {output.parent}")
+
+
+@pytest.mark.parametrize(
+    ("output", "says"),
+    [(None, "--output is missing"), (".", "is a directory"), ("new/", "is a directory"), ("file/x", "no directory")],
+)
+def test_an_output_says_what_is_wrong_with_it(tmp_path, monkeypatch, output, says):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=says):
+        export.check_output(output)
+
+
+def test_a_device_is_not_replaced_by_a_file():
+    with pytest.raises(ConfigError, match="--output=/dev/null is there, and is not a file"):
+        export.check_output("/dev/null")
+
+
+def test_a_directory_that_is_not_writable_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(ConfigError, match=f"the directory {tmp_path} is not writable"):
+        export.check_output(str(tmp_path / "model.ckpt"))
+
+
+def test_a_disk_that_refuses_is_reported_in_one_line(run):
+    """A name that only the file system can refuse."""
+    refused(
+        call("export", f"--workdir={run}", f"--output={run / ('x' * 300)}"), "cannot be written: File name too long"
+    )
+
+
+def test_a_mask_that_the_file_cannot_say_is_pointed_out():
+    assert export._note_on_mask(103, official.default_mask_id(30_522)) == ""
+    assert "mask_id=3" in export._note_on_mask(3, official.default_mask_id(97))
