@@ -165,7 +165,7 @@ check() {
 check_run() {
   [[ $bucket ]] || fail "--bucket is missing"
   [[ $bucket =~ ^[a-z0-9][-_.a-z0-9]*$ ]] || fail "--bucket=$bucket should be the name of a bucket, without folders"
-  [[ $run =~ ^[A-Za-z0-9][-_.A-Za-z0-9]*$ ]] || fail "--run=$run should be letters, digits, dots, hyphens and underscores"
+  [[ $folder =~ ^[A-Za-z0-9][-_.A-Za-z0-9]*$ ]] || fail "--run=$folder should be letters, digits, dots, hyphens and underscores"
   [[ $repo || -f $root/${config%%:*} ]] || fail "--config=$config: no such file in $root"
 }
 
@@ -266,7 +266,7 @@ processes() {
 
 start_script() {
   local dollar='$' argument arguments=''
-  for argument in "--config=$config" "--workdir=$mount/$run" ${overrides[@]+"${overrides[@]}"}; do
+  for argument in "--config=$config" "--workdir=$mount/$folder" ${overrides[@]+"${overrides[@]}"}; do
     arguments+=" $(quote "${argument//$dollar/$dollar$dollar}")" # systemd replaces $NAME in commands, and $$ by $
   done
   # Without a TPU it should fail, not train on the CPU. libtpu pins its memory. SIGINT ends Python at once, where JAX
@@ -337,7 +337,8 @@ state=${XDG_STATE_HOME:-$HOME/.local/state}/kforcing_jax/$name
 [[ $command == create ]] || from_last_time
 bucket=${bucket#gs://} spot=${spot:-true} ref=${ref:-HEAD} config=${config:-configs/lm1b.py}
 accelerator_type=${accelerator_type:-v5litepod-8}
-[[ $run ]] || { run=${config##*/} && run=${run%%.*}; }
+config_name=${config##*/}
+folder=${run:-${config_name%%.*}}
 check
 where=(--zone="$zone" --project="$project")
 [[ $command != resume || $started ]] || fail "$name was never started from here; use create, setup and start"

