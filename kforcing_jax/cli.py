@@ -27,7 +27,7 @@ def run(main: Callable[[Sequence[str]], None]):
         except UserError as error:
             _fail(str(error))
         except KeyboardInterrupt:
-            _fail("interrupted; the same command goes on from the newest checkpoint")
+            _fail("interrupted; the same command goes on where it stopped")
 
     app.run(guarded, flags_parser=_parse_flags)
 

@@ -154,11 +154,12 @@ check() {
   for setting in zone project; do
     [[ ${!setting} ]] || fail "--$setting is missing"
   done
-  [[ $spot == true || $spot == false ]] || fail "KFORCING_SPOT=$spot should be true or false"
+  [[ $spot == true || $spot == false ]] || fail "--spot=$spot should be true or false"
   [[ $worker =~ ^[0-9]+$ ]] || fail "--worker=$worker should be a number"
   case $command in setup | start | resume) check_run ;; esac
   for override in ${overrides[@]+"${overrides[@]}"}; do
-    [[ $override == --* && $override != *$'\n'* ]] || fail "override $override should be a flag of kforcing_jax.main"
+    [[ $override != *$'\n'* ]] || fail "an override has a line break"
+    [[ $override == --* ]] || fail "override $override should be a flag of kforcing_jax.main"
   done
 }
 

@@ -32,6 +32,19 @@ def environment():
     return os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "HF_HUB_OFFLINE": "1"}
 
 
+@pytest.fixture(autouse=True, scope="module")
+def compiled_once(tmp_path_factory):
+    """The commands of a run compile the same programs."""
+    cache = {
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("cache")),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in cache.items():
+            patch.setenv(name, value)
+        yield
+
+
 @pytest.fixture(scope="module")
 def sample(tmp_path_factory):
     """LM1B-shaped data in TFDS's format and a jsonl file, as launch/sample_data.py makes them."""

@@ -11,6 +11,7 @@ import io
 import math
 import os
 import pickle
+import pickletools
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -235,7 +236,9 @@ class _Unpickler(pickle.Unpickler):
     """Rebuilds plain containers and descriptions of tensors, and imports nothing."""
 
     def __init__(self, archive: zipfile.ZipFile, root: str):
-        super().__init__(io.BytesIO(archive.read(root + "data.pkl")))
+        pickled = archive.read(root + "data.pkl")
+        _check_sizes(pickled)
+        super().__init__(io.BytesIO(pickled))
         self._archive, self._root = archive, root
         order_file = root + "byteorder"
         big = order_file in archive.namelist() and archive.read(order_file) == b"big"
@@ -258,6 +261,13 @@ class _Unpickler(pickle.Unpickler):
         if dtype is None:
             return storage_type()
         return Storage(self._archive, f"{self._root}data/{key}", dtype.newbyteorder(self._byte_order), count)
+
+
+def _check_sizes(pickled: bytes):
+    """The unpickler makes room for any length and memo index that a pickle names, before it finds out better."""
+    for operation, argument, _ in pickletools.genops(pickled):
+        if operation.name.endswith("PUT") and argument > len(pickled):
+            raise CheckpointFormatError("damaged checkpoint (a memo index beyond its size)")
 
 
 def _is_inert(module, name) -> bool:
@@ -320,7 +330,7 @@ def _pickled(value, arrays) -> bytes:
         arrays.append(value)
         return _pickled_tensor(value, str(len(arrays) - 1))
     if type(value) in (str, int):
-        return pickle.dumps(value, protocol=2)[2:-1]
+        return _plain(value)
     raise TypeError(f"cannot write {type(value).__name__} into a checkpoint")
 
 
@@ -328,19 +338,22 @@ def _pickled_tensor(array, key) -> bytes:
     storage_type = _STORAGES.get(array.dtype.newbyteorder("="))
     if storage_type is None:
         raise TypeError(f"cannot write an array of {array.dtype} into a checkpoint")
-
-    def plain(value):
-        return pickle.dumps(value, protocol=2)[2:-1]
-
-    def name(full_name):
-        module, _, attribute = full_name.rpartition(".")
-        return f"c{module}\n{attribute}\n".encode()
-
-    def group(*parts):
-        return b"(" + b"".join(parts) + b"t"
-
     strides = tuple(math.prod(array.shape[axis + 1 :]) for axis in range(array.ndim))
-    storage = group(plain("storage"), name(storage_type), plain(key), plain("cpu"), plain(array.size)) + b"Q"
-    hooks = name("collections.OrderedDict") + b")R"
-    view = group(storage, plain(0), plain(array.shape), plain(strides), plain(False), hooks)
-    return name("torch._utils._rebuild_tensor_v2") + view + b"R"
+    storage = _tuple(_plain("storage"), _name(storage_type), _plain(key), _plain("cpu"), _plain(array.size)) + b"Q"
+    hooks = _name("collections.OrderedDict") + b")R"
+    view = _tuple(storage, _plain(0), _plain(array.shape), _plain(strides), _plain(False), hooks)
+    return _name("torch._utils._rebuild_tensor_v2") + view + b"R"
+
+
+def _plain(value) -> bytes:
+    """The operations of a text, number or tuple of numbers, without the pickle's header and end."""
+    return pickle.dumps(value, protocol=2)[2:-1]
+
+
+def _name(full_name) -> bytes:
+    module, _, attribute = full_name.rpartition(".")
+    return f"c{module}\n{attribute}\n".encode()
+
+
+def _tuple(*parts) -> bytes:
+    return b"(" + b"".join(parts) + b"t"

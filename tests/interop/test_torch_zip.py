@@ -331,6 +331,20 @@ def test_a_pickle_cut_short_is_refused(path):
     says(path, "damaged checkpoint")
 
 
+@pytest.mark.parametrize(
+    "operations",
+    [
+        b"Nr\xff\xff\xff\x7f.",  # a memo index, for which the unpickler would make a table of 32 GB
+        b"Np2147483647\n.",
+        b"\x96\xff\xff\xff\xff\x7f\x00\x00\x00.",  # a length of 550 GB
+        b"\x8e\xff\xff\xff\xff\x7f\x00\x00\x00.",
+    ],
+)
+def test_a_pickle_cannot_take_more_memory_than_its_own_size(path, operations):
+    write_archive(path, {"data.pkl": b"\x80\x05" + operations})
+    says(path, "damaged checkpoint")
+
+
 @pytest.mark.parametrize("pid", [b"K\x01Q", b"(U\x07storageK\x01U\x010U\x03cpuK\x01tQ", b"P0\n"])
 def test_a_storage_that_is_not_described_as_one_is_refused(path, pid):
     write_archive(path, {"data.pkl": b"\x80\x02" + pid + b"."})
