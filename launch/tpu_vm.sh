@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # One run on one Cloud TPU slice, from creating the slice to resuming after a preemption. See --help and docs/cloud.md.
-# Runs in the bash 3.2 of macOS too: hence no mapfile, and ${list[@]+...} around lists that may be empty.
+# Kept to bash 3.2, which macOS has: no mapfile, and ${list[@]+...} around lists that may be empty.
 set -euo pipefail
 
 usage() {
@@ -166,7 +166,7 @@ check() {
 check_run() {
   [[ $bucket ]] || fail "--bucket is missing"
   [[ $bucket =~ ^[a-z0-9][-_.a-z0-9]*$ ]] || fail "--bucket=$bucket should be the name of a bucket, without folders"
-  [[ $folder =~ ^[A-Za-z0-9][-_.A-Za-z0-9]*$ ]] || fail "--run=$folder should be letters, digits, dots, hyphens and underscores"
+  [[ $folder =~ ^[A-Za-z0-9][-_.A-Za-z0-9]*$ ]] || fail "--run=$folder should be letters, digits and . - _"
   [[ $repo || -f $root/${config%%:*} ]] || fail "--config=$config: no such file in $root"
 }
 
@@ -219,15 +219,16 @@ setup_script() {
   local keyring=/usr/share/keyrings/cloud.google.asc source='tar -xzf ~/kforcing_jax.tar.gz -C ~/kforcing_jax'
   local apt='sudo apt-get -qq -o DPkg::Lock::Timeout=600' # a fresh machine upgrades itself first
   if [[ $repo ]]; then
-    source="git -C ~/kforcing_jax init -q && git -C ~/kforcing_jax fetch -q --depth=1 $(quote "$repo") $(quote "$ref") &&
-      git -C ~/kforcing_jax checkout -q FETCH_HEAD"
+    source="cd ~/kforcing_jax && git init -q && git fetch -q --depth=1 $(quote "$repo") $(quote "$ref") &&
+      git checkout -q FETCH_HEAD"
   fi
   # gcsfuse: orbax and prepare end with renaming a folder, in which a bucket without hierarchical namespace may have
   # rename-dir-limit files. Workers have to see each other's files at once, and on TPU machines the default is to look
   # once and never again. Training reads rows in random order, so whole files are cached on the local disk.
   flat << EOF
     set -o pipefail &&
-    { ! systemctl is-active --quiet $unit || { echo "error: a run is active on \$(hostname); stop it first" >&2; exit 1; }; } &&
+    { ! systemctl is-active --quiet $unit || {
+      echo "error: a run is active on \$(hostname); stop it first" >&2; exit 1; }; } &&
     { command -v gcsfuse > /dev/null || {
       curl -fsSL https://packages.cloud.google.com/apt/doc/apt-key.gpg | sudo tee $keyring > /dev/null &&
       echo "deb [signed-by=$keyring] https://packages.cloud.google.com/apt gcsfuse-\$(lsb_release -cs) main" |
@@ -251,7 +252,7 @@ set_up() {
   if [[ ! $repo ]]; then
     if [[ ! $dry_run ]]; then
       git -C "$root" rev-parse --git-dir > /dev/null 2>&1 || fail "$root is no git checkout; give --repo=URL"
-      git -C "$root" diff --quiet HEAD || fail "$root has changes that are not committed; commit them, or give --repo=URL"
+      git -C "$root" diff --quiet HEAD || fail "$root has changes that are not committed; commit them, or give --repo"
       mkdir -p "$state"
     fi
     execute git -C "$root" archive --format=tar.gz --output="$archive" "$ref"
@@ -270,9 +271,11 @@ start_script() {
   for argument in "--config=$config" "--workdir=$mount/$folder" ${overrides[@]+"${overrides[@]}"}; do
     arguments+=" $(quote "${argument//$dollar/$dollar$dollar}")" # systemd replaces $NAME in commands, and $$ by $
   done
-  # Without a TPU it should fail, not train on the CPU. libtpu pins its memory. SIGINT ends Python at once, where JAX
-  # takes a SIGTERM for a preemption to come.
+  # A reboot undoes the mount, and a run would fill the disk below it. Without a TPU it should fail, not train on the
+  # CPU. libtpu pins its memory. SIGINT ends Python at once, where JAX takes a SIGTERM for a preemption to come.
   flat << EOF
+    { { mountpoint -q $mount && test -x ~/kforcing_jax/.venv/bin/python; } || {
+      echo "error: \$(hostname) is not set up; run setup first" >&2; exit 1; }; } &&
     { sudo systemctl reset-failed $unit 2> /dev/null || true; } &&
     sudo systemd-run --quiet --unit=$unit --uid="\$USER" --working-directory="\$HOME/kforcing_jax"
       --setenv=JAX_PLATFORMS=tpu,cpu
@@ -343,7 +346,8 @@ folder=${run:-${config_name%%.*}}
 check
 where=(--zone="$zone" --project="$project")
 [[ $command != resume || $started ]] || fail "$name was never started from here; use create, setup and start"
-[[ $dry_run ]] || command -v gcloud > /dev/null || fail "gcloud is not installed; see https://cloud.google.com/sdk/docs/install"
+[[ $dry_run ]] || command -v gcloud > /dev/null ||
+  fail "gcloud is not installed; see https://cloud.google.com/sdk/docs/install"
 
 case $command in
   create)

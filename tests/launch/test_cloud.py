@@ -100,7 +100,10 @@ case "$name $1" in
       printf '%s\0' "${argument/#"$HOME"/"~"}"
     done > ~/started
     echo active > ~/unit ;;
-  mountpoint\ *) exit 1 ;;
+  gcsfuse\ *) touch ~/mounted ;;
+  umount\ *) rm ~/mounted ;;
+  mountpoint\ *) [[ -f ~/mounted ]] || exit 1 ;;
+  uv\ venv) mkdir -p "${!#}/bin" && ln -s /bin/sh "${!#}/bin/python" ;;
   tail\ *) [[ $* == *-F* ]] || exec /usr/bin/tail "$@" ;;
 esac
 """
@@ -394,6 +397,23 @@ def test_resume_keeps_a_slice_on_which_a_worker_died_and_starts_all_again(runnin
     assert running.started() == before
 
 
+def test_resume_brings_back_a_slice_that_was_deleted(running):
+    before = running.started()
+    running.run("delete")
+    running.run("resume")
+    assert running.started() == before
+
+
+def test_start_wants_a_worker_that_is_set_up(running):
+    running.run("stop")
+    for home in running.workers():  # what a reboot leaves
+        (home / "mounted").unlink()
+        (home / "started").unlink()
+    done = running.call("start")
+    assert done.returncode == 1 and "error: worker1 is not set up; run setup first" in done.stderr
+    assert not any((home / "started").exists() for home in running.workers())
+
+
 def test_resume_leaves_a_healthy_run_alone(running):
     refused(running.call("resume"), "active on all workers")
 
@@ -473,8 +493,9 @@ def test_help_names_every_command_and_flag(cloud):
     done = cloud.call("--help")
     assert done.returncode == 0 and not done.stderr
     settings = re.search(r"^settings=\((.*)\)$", SCRIPT.read_text(), re.M).group(1).split()
-    for words in (*COMMANDS, *(f"--{name.replace('_', '-')}" for name in settings), "--name", "--worker", "--dry-run"):
-        assert words in done.stdout
+    flags = [f"--{name.replace('_', '-')}" for name in settings]
+    for word in (*COMMANDS, *flags, "--name", "--worker", "--dry-run"):
+        assert re.search(rf"^  {word}\b", done.stdout, re.M), word
 
 
 def manifest():
