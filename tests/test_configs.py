@@ -1,4 +1,7 @@
-"""The configurations of `configs/`: all of them load, and (slow) the CPU ones reach what they promise."""
+"""The configurations of `configs/`: all of them load, and (slow) markov reaches what it promises.
+
+What tiny promises is checked on the run of the notebook, in tests/launch/test_colab.py.
+"""
 
 import json
 import os
@@ -45,16 +48,6 @@ def run_config(name, workdir, longest):
     assert done.returncode == 0, done.stderr[-2000:]
     assert (workdir / "report.html").stat().st_size > 10_000
     return json.loads((workdir / "summary.json").read_text())["stages"]
-
-
-@pytest.mark.slow
-def test_tiny_students_follow_their_teacher_on_real_text(tmp_path):
-    stages = run_config("tiny", tmp_path, longest=1200)
-    k1, k4, ar = stages["k1"], stages["k4"], stages["ar"]
-    assert k1["agreement"][0] >= max(0.6, 1.8 * k1["chance"][0])
-    for agreement, chance in zip(k4["agreement"], k4["chance"], strict=True):
-        assert agreement >= 1.15 * chance
-    assert abs(k1["sample_entropy"] / ar["sample_entropy"] - 1) <= 0.1
 
 
 @pytest.mark.slow
