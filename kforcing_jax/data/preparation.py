@@ -17,7 +17,7 @@ import numpy as np
 import tqdm
 
 from kforcing_jax.config import DataConfig
-from kforcing_jax.data import pretrained
+from kforcing_jax.data import lm1b, pretrained
 from kforcing_jax.data.files import file_ranges, grouped, hold_out_last, matching_files
 from kforcing_jax.data.packing import Rows
 from kforcing_jax.data.pipeline import FORMAT, Corpus, load, made_from, verify
@@ -131,8 +131,6 @@ def _plan(config: DataConfig, seed: int) -> tuple[Tokenizer, _Units]:
 
 
 def _sentences(config, split) -> list[Documents]:
-    from kforcing_jax.data import lm1b
-
     count = len(lm1b.open_split(config.path, split))
     starts = range(0, count, _SENTENCES_PER_SHARD)
     return [Lm1bDocuments(config.path, split, i, min(i + _SENTENCES_PER_SHARD, count)) for i in starts]

@@ -17,7 +17,7 @@ from typing import Protocol
 import numpy as np
 from array_record.python import array_record_module
 
-from kforcing_jax.data import packing
+from kforcing_jax.data import lm1b, packing
 from kforcing_jax.data.files import FileRange
 from kforcing_jax.data.packing import Rows
 from kforcing_jax.data.tokenizers import Tokenizer
@@ -73,8 +73,6 @@ class Lm1bDocuments:
     stop: int
 
     def texts(self) -> Iterator[str]:
-        from kforcing_jax.data import lm1b
-
         return lm1b.open_split(self.path, self.split).documents(self.start, self.stop)
 
     def describe(self) -> dict:
