@@ -13,7 +13,7 @@ from vocabularies import vocabulary
 
 REPOSITORY = Path(__file__).parents[1]
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.smoke
 
 
 def command(module, *flags):
