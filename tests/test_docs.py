@@ -15,13 +15,13 @@ PAGES = [
     *sorted((REPOSITORY / "docs").glob("*.md")),
     *sorted((REPOSITORY / "configs").glob("*.py")),
 ]
-_COMMAND = re.compile(r"^(?:\s*|.*&& )(python (?:-m kforcing_jax\.\w+|launch/\w+\.py|benchmarks/\w+\.py)\b.*)$")
+# In a block or inline, after a prompt, settings of the environment or another command; up to what ends a command.
+_COMMAND = re.compile(r"\bpython3? (?:-m kforcing_jax\.|launch/|benchmarks/)(?:(?! #| &&| \||[`\n;]).)+")
 
 
 def commands(text):
     """Every python command of a page that is of this project, on one line."""
-    joined = re.sub(r"\\\n\s*", "", text)
-    return [match[1] for line in joined.splitlines() if (match := _COMMAND.match(line.split("   #")[0]))]
+    return _COMMAND.findall(re.sub(r"\\\n\s*", "", text))
 
 
 def problems(command, flags_of):
@@ -29,6 +29,8 @@ def problems(command, flags_of):
     words = shlex.split(command.replace("...", "DOTS"))
     program, given = (words[2], words[3:]) if words[1] == "-m" else (words[1], words[2:])
     known, found = flags_of(program), []
+    if not known:
+        return [f"no command {program}"]
     config = next((word.removeprefix("--config=") for word in given if word.startswith("--config=")), None)
     if config and config != "DOTS" and not (REPOSITORY / config.split(":")[0]).is_file():
         found.append(f"no {config}")
@@ -83,12 +85,27 @@ def test_there_are_commands_to_check():
 
 
 @pytest.mark.parametrize(
+    "text",
+    [
+        "    python -m kforcing_jax.verify --a=b   # why",
+        "`python -m kforcing_jax.verify --a=b`, and so on",
+        "$ JAX_PLATFORMS=cpu python -m kforcing_jax.verify \\\n    --a=b && ls",
+        "cd x && python -m kforcing_jax.verify --a=b | tee log",
+    ],
+)
+def test_a_command_is_found_wherever_it_stands(text):
+    assert [shlex.split(command) for command in commands(text)] == [["python", "-m", "kforcing_jax.verify", "--a=b"]]
+
+
+@pytest.mark.parametrize(
     ("command", "wrong"),
     [
         ("python -m kforcing_jax.generate --workdir=a --promt=x", ["no flag --promt"]),
         ("python -m kforcing_jax.main --config=configs/tiny.py --config.model.layers=3", ["no field model.layers"]),
         ("python -m kforcing_jax.main --config=configs/huge.py", ["no configs/huge.py"]),
         ("python launch/compile_for_tpu.py --config=configs/owt.py stray", ["argument stray"]),
+        ("python -m kforcing_jax.serf --workdir=a", ["no command kforcing_jax.serf"]),
+        ("python launch/missing.py", ["no command launch/missing.py"]),
     ],
 )
 def test_a_wrong_command_is_noticed(command, wrong, flags_of):

@@ -1,13 +1,19 @@
 """The notebook, executed for real; its run is the one whose figures configs/tiny.py promises."""
 
+import contextlib
+import glob
+import importlib.machinery
+import importlib.util
 import json
 import os
-import shutil
+import pathlib
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import jupyter_client
+import nbclient
 import nbformat
 import pytest
 
@@ -33,53 +39,124 @@ def test_the_notebook_is_valid_and_carries_no_output(notebook):
     assert notebook.metadata.accelerator == "TPU"
 
 
-def test_too_little_memory_ends_with_one_line(notebook):
-    names = {"pathlib": __import__("pathlib"), "print": lambda *_: None}
-    exec(source(notebook, "memory"), names)
-    enough = "MemTotal: 16000000 kB\nMemAvailable:    4194304 kB\n"
-    assert names["check_memory"](enough) == 4
-    with pytest.raises(
-        SystemExit, match=r"^this runtime has 1\.0 GB of free memory, 3 are needed: choose a larger one$"
-    ):
-        names["check_memory"](enough.replace("4194304", "1048576"))
+@contextlib.contextmanager
+def kernel(folder, **environment):
+    """A kernel as a user has it: without the settings that let tests compile faster, and train slower."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("XLA_", "JAX_DISABLE"))}
+    environment = inherited | {"PYTHONPATH": str(REPOSITORY)} | environment
+    manager, client = jupyter_client.manager.start_new_kernel(cwd=str(folder), env=environment)
+    try:
+        yield manager, client
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
 
 
-@pytest.mark.parametrize(("device", "extra"), [("cpu", ""), ("tpu", "[tpu]"), ("gpu", "[cuda]")])
-def test_a_bare_runtime_clones_and_installs_for_its_device(notebook, tmp_path, monkeypatch, device, extra):
+def execute(client, code, on_text=lambda text: None):
+    """Runs a cell: what it printed, and its error as (name, lines shown), None if there was none."""
+    printed, errors = [], []
+
+    def collect(message):
+        content = message["content"]
+        if message["msg_type"] == "stream":
+            printed.append(content["text"])
+            on_text(content["text"])
+        elif message["msg_type"] == "error":
+            errors.append((content["ename"], content["traceback"]))
+
+    client.execute_interactive(code, timeout=600, output_hook=collect)
+    return "".join(printed), errors[0] if errors else None
+
+
+def test_too_little_memory_is_said_in_one_line(notebook, tmp_path):
+    with kernel(tmp_path) as (_, client):
+        printed, error = execute(client, source(notebook, "memory"))
+        assert error is None and printed.endswith("GB of free memory\n")
+        _, error = execute(client, 'check_memory("MemTotal: 16000000 kB\\nMemAvailable:    1048576 kB\\n")')
+    name, shown = error
+    assert name == "TooLittleMemory"
+    assert shown == ["this runtime has 1.0 GB of free memory, 3 are needed: choose a larger one"]
+
+
+@pytest.mark.smoke
+def test_training_goes_on_when_its_cell_was_interrupted(notebook, tmp_path):
+    def interrupt(text):
+        if "k1          step     25/60" in text:
+            manager.interrupt_kernel()
+
+    with kernel(tmp_path, KFORCING_COLAB_STEPS="60") as (manager, client):
+        for cell in ("memory", "install", "device"):
+            assert execute(client, source(notebook, cell))[1] is None
+        printed, error = execute(client, source(notebook, "train"), on_text=interrupt)
+        assert error[0] == "KeyboardInterrupt" and "k1          done" not in printed
+        printed, error = execute(client, source(notebook, "train"))
+        assert error is None
+    assert "ar          finished, skipped" in printed
+    assert "k1          done" in printed and "vs AR" in printed
+
+
+@pytest.fixture
+def bare_runtime(monkeypatch, tmp_path):
+    """A folder without the package, and the commands that were run in it; what git would clone is a package."""
     called = []
 
     def run(command, check):
+        assert check
         called.append(command)
         if command[0] == "git":
-            (tmp_path / "kforcing_jax" / "kforcing_jax").mkdir(parents=True)
-            (tmp_path / "kforcing_jax" / "kforcing_jax" / "__init__.py").write_text('__version__ = "0"')
-
-    import glob
-    import importlib.util
+            package = Path(command[-1]) / "kforcing_jax"
+            package.mkdir(parents=True)
+            (package / "__init__.py").write_text("")
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setattr(subprocess, "run", run)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(glob, "glob", lambda pattern: ["/dev/accel0"] if device == "tpu" and "accel" in pattern else [])
-    monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/nvidia-smi" if device == "gpu" else None)
-    exec(source(notebook, "install"), {})
-    clone, install = called
-    assert clone[:2] == ["git", "clone"] and clone[-1] == "kforcing_jax"
-    assert install[-2:] == ["-e", f"./kforcing_jax{extra}"]
+    return called
+
+
+def install(notebook):
+    exec(source(notebook, "install"), {"pathlib": pathlib})
+
+
+@pytest.mark.parametrize(("device", "extra"), [("", ""), ("/dev/accel", "[tpu]"), ("/dev/nvidia", "[cuda]")])
+def test_a_bare_runtime_clones_and_installs_for_its_device(
+    notebook, bare_runtime, tmp_path, monkeypatch, device, extra
+):
+    monkeypatch.setattr(glob, "glob", lambda pattern: [f"{device}0"] if device and pattern.startswith(device) else [])
+    install(notebook)
+    clone, pip = bare_runtime
+    assert clone[:2] == ["git", "clone"]
+    assert pip[-2:] == ["-e", f"./kforcing_jax{extra}"]
+    assert [path.name for path in tmp_path.iterdir()] == ["kforcing_jax"]
+
+
+def test_an_interrupted_installation_is_done_again(notebook, bare_runtime, tmp_path, monkeypatch):
+    run = subprocess.run
+
+    def interrupted(command, check):
+        run(command, check)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(subprocess, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        install(notebook)
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(subprocess, "run", run)
+    install(notebook)
+    # A clone that was not installed is a folder on the path: found, but not as the package.
+    found = importlib.machinery.ModuleSpec("kforcing_jax", None, is_package=True)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: found)
+    install(notebook)
+    assert [command[0] for command in bare_runtime] == ["git", "git", sys.executable, sys.executable]
 
 
 @pytest.mark.slow
 def test_the_whole_notebook_runs_in_time_and_its_students_follow_their_teacher(notebook, tmp_path):
-    nbclient = pytest.importorskip("nbclient")
-    # As a user's kernel: without the settings that make other tests compile faster, and this one train slower.
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("XLA_", "JAX_DISABLE"))}
-    client = nbclient.NotebookClient(
-        notebook, timeout=1200, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
-    )
-    start = time.monotonic()
-    client.execute(env=environment | {"PYTHONPATH": str(REPOSITORY)})
-    minutes = (time.monotonic() - start) / 60
+    with kernel(tmp_path) as (manager, client):
+        start = time.monotonic()
+        nbclient.NotebookClient(notebook, timeout=1200, km=manager, kc=client).execute()
+        minutes = (time.monotonic() - start) / 60
     _check_outputs(notebook)
     _check_figures(json.loads((tmp_path / "runs/tiny/summary.json").read_text())["stages"])
     assert (tmp_path / "runs/tiny/report.html").stat().st_size > 10_000
