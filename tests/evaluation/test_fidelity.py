@@ -1,5 +1,6 @@
 """Agreement, chance and joint distributions against brute force, and the statistics against known answers."""
 
+import functools
 import itertools
 
 import jax
@@ -31,6 +32,7 @@ def student():
     return PushForwardLM(CFG), sharpened(PushForwardLM(CFG), 1)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def window_logits(model, params, tokens, window):
     hidden = window_hidden(model, params, tokens, window)
     return model.apply({"params": params}, hidden, method="logits")
@@ -43,7 +45,7 @@ def test_window_logits_equal_a_full_forward_over_text_and_window(teacher):
     fast = window_logits(model, params, tokens, window)
     for n in range(4):
         text = jnp.concatenate([tokens[:, : n + 1], window[:, n]], axis=1)
-        full = model.apply({"params": params}, text)[:, n : n + 3]
+        full = jax.jit(model.apply)({"params": params}, text)[:, n : n + 3]
         np.testing.assert_allclose(fast[:, n], full, atol=1e-5)
 
 
@@ -53,9 +55,9 @@ def test_the_exact_joint_is_the_chain_rule_over_every_block(teacher):
     joint = exact_joint(model, params, contexts, 3)
     assert joint.shape == (2, STATES, STATES, STATES)
     np.testing.assert_allclose(joint.sum((1, 2, 3)), 1, atol=1e-6)
+    probabilities = jax.jit(lambda text: jax.nn.softmax(model.apply({"params": params}, text)[0, :, :STATES]))
     for c, block in itertools.product(range(2), itertools.product(range(STATES), repeat=3)):
-        text = jnp.concatenate([contexts[c], jnp.array(block)])[None]
-        p = jax.nn.softmax(model.apply({"params": params}, text)[0, :, :STATES])
+        p = np.asarray(probabilities(jnp.concatenate([contexts[c], jnp.array(block)])[None]))
         expected = np.prod([p[3 + j, token] for j, token in enumerate(block)])
         assert joint[(c, *block)] == pytest.approx(float(expected), rel=1e-4)
 
@@ -73,7 +75,9 @@ def test_student_counts_follow_the_students_own_windows(student):
     counts = student_counts(model, params, contexts, 2, 400, jax.random.key(5))
     noise = sample_uniform(jax.random.fold_in(jax.random.key(5), 0), (1, 400, 2))[0]
     windows = jnp.zeros((400, 3, 2)).at[:, -1].set(noise)
-    logits = model.apply({"params": params}, jnp.broadcast_to(contexts, (400, 3)), windows, jnp.ones(400))[:, -1]
+    logits = jax.jit(model.apply)({"params": params}, jnp.broadcast_to(contexts, (400, 3)), windows, jnp.ones(400))[
+        :, -1
+    ]
     expected = np.zeros((STATES, STATES))
     np.add.at(expected, tuple(np.asarray(logits.argmax(-1)).T), 1)
     np.testing.assert_array_equal(counts[0], expected)
@@ -93,7 +97,7 @@ def test_agreement_counts_by_hand(teacher, student):
     tokens = jax.random.randint(jax.random.key(0), (1, 2, 4), 0, STATES)
     got = agreement(*teacher, *student, Batch(tokens), jax.random.key(1), window=2, tau=1.0, eos_id=None)
     noise = sample_uniform(jax.random.fold_in(jax.random.key(1), 0), (2, 4, 2))
-    logits = student[0].apply({"params": student[1]}, tokens[0], noise, jnp.ones(2))
+    logits = jax.jit(student[0].apply)({"params": student[1]}, tokens[0], noise, jnp.ones(2))
     drawn = logits.argmax(-1)
     teacher_draws = teacher[0].pick(window_logits(*teacher, tokens[0], drawn), noise, jnp.ones((1, 1, 1)))
     hits = np.asarray(teacher_draws == drawn)

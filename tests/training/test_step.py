@@ -124,7 +124,7 @@ def test_the_loss_of_packed_documents_is_that_of_the_documents(name):
             # The same noise for the same token, wherever it lies.
             noise = jnp.take(jnp.asarray(rng_noise), jnp.asarray(batch.tokens), axis=0)
             inputs = inputs._replace(noise_BxNxK=noise)
-        return objective.losses(state.params, teacher_params, inputs)
+        return jax.jit(objective.losses)(state.params, teacher_params, inputs)
 
     rng_noise = rng.random((13, config.stages[name].window or 1)).astype(np.float32)
     (loss, metrics), (expected, expected_metrics) = losses(packed), losses(padded)
