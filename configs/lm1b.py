@@ -46,7 +46,7 @@ def get_config(variant: str = ""):
     config.model.remat = "attention"
     config.mesh.data = -1
     config.evaluation.update(batch_size=64, rows=4096, samples=256, prompt_length=6, new_tokens=122)
-    config.logging.update(log_every=100, checkpoint_every=5000)
+    config.logging.update(log_every=100, checkpoint_every=1000)
     shared = dict(steps=500_000, batch_size=512, bfloat16_fraction=0.8)
     if variant == "smoke":
         shared = _smoke(config)

@@ -50,7 +50,7 @@ def get_config(variant: str = ""):
     # Parameters, optimiser state and teacher together take 3 GB: copies are cheaper than gathering them every layer.
     config.mesh.data = -1
     config.evaluation.update(batch_size=8, rows=512, samples=64, prompt_length=64, new_tokens=448)
-    config.logging.update(log_every=100, checkpoint_every=5000)
+    config.logging.update(log_every=100, checkpoint_every=500)
     shared = dict(steps=500_000, batch_size=512, bfloat16_fraction=0.8)
     # 64 rows a step on each of 8 chips, as many at a time as fit.
     parts = dict(ar=2, k1=4, k2=8, k4=8)

@@ -1,6 +1,7 @@
 """What the entry points share: flags, and errors as one line with a non-zero exit."""
 
 import difflib
+import os
 import runpy
 import sys
 from collections.abc import Callable, Sequence
@@ -27,7 +28,14 @@ def run(main: Callable[[Sequence[str]], None]):
         except UserError as error:
             _fail(str(error))
         except KeyboardInterrupt:
-            _fail("interrupted; the same command goes on where it stopped")
+            print("error: interrupted; the same command goes on where it stopped", file=sys.stderr, flush=True)
+            sys.stdout.flush()
+            # Not sys.exit: a compilation in another thread would crash while the interpreter ends.
+            os._exit(2)
+        except RuntimeError as error:
+            if not str(error).startswith("Unable to initialize backend"):
+                raise
+            _fail(" ".join(str(error).split()))
 
     app.run(guarded, flags_parser=_parse_flags)
 
@@ -37,6 +45,13 @@ def config_from_flag(flag: flags.FlagHolder) -> Config:
     if flag.value is None:
         raise ConfigError("--config is missing, for example --config=configs/tiny.py")
     return parse(flag.value)
+
+
+def refuse_flags(names: Sequence[str], reason: str):
+    """Raises ConfigError when one of these flags was given, because it would be ignored."""
+    given = [name for name in names if flags.FLAGS[name].present]
+    if given:
+        raise ConfigError(f"--{given[0]} has no effect {reason}; leave it out")
 
 
 def _parse_flags(argv):

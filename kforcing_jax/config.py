@@ -79,6 +79,10 @@ class DataConfig:
                 f'"{self.source}" has validation data of its own'
             )
         _at_least("data.reader_processes", self.reader_processes, 0)
+        if "://" in self.prepared:
+            raise ConfigError(
+                f"data.prepared = {self.prepared!r} is a URL; mount the bucket (gcsfuse) and give the path of the mount"
+            )
         _at_least("data.seq_len", self.seq_len, 2 if self.packing == "wrapped" else 3)
         _at_least("data.vocab_size", self.vocab_size, 5)
         _at_least("data.markov_states", self.markov_states, 2)

@@ -11,6 +11,7 @@ from absl import flags
 
 from kforcing_jax import cli, distributed
 from kforcing_jax.errors import ConfigError
+from kforcing_jax.output import check_output_dir
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run directory; its summary.json and report.html are rewritten.")
 _SCORER = flags.DEFINE_string("scorer", None, "A local folder of a causal LM that transformers loads, for Gen-PPL.")
@@ -25,17 +26,24 @@ _PREFIX_LENGTH = flags.DEFINE_integer(
 _MAX_NEW_TOKENS = flags.DEFINE_integer(
     "max_new_tokens", None, "As many as the context holds by default.", lower_bound=1
 )
-_K = flags.DEFINE_integer("k", 4, "Tokens per pass of --checkpoint.", lower_bound=1)
+_K = flags.DEFINE_integer("k", None, "Tokens per pass of --checkpoint; its trained window by default.", lower_bound=1)
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Prefixes that are completed at a time.", lower_bound=1)
 _NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, "Completions of every prefix.", lower_bound=1)
 _OUTPUT_DIR = flags.DEFINE_string("output_dir", None, "Where samples and figures of --checkpoint go, if anywhere.")
 _JSON = flags.DEFINE_bool("json", False, "Print the figures as one object: for a run, what summary.json holds.")
 
 
+_OF_CHECKPOINTS = (
+    *("teacher", "tokenizer", "weights", "prefix_file", "prefix_length"),
+    *("max_new_tokens", "k", "batch_size", "num_samples", "output_dir"),
+)
+
+
 def main(_):
     if (_WORKDIR.value is None) == (_CHECKPOINT.value is None):
         raise ConfigError("give one of --workdir (a trained run) and --checkpoint (a released .ckpt)")
     if _WORKDIR.value:
+        cli.refuse_flags(_OF_CHECKPOINTS, "without --checkpoint")
         _evaluate_run()
     else:
         _evaluate_checkpoint()
@@ -59,6 +67,8 @@ def _evaluate_run():
 def _evaluate_checkpoint():
     if _PREFIX_FILE.value is None:
         raise ConfigError("--prefix_file is missing: a released checkpoint is evaluated on completions of prefixes")
+    if _OUTPUT_DIR.value:
+        check_output_dir(_OUTPUT_DIR.value)
     scorer = _scorer()
 
     from kforcing_jax.decoding.prefixes import check_prefixes_fit, complete, read_prefixes, room_for, write_completions
@@ -78,7 +88,7 @@ def _evaluate_checkpoint():
         released.params,
         prefixes,
         max_new_tokens=room_for(length, released.release and released.release.seq_len, _MAX_NEW_TOKENS.value),
-        k=_K.value,
+        k=released.tokens_per_pass(_K.value),
         batch_size=_BATCH_SIZE.value,
         samples_per_prefix=_NUM_SAMPLES.value,
         eos_id=released.tokenizer.eos_id,

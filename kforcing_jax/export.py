@@ -30,14 +30,11 @@ def main(_):
     stage = choose_stage(workdir.finished_stages(), _STAGE.value)
     model, params = workdir.load(stage, workdir.tokenizer())
     try:
-        official.save(output, model, params)
+        official.save(output, model, params, workdir.config.stages[stage].window)
     except OSError as error:
         raise RunError(f"--output={output} cannot be written: {error.strerror or error}") from None
-    size, cfg = sum(leaf.size for leaf in jax.tree.leaves(params)), model.cfg
-    print(
-        f"{output}: {type(model).__name__} of stage {stage}, {size:,} parameters, vocabulary of {cfg.vocab_size:,}"
-        + _note_on_mask(cfg.mask_id, official.default_mask_id(cfg.vocab_size))
-    )
+    size, vocab_size = sum(leaf.size for leaf in jax.tree.leaves(params)), model.cfg.vocab_size
+    print(f"{output}: {type(model).__name__} of stage {stage}, {size:,} parameters, vocabulary of {vocab_size:,}")
 
 
 def check_output(output: str | None) -> Path:
@@ -63,11 +60,6 @@ def choose_stage(finished: list[str], stage: str | None) -> str:
     if stage is not None and stage not in finished:
         raise ConfigError(f"--stage={stage} is not a finished stage of this run; finished: {', '.join(finished)}")
     return stage or finished[-1]
-
-
-def _note_on_mask(mask_id, default):
-    """The layout does not say the mask id."""
-    return "" if mask_id == default else f"; load it with mask_id={mask_id}, which the file does not say"
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ python -m kforcing_jax.generate --checkpoint=pflm_lm1b_k4.ckpt --prefix_file=pre
 """
 
 import json
+import math
 import sys
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ from absl import flags
 from kforcing_jax import cli
 from kforcing_jax.config import check_tau
 from kforcing_jax.errors import ConfigError, DataError
+from kforcing_jax.output import check_output_dir
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run directory.")
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A released .ckpt, instead of a run directory.")
@@ -27,7 +29,7 @@ _PREFIX_LENGTH = flags.DEFINE_integer(
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Prefixes that are completed at a time.", lower_bound=1)
 _OUTPUT_DIR = flags.DEFINE_string("output_dir", "samples", "Where samples.jsonl and throughput.json of prefixes go.")
 _MODE = flags.DEFINE_enum("mode", "student", ["student", "ar"], "Which model of a run decodes.")
-_K = flags.DEFINE_integer("k", None, "Tokens per pass; the largest trained window by default.", lower_bound=1)
+_K = flags.DEFINE_integer("k", None, "Tokens per pass; the (largest) trained window by default.", lower_bound=1)
 _STAGE = flags.DEFINE_string("stage", None, "Decode with this stage (k4-from-ar, ...), not the nearest window's.")
 _SEED = flags.DEFINE_integer("seed", 0, "Noise seed of the first sample; the others count up.", lower_bound=0)
 _NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, "How many continuations (of every prefix).", lower_bound=1)
@@ -37,9 +39,6 @@ _MAX_NEW_TOKENS = flags.DEFINE_integer(
 _TAU = flags.DEFINE_float("tau", 1.0, "Temperature, in (0, 1000].")
 _FREQUENCY_PENALTY = flags.DEFINE_float("frequency_penalty", 0.0, "Logit penalty per earlier use of a token.")
 _JSON = flags.DEFINE_bool("json", False, 'Print one object: {"tokens": [[...]], "text": [...], "passes": [...]}.')
-
-# Tokens per pass of a released student: its weights do not say, and 4 is what was released.
-_RELEASED_WINDOW = 4
 
 
 class Decoder(NamedTuple):
@@ -56,8 +55,19 @@ class Decoder(NamedTuple):
 
 def main(_):
     check_tau("--tau", _TAU.value)
+    if not math.isfinite(_FREQUENCY_PENALTY.value):
+        raise ConfigError(f"--frequency_penalty={_FREQUENCY_PENALTY.value} is not finite")
     if (_WORKDIR.value is None) == (_CHECKPOINT.value is None):
         raise ConfigError("give one of --workdir (a trained run) and --checkpoint (a released .ckpt)")
+    if _WORKDIR.value:
+        cli.refuse_flags(["tokenizer", "weights"], "without --checkpoint")
+    else:
+        cli.refuse_flags(["stage"], "without --workdir")
+    if _PREFIX_FILE.value:
+        cli.refuse_flags(["prompt", "prompt_ids", "json"], "with --prefix_file")
+        check_output_dir(_OUTPUT_DIR.value)
+    else:
+        cli.refuse_flags(["prefix_length", "batch_size", "output_dir"], "without --prefix_file")
     decoder = _from_run() if _WORKDIR.value else _from_checkpoint()
     if _PREFIX_FILE.value:
         _complete_prefixes(decoder)
@@ -78,15 +88,18 @@ def _from_run() -> Decoder:
 
 def _from_checkpoint() -> Decoder:
     from kforcing_jax.interop.released import open_released
+    from kforcing_jax.models import CausalLM
 
     needs_tokenizer = _PROMPT_IDS.value is None
     released = open_released(_CHECKPOINT.value, _TOKENIZER.value, _WEIGHTS.value, needs_tokenizer)
-    model, params, tokenizer, release = released
+    model, params, tokenizer, release, _ = released
+    if _MODE.value == "ar" and not isinstance(model, CausalLM):
+        raise ConfigError(f"--mode=ar: {_CHECKPOINT.value} is a student; leave --mode out or give an AR checkpoint")
     if release and not tokenizer:
         print(f"the tokenizer {release.tokenizer} is not here: ids in, ids out", file=sys.stderr)
     eos_id = tokenizer.eos_id if tokenizer else release and release.eos_id
     known = (release.seq_len, release.prefix_length) if release else (None, None)
-    return Decoder(model, params, tokenizer, eos_id, _K.value or _RELEASED_WINDOW, *known)
+    return Decoder(model, params, tokenizer, eos_id, released.tokens_per_pass(_K.value), *known)
 
 
 def _continue_prompt(decoder: Decoder):

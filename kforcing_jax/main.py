@@ -7,13 +7,16 @@ from absl import flags
 from ml_collections import config_flags
 
 from kforcing_jax import cli, distributed
+from kforcing_jax.errors import ConfigError
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/; fields by --config.model.num_layers=6.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "The run directory; it is created, or resumed.", required=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "The run directory; it is created, or resumed.")
 
 
 def main(_):
     config = cli.config_from_flag(_CONFIG)
+    if _WORKDIR.value is None:
+        raise ConfigError("--workdir is missing, for example --workdir=runs/tiny")
     distributed.start()
 
     # Heavy imports come after the configuration is known to be right.
@@ -27,10 +30,12 @@ def main(_):
     from kforcing_jax.training.sharding import make_mesh
     from kforcing_jax.workdir import Workdir
 
-    check_teacher_of(config)
     mesh = make_mesh(config.mesh)
+    # Before anything is written; a run that goes on has the teacher's weights, and no longer needs their file.
+    if not Workdir.at(_WORKDIR.value, config).is_finished("ar"):
+        check_teacher_of(config)
     workdir = Workdir.claim(_WORKDIR.value, config)
-    say(f"{'data':<11} {config.data.source}, preparing or reading {workdir.path / 'data'}")
+    say(f"{'data':<11} {config.data.source}, preparing or reading {workdir.data_path}")
     corpus = workdir.corpus()
     say(f"{'data':<11} {corpus.describe()}")
     curriculum.run(workdir, corpus, mesh)

@@ -3,9 +3,11 @@
 config.json  data/  stages/<name>/checkpoints/  metrics.jsonl  summary.json  report.html
 """
 
+import contextlib
 import dataclasses
+import fcntl
 import json
-import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -18,6 +20,7 @@ from kforcing_jax.data.preparation import prepare
 from kforcing_jax.data.tokenizers import Tokenizer
 from kforcing_jax.errors import ConfigError, RunError
 from kforcing_jax.models import CausalLM, PushForwardLM, init_params
+from kforcing_jax.output import write_text
 from kforcing_jax.training.checkpoints import StageCheckpoints
 from kforcing_jax.training.recipes import stage_model
 from kforcing_jax.training.sharding import abstract_on, parameter_shardings, replicated
@@ -32,6 +35,11 @@ class Workdir:
 
     def __init__(self, path: Path, config: Config):
         self.path, self.config = path, config
+
+    @classmethod
+    def at(cls, path: str | Path, config: Config) -> "Workdir":
+        """The directory of a run, as it is, for a look at it. Raises RunError when the path is a URL."""
+        return cls(_local(path), config)
 
     @classmethod
     def claim(cls, path: str | Path, config: Config) -> "Workdir":
@@ -91,12 +99,13 @@ class Workdir:
         """The prepared data, prepared now (by the first process) if it is not there.
 
         Raises:
-          RunError: there is no data in `data.prepared`.
+          RunError: there is no prepared data in `data.prepared`.
         """
-        if self.config.data.prepared and not self.data_path.exists():
+        if self.config.data.prepared and not (self.data_path / "manifest.json").exists():
+            there = "holds no prepared data" if self.data_path.exists() else "is not there"
             raise RunError(
-                f"data.prepared = {self.config.data.prepared!r} is not there; run python -m kforcing_jax.prepare "
-                "with the same flags"
+                f"data.prepared = {self.config.data.prepared!r} {there}; run python -m kforcing_jax.prepare with the "
+                "same flags"
             )
 
         def prepared():
@@ -115,6 +124,23 @@ class Workdir:
         if not path.exists():
             raise RunError(f"{path} is missing; run kforcing_jax.main on this directory first")
         return Tokenizer.load(path)
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps other processes from training here meanwhile. Raises RunError when one does already."""
+        if jax.process_index():
+            yield
+            return
+        with (self.path / ".lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise RunError(
+                    f"--workdir={self.path} is in use: another process trains there; wait for it, or give another one"
+                ) from None
+            except OSError:
+                pass  # not every mounted bucket has locks
+            yield
 
     def checkpoints(self, stage: str) -> StageCheckpoints:
         return StageCheckpoints(self.path / "stages" / stage / "checkpoints")
@@ -170,9 +196,7 @@ def write_json(path: Path, content):
     """Writes a file whole or not at all; of several processes, the first one does."""
     if jax.process_index():
         return
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(temporary, path)
+    write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def _read_config(path):

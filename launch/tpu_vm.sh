@@ -272,14 +272,14 @@ start_script() {
     arguments+=" $(quote "${argument//$dollar/$dollar$dollar}")" # systemd replaces $NAME in commands, and $$ by $
   done
   # A reboot undoes the mount, and a run would fill the disk below it. Without a TPU it should fail, not train on the
-  # CPU. libtpu pins its memory. SIGINT ends Python at once, where JAX takes a SIGTERM for a preemption to come.
+  # CPU. libtpu pins its memory. A SIGTERM stops training after a step, with a checkpoint.
   flat << EOF
     { { mountpoint -q $mount && test -x ~/kforcing_jax/.venv/bin/python; } || {
       echo "error: \$(hostname) is not set up; run setup first" >&2; exit 1; }; } &&
     { sudo systemctl reset-failed $unit 2> /dev/null || true; } &&
     sudo systemd-run --quiet --unit=$unit --uid="\$USER" --working-directory="\$HOME/kforcing_jax"
       --setenv=JAX_PLATFORMS=tpu,cpu
-      -p LimitMEMLOCK=infinity -p LimitNOFILE=1048576 -p TasksMax=infinity -p KillSignal=SIGINT -p TimeoutStopSec=60
+      -p LimitMEMLOCK=infinity -p LimitNOFILE=1048576 -p TasksMax=infinity -p TimeoutStopSec=120
       -p StandardOutput=append:"\$HOME/kforcing_jax.log"
       "\$HOME/kforcing_jax/.venv/bin/python" -u -m kforcing_jax.main$arguments
 EOF

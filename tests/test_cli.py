@@ -144,10 +144,11 @@ def test_a_config_that_is_not_there_is_named(tmp_path):
         ),
         (["--config=configs/lm1b.py:smoke"], ["--workdir is missing", "--config.data.prepared"]),
         (["--config=configs/owt.py", "--workdir=gs://bucket/run"], ["--workdir=gs://bucket/run", "gcsfuse"]),
+        (["--config=configs/owt.py", "--config.data.prepared=gs://b/c"], ["data.prepared = 'gs://b/c'", "gcsfuse"]),
         (["--config=configs/owt.py", "--workdir={file}/run"], ["--workdir={file}/run cannot be written"]),
         (
             ["--config=configs/owt.py:smoke", "--workdir={run}", "--config.data.tokenizer=/no/such"],
-            ["data.tokenizer = '/no/such': no such file or folder"],
+            ["tokenizer '/no/such': no such file or folder"],
         ),
         (
             ["--config=configs/lm1b.py:smoke", "--workdir={run}", "--config.data.path={run}", "--workers=1"],

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -124,6 +125,24 @@ def test_a_killed_run_of_two_processes_resumes_and_ends_the_same(two_processes, 
 
     (_, log), _ = finish(start(workdir, processes=2, devices=2))
     assert "ar          finished, skipped" in log
+    for stage, after in weights(workdir).items():
+        for got, wanted in zip(after, weights(two_processes[0])[stage], strict=True):
+            np.testing.assert_array_equal(got, wanted, err_msg=stage)
+
+
+def test_a_run_of_two_processes_that_is_told_to_end_keeps_its_last_step(two_processes, tmp_path):
+    """As a machine that is about to be taken away is told: one process has the signal, all stop after the same step."""
+    workdir = tmp_path / "run"
+    processes = start(workdir, processes=2, devices=2)
+    wait_for_step(workdir, "k1", 6, processes)
+    processes[1].send_signal(signal.SIGTERM)
+    for process in processes:
+        _, log = process.communicate(timeout=120)
+        assert process.returncode == 2 and "interrupted; the same command goes on" in log
+    reached = max(step for stage, step in losses(workdir) if stage == "k1")
+    (_, log), _ = finish(start(workdir, processes=2, devices=2))
+    step = int(re.search(r"k1 +goes on from step (\d+)/30", log)[1])
+    assert reached <= step < 30
     for stage, after in weights(workdir).items():
         for got, wanted in zip(after, weights(two_processes[0])[stage], strict=True):
             np.testing.assert_array_equal(got, wanted, err_msg=stage)

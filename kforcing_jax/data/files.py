@@ -77,6 +77,8 @@ def hold_out_last(ranges: Sequence[FileRange], separator: str, count: int) -> tu
             before, after = dataclasses.replace(part, stop=first), dataclasses.replace(part, start=first)
             return [*ranges[:index], before], [*([after] if missing else []), *ranges[index + 1 :]]
         missing -= len(addresses)
+    if count == missing:
+        raise DataError(f"data.path holds no text ({len(ranges)} parts of files were read); give other files")
     raise DataError(
         f"data.validation_documents = {count} holds out every document, there are only {count - missing}; lower it"
     )
@@ -84,9 +86,9 @@ def hold_out_last(ranges: Sequence[FileRange], separator: str, count: int) -> tu
 
 def grouped(ranges: Sequence[FileRange]) -> list[list[FileRange]]:
     """Neighbouring ranges together, so that many small files make few groups."""
-    groups, size = [], _BYTES_PER_RANGE
+    groups, size = [], 0
     for part in ranges:
-        if size >= _BYTES_PER_RANGE:
+        if not groups or size + part.size > _BYTES_PER_RANGE:
             groups.append([])
             size = 0
         groups[-1].append(part)
@@ -128,7 +130,8 @@ def _failing_as_one_line(path):
         raise DataError(f"data.path: {path} is not there") from None
     except ImportError as error:
         raise DataError(
-            f"{path} needs a package that is not installed ({error}); for gs:// run pip install gcsfs"
+            f"{path} needs a package that is not installed ({error}); fsspec's documentation says which one serves "
+            'its protocol (gs://: pip install -e ".[gcs]")'
         ) from None
     except Exception as error:  # every file system and format has errors of its own
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200] or type(error).__name__
@@ -261,7 +264,7 @@ def _decode(path, content, address=0):
 def _text_field(line, where):
     try:
         entry = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{where} is not JSON ({error}); each line should be an object") from None
     if not isinstance(entry, dict) or not isinstance(entry.get("text"), str):
         raise DataError(f'{where} has no string field "text"; each line should be {{"text": "..."}}')

@@ -280,6 +280,8 @@ def _open(tfds, folder, split) -> Split:
     names = list(features) if isinstance(features, tfds.features.FeaturesDict) else []
     if "text" not in names or not isinstance(features["text"], tfds.features.Text):
         raise DataError(f"{folder} has no feature text that holds text; it has {_listed(names)}")
+    if not info.shard_lengths or not sum(info.shard_lengths):
+        raise DataError(f"{folder} has no sentences in its split {split!r}; copy or prepare it again")
     files = tuple(Path(os.fspath(path)) for path in info.filepaths)
     for file, count in zip(files, info.shard_lengths, strict=True):
         _check_file(file, count)

@@ -14,8 +14,9 @@ from absl import flags
 from kforcing_jax.config import DataConfig
 from kforcing_jax.data import packing
 from kforcing_jax.data.packing import Batch
+from kforcing_jax.data.pretrained import is_vocabulary_of
 from kforcing_jax.data.shards import Shard, damage
-from kforcing_jax.data.tokenizers import Tokenizer
+from kforcing_jax.data.tokenizers import Tokenizer, is_trained
 from kforcing_jax.errors import DataError, RunError
 
 FORMAT = 3
@@ -234,36 +235,58 @@ def made_from(config: DataConfig, seed: int) -> dict:
 
 def _check_made_from(before, config, seed, directory):
     for name, value in made_from(config, seed).items():
-        # Prepared data is copied to where the text is not.
-        if before.get(name) != value and not (name == "data.path" and config.prepared):
+        if before.get(name) != value and not _may_differ(name, config, directory):
             raise RunError(
                 f"{directory} was prepared with {name} = {before.get(name)!r}, now it is {value!r}; "
                 "set it back, use another work directory or delete the folder"
             )
 
 
+def _may_differ(name, config, directory):
+    """Prepared data is copied to where the text is not, and where its tokenizer is elsewhere or has a name."""
+    if name == "data.path":
+        return bool(config.prepared)
+    if name != "data.tokenizer" or is_trained(config):
+        return False
+    return is_vocabulary_of(config.tokenizer, Tokenizer.load(directory / "tokenizer.json").backend)
+
+
 def _read_manifest(directory):
     path = directory / "manifest.json"
+    if not path.exists():
+        raise RunError(f"{directory} holds no prepared data (no manifest.json); name a folder of kforcing_jax.prepare")
     try:
         manifest = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise _damaged(path, error) from None
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("made_from"), dict):
+        raise RunError(f"{path} is not of prepared data; name a folder that kforcing_jax.prepare has written")
     if manifest.get("format") != FORMAT:
         raise _damaged(path, f"format {manifest.get('format')}, expected {FORMAT}")
+    missing = [name for name in ("dtype", "segmented", *_SPLITS) if name not in manifest]
+    if missing:
+        raise _damaged(path, f"{missing[0]} is missing")
     return manifest
 
 
 def _check_shards(directory, split, thorough):
-    rows = 0
-    for entry in split["shards"]:
-        shard = Shard(**{field.name: entry[field.name] for field in dataclasses.fields(Shard)})
-        reason = damage(directory / entry["file"], shard, thorough)
+    manifest = directory / "manifest.json"
+    try:
+        shards = {
+            entry["file"]: Shard(**{field.name: entry[field.name] for field in dataclasses.fields(Shard)})
+            for entry in split["shards"]
+        }
+        expected = split["rows"]
+    except (KeyError, TypeError) as error:
+        raise _damaged(manifest, f"{type(error).__name__}: {error}") from None
+    for name, shard in shards.items():
+        reason = damage(directory / name, shard, thorough)
         if reason:
-            raise _damaged(directory / entry["file"], reason)
-        rows += shard.rows
-    if rows != split["rows"]:
-        raise _damaged(directory / "manifest.json", f"{split['rows']} rows, its shards have {rows}")
+            raise _damaged(directory / name, reason)
+    rows = sum(shard.rows for shard in shards.values())
+    if rows != expected:
+        raise _damaged(manifest, f"{expected} rows, its shards have {rows}")
 
 
 def _damaged(path, reason):
-    return RunError(f"{path} is damaged ({reason}); delete the folder {path.parent} and it will be prepared again")
+    return RunError(f"{path} is damaged ({reason}); delete the folder {path.parent} and prepare it again")

@@ -41,6 +41,7 @@ from kforcing_jax.data.tokenizers import (
     train_tokenizer,
 )
 from kforcing_jax.errors import DataError, RunError
+from kforcing_jax.output import write_text
 
 _SENTENCES_PER_SHARD = 500_000
 _CHARACTERS_PER_SHARD = 64_000_000
@@ -63,13 +64,18 @@ def prepare(config: DataConfig, seed: int, directory: str | Path, workers: int |
       RunError: the directory holds data of another config or seed, is damaged, or cannot be written.
     """
     directory = Path(directory)
-    if not directory.exists():
+    if _is_to_be_filled(directory):
         check_vocabulary(config)
         with _one_at_a_time(directory):
             # Somebody else may have finished it meanwhile.
-            if not directory.exists():
+            if _is_to_be_filled(directory):
                 _prepare(config, seed, directory, workers or os.cpu_count())
     return load(config, seed, directory)
+
+
+def _is_to_be_filled(directory):
+    """An empty folder may be somebody's mount point."""
+    return not directory.exists() or (directory.is_dir() and not any(directory.iterdir()))
 
 
 @contextlib.contextmanager
@@ -77,16 +83,25 @@ def _one_at_a_time(directory):
     lock = directory.with_name(f"{directory.name}.lock")
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
-        file = lock.open("w")
+        file = _locked(lock)
     except OSError as error:
         raise RunError(f"{directory} cannot be written: {error.strerror}") from None
     with file:
-        with contextlib.suppress(OSError):  # not every mounted bucket has locks
-            fcntl.flock(file, fcntl.LOCK_EX)
         try:
             yield
         finally:
             lock.unlink(missing_ok=True)
+
+
+def _locked(path):
+    while True:
+        file = path.open("w")
+        with contextlib.suppress(OSError):  # not every mounted bucket has locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        # The one that had it has removed it: a third one may hold a new file of that name.
+        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            return file
+        file.close()
 
 
 def _prepare(config, seed, directory, workers):
@@ -96,11 +111,20 @@ def _prepare(config, seed, directory, workers):
         _continue(config, seed, partial, workers)
         verify(partial)
         partial.rename(directory)
+        # Not before: until then an interrupted call goes on from these.
+        for path in _notes(directory):
+            path.unlink(missing_ok=True)
     except OSError as error:
         raise RunError(f"{directory} cannot be written: {error.strerror or error}") from None
     finally:
+        # Without a finished shard there is nothing to go on from.
         if partial.exists() and not any(partial.glob("*-of-*.json")):
             shutil.rmtree(partial, ignore_errors=True)
+
+
+def _notes(folder) -> list[Path]:
+    """What only the preparation itself needs, and what a killed one has left."""
+    return [*folder.glob("*-of-*.json"), *folder.glob("*.tmp"), folder / "plan.json"]
 
 
 def _continue(config, seed, partial, workers):
@@ -112,8 +136,6 @@ def _continue(config, seed, partial, workers):
         tokenizer, units = _plan(config, seed)
         _check_same_plan(partial, tokenizer, units, config, seed)
         shards = _write_shards(config, partial, units, workers)
-        for split, written in shards.items():
-            _check_not_empty(config, partial, split, written)
     _write_manifest(config, seed, partial, tokenizer, shards)
 
 
@@ -196,7 +218,7 @@ def _check_same_plan(partial, tokenizer, units, config, seed):
     path = partial / "plan.json"
     if not path.exists():
         tokenizer.save(partial / "tokenizer.json")
-        path.write_text(json.dumps(plan))
+        write_text(path, json.dumps(plan))
         return
     before = json.loads(path.read_text())
     changed = [name for name, value in plan["made_from"].items() if before["made_from"].get(name) != value]
@@ -220,7 +242,8 @@ def _write_shards(config, partial, units, workers) -> dict[str, list[Shard]]:
             bar.set_postfix_str(f"{tokens:,} tokens")
             bar.update()
 
-        for split, group in units.items():
+        # Validation is little, and may turn out to be empty.
+        for split, group in sorted(units.items(), reverse=True):
             tasks = [
                 Task(
                     documents=unit,
@@ -232,6 +255,7 @@ def _write_shards(config, partial, units, workers) -> dict[str, list[Shard]]:
                 for index, unit in enumerate(group)
             ]
             shards[split] = run_all(tasks, workers, report)
+            _check_not_empty(config, partial, split, shards[split])
     return shards
 
 
@@ -259,9 +283,7 @@ def _write_manifest(config, seed, partial, tokenizer, shards):
         "segmented": config.packing in ("segments", "padded"),
         **{split: _split_manifest(partial, split, written) for split, written in shards.items()},
     }
-    for path in [*partial.glob("*-of-*.json"), partial / "plan.json"]:
-        path.unlink(missing_ok=True)
-    (partial / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+    write_text(partial / "manifest.json", json.dumps(manifest, indent=2) + "\n")
 
 
 def _split_manifest(partial, split, shards):

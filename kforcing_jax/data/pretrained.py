@@ -38,12 +38,12 @@ def load_pretrained(name: str) -> Tokenizer:
     Raises:
       DataError: not found, and there is no network; not a tokenizer; or another vocabulary than the name says.
     """
-    path = Path(name).expanduser()
-    known = name.removeprefix("google-bert/").removeprefix("openai-community/")
-    if path.exists():
+    path, known = Path(name).expanduser(), _short(name)
+    # A folder that happens to be called like a known vocabulary is not meant.
+    if path.exists() and known not in _DIGESTS:
         return with_mask(_without_settings(_read(path)))
     if name.startswith((".", "/", "~")):
-        raise DataError(f"data.tokenizer = {name!r}: no such file or folder")
+        raise DataError(f"tokenizer {name!r}: no such file or folder")
     kept = _cache_folder(known)
     backend = _without_settings(_read(kept if kept.exists() else _from_hub(name, known)))
     if known in _DIGESTS and digest(backend) != _DIGESTS[known]:
@@ -66,11 +66,22 @@ def load_configured(config: DataConfig) -> Tokenizer:
     return tokenizer
 
 
+def is_vocabulary_of(name: str, backend: hf.Tokenizer) -> bool:
+    """Whether that name or path stands for the vocabulary of `backend`, as far as this machine can tell by itself."""
+    if _short(name) in _DIGESTS:
+        return digest(backend) == _DIGESTS[_short(name)]
+    return Path(name).expanduser().exists() and digest(load_pretrained(name).backend) == digest(backend)
+
+
 def digest(backend: hf.Tokenizer) -> str:
     """SHA-256 of the tokens in the order of their ids, our mask left out."""
     vocabulary = backend.get_vocab(with_added_tokens=True)
     tokens = sorted((token for token in vocabulary if token != "<mask>"), key=vocabulary.get)
     return hashlib.sha256("\n".join(tokens).encode()).hexdigest()
+
+
+def _short(name):
+    return name.removeprefix("google-bert/").removeprefix("openai-community/")
 
 
 def _cache_folder(name) -> Path:

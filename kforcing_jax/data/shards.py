@@ -22,6 +22,7 @@ from kforcing_jax.data.files import FileRange
 from kforcing_jax.data.packing import Rows
 from kforcing_jax.data.tokenizers import Tokenizer
 from kforcing_jax.errors import RunError
+from kforcing_jax.output import whole_file, write_text
 
 # Groups of one record: random access then reads nothing but the row. Token ids hardly compress, and slowly.
 _OPTIONS = "group_size:1,uncompressed"
@@ -119,7 +120,7 @@ class Task:
         encoded = encode_documents(tokenizer, self.documents.texts(), self.packing, self.seq_len)
         rows = _packed(tokenizer, encoded, self.packing, self.seq_len)
         shard = write_rows(self.path, rows, sum(map(len, encoded)))
-        self.done_path.write_text(json.dumps(dataclasses.asdict(shard)))
+        write_text(self.done_path, json.dumps(dataclasses.asdict(shard)))
         return shard
 
 
@@ -155,17 +156,16 @@ def encode_documents(tokenizer: Tokenizer, texts: Iterator[str], packing: str, s
 
 
 def write_rows(path: Path, rows: Rows, document_tokens: int) -> Shard:
-    """Writes rows beside `path` and renames."""
-    temporary = path.with_suffix(".tmp")
+    """Writes rows to `path`, whole or not at all."""
     digest = hashlib.sha256()
-    writer = array_record_module.ArrayRecordWriter(os.fspath(temporary), _OPTIONS)
-    for row, tokens_N in enumerate(rows.tokens_RxN):
-        segments = b"" if rows.segments_RxN is None else rows.segments_RxN[row].tobytes()
-        record = tokens_N.tobytes() + segments
-        writer.write(record)
-        digest.update(record)
-    writer.close()
-    os.replace(temporary, path)
+    with whole_file(path) as temporary:
+        writer = array_record_module.ArrayRecordWriter(os.fspath(temporary), _OPTIONS)
+        for row, tokens_N in enumerate(rows.tokens_RxN):
+            segments = b"" if rows.segments_RxN is None else rows.segments_RxN[row].tobytes()
+            record = tokens_N.tobytes() + segments
+            writer.write(record)
+            digest.update(record)
+        writer.close()
     return Shard(
         rows=len(rows.tokens_RxN),
         documents=rows.documents,
@@ -179,6 +179,8 @@ def write_rows(path: Path, rows: Rows, document_tokens: int) -> Shard:
 def damage(path: Path, shard: Shard, thorough: bool) -> str | None:
     """What is wrong with a shard's file, None when nothing is. `thorough` reads every row."""
     # The size first: opening a file that was cut short is an error of the reader's own, with a longer text.
+    if not path.exists():
+        return "missing"
     if _size(path) != shard.bytes:
         return f"{_size(path)} bytes, expected {shard.bytes}"
     try:

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from kforcing_jax.data.tokenizers import Tokenizer
 from kforcing_jax.decoding.generate import generate
 from kforcing_jax.errors import ConfigError, DataError, RunError
 from kforcing_jax.models import CausalLM
+from kforcing_jax.output import write_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +55,7 @@ def read_prefixes(path: str | Path, tokenizer: Tokenizer, length: int) -> tuple[
       DataError: the file cannot be read, or no line is usable.
     """
     try:
-        lines = Path(path).read_bytes().split(b"\n")
+        lines = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
     except OSError as error:
         raise DataError(f"--prefix_file={path} cannot be read: {error.strerror}") from None
     prefixes, problems = [], []
@@ -67,8 +67,8 @@ def read_prefixes(path: str | Path, tokenizer: Tokenizer, length: int) -> tuple[
         except ValueError as problem:
             problems.append(f"{path}, line {number}: {problem}; left out")
     if not prefixes:
-        first = f" ({problems[0]})" if problems else ""
-        raise DataError(f'--prefix_file={path} has no usable line{first}; lines should be {{"prefix": "..."}}')
+        reasons = f"; {problems[0]}" if problems else ""
+        raise DataError(f'--prefix_file={path} has no usable line {{"prefix": "..."}}{reasons}')
     return prefixes, problems
 
 
@@ -155,43 +155,34 @@ def write_completions(folder: str | Path, completions: Completions, tokenizer: T
     others = {"throughput.json": completions.throughput} | (more or {})
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _write(folder / "samples.jsonl", "\n".join(samples))
+        write_text(folder / "samples.jsonl", "\n".join(samples) + "\n")
         for name, content in others.items():
-            _write(folder / name, json.dumps(content, indent=2))
+            write_text(folder / name, json.dumps(content, indent=2) + "\n")
     except OSError as error:
         raise RunError(f"--output_dir={folder} cannot be written: {error.strerror}") from None
 
 
-def _write(path, content):
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(content + "\n", encoding="utf-8")
-    os.replace(temporary, path)
-
-
 def _prefix_tokens(line, tokenizer, length):
-    text = line.decode("utf-8").strip() if _is_utf8(line) else None
-    if text is None:
-        raise ValueError("not UTF-8")
+    try:
+        text = line.decode("utf-8").strip()
+    except UnicodeDecodeError:
+        raise ValueError("not UTF-8") from None
     if not text:
         raise ValueError("blank")
     try:
         entry = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ValueError("not JSON") from None
     if not isinstance(entry, dict) or not isinstance(entry.get("prefix"), str):
         raise ValueError('no string field "prefix"')
+    try:
+        entry["prefix"].encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError("half of a surrogate pair, which is no character") from None
     tokens = tokenizer.encode_marked(entry["prefix"])
     if len(tokens) < length:
-        raise ValueError(f"{len(tokens)} tokens, too short for a prefix of {length}")
+        raise ValueError(f"{len(tokens)} tokens, too short for a prefix of {length} (--prefix_length)")
     return tuple(tokens[:length])
-
-
-def _is_utf8(line):
-    try:
-        line.decode("utf-8")
-    except UnicodeDecodeError:
-        return False
-    return True
 
 
 def _lengths(tokens_RxM, prefix_length, eos_id):
@@ -202,7 +193,7 @@ def _lengths(tokens_RxM, prefix_length, eos_id):
 
 
 def _throughput(model, texts, prefix_length, new_tokens, k, batch_size, seconds, useful):
-    """The fields of the released code's throughput.json; `useful` tokens are those up to EOS."""
+    """The fields of the released code's throughput.json but `task`; `useful` tokens are those up to EOS."""
     device, passes = jax.devices()[0], math.ceil(new_tokens / k)
     decoded = len(seconds) * batch_size
     return {

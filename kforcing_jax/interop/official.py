@@ -1,7 +1,8 @@
 """Checkpoints in the layout of the released K-Forcing code: read into our parameters, and written from them.
 
 A file holds {"state_dict": tensors by name}, or is that dict itself. Full training checkpoints hold more beside it:
-optimizer states, which are never read, and an average of the weights (`ema`), which can be read instead.
+optimizer states, which are never read, and an average of the weights (`ema`), which can be read instead. Ours say
+under "kforcing_jax", where no other code looks, what the weights do not: the mask id, and the window of a student.
 """
 
 import dataclasses
@@ -21,6 +22,7 @@ from kforcing_jax.models.transformer import ROPE_BASE, rotary_frequencies
 
 _WEIGHTS = ("state_dict", "ema")
 
+_NOTE = "kforcing_jax"
 _PREFIX = "backbone."
 _FREQUENCIES = "rotary_emb.inv_freq"  # a buffer: in the state dict, but not a parameter
 _MASK_IDS = {30_522: 103, 50_258: 50_257}  # bert-base-uncased [MASK]; the id added to GPT-2's vocabulary
@@ -31,7 +33,7 @@ def load(path: str | Path, mask_id: int | None = None, weights: str = "state_dic
 
     Args:
       path: the checkpoint.
-      mask_id: the id that is never drawn; by default `default_mask_id` of the vocabulary.
+      mask_id: the id that is never drawn; by default what the file says, or `default_mask_id` of the vocabulary.
       weights: "state_dict", as the released inference code takes them, or "ema", the averaged ones of a full
         training checkpoint.
 
@@ -40,7 +42,15 @@ def load(path: str | Path, mask_id: int | None = None, weights: str = "state_dic
         or no averaged weights where they are asked for. One line that begins with the path.
     """
     with torch_zip.opened(path) as content:
-        return from_state_dict(_model_tensors(content, weights), mask_id)
+        return from_state_dict(
+            _model_tensors(content, weights), _noted(content, "mask_id") if mask_id is None else mask_id
+        )
+
+
+def trained_window(path: str | Path) -> int | None:
+    """The window that a student of `save` was trained with; None where the file does not say. Raises like `load`."""
+    with torch_zip.opened(path) as content:
+        return _noted(content, "window")
 
 
 def read_state_dict(path: str | Path, weights: str = "state_dict") -> dict[str, np.ndarray]:
@@ -74,20 +84,29 @@ def to_state_dict(model: CausalLM | PushForwardLM, params: dict) -> dict[str, np
     return {_PREFIX + name: np.ascontiguousarray(tensor) for name, tensor in state.items()}
 
 
-def save(path: str | Path, model: CausalLM | PushForwardLM, params: dict):
+def save(path: str | Path, model: CausalLM | PushForwardLM, params: dict, window: int | None = None):
     """Writes a `.ckpt` that the released code loads, as does `load`. It is there whole or not at all.
 
-    The file does not say the mask id: `load` takes `default_mask_id` unless it is given.
+    `window` is the number of tokens that a student was trained to emit in a pass, to be kept with it.
 
     Raises:
       OSError: it cannot be written.
     """
-    torch_zip.write(path, {"state_dict": to_state_dict(model, params)})
+    mask_id = model.cfg.mask_id
+    note = {"mask_id": mask_id} if mask_id != default_mask_id(model.cfg.vocab_size) else {}
+    note |= {"window": window} if window else {}
+    torch_zip.write(path, {"state_dict": to_state_dict(model, params)} | ({_NOTE: note} if note else {}))
 
 
 def default_mask_id(vocab_size: int) -> int:
     """103 for 30,522 ids (BERT), 50,257 for 50,258 (GPT-2 with a mask), otherwise the last id."""
     return _MASK_IDS.get(vocab_size, vocab_size - 1)
+
+
+def _noted(content, name) -> int | None:
+    note = content.get(_NOTE) if isinstance(content, dict) else None
+    value = note.get(name) if isinstance(note, dict) else None
+    return value if type(value) is int else None
 
 
 def _model_tensors(content, weights) -> dict[str, StoredTensor]:
@@ -157,7 +176,8 @@ def _head_width(tensors, d_model):
             f"{_FREQUENCIES} has {pairs} entries, which is not half a head width that divides {d_model}"
         )
     expected = rotary_frequencies(2 * pairs)
-    if not np.allclose(tensors.get(_FREQUENCIES, (pairs,)), expected, rtol=1e-3):
+    # As far as bfloat16 holds them.
+    if not np.allclose(tensors.get(_FREQUENCIES, (pairs,)), expected, rtol=2**-7):
         raise CheckpointFormatError(f"{_FREQUENCIES} is not that of base {ROPE_BASE:g}")
     return 2 * pairs
 
@@ -262,4 +282,7 @@ class _Tensors:
         if self.shape(name, len(shape)) != shape:
             raise CheckpointFormatError(f"tensor {name} has shape {self.by_name[name].shape}, expected {shape}")
         tensor = self.by_name[name]
-        return np.asarray(tensor.read() if isinstance(tensor, StoredTensor) else tensor, np.float32)
+        values = np.asarray(tensor.read() if isinstance(tensor, StoredTensor) else tensor, np.float32)
+        if not np.isfinite(values).all():
+            raise CheckpointFormatError(f"tensor {name} holds values that are not finite; the file is of no use")
+        return values

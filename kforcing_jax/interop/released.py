@@ -7,7 +7,7 @@ from typing import NamedTuple
 from kforcing_jax.config import Config
 from kforcing_jax.data.pretrained import load_pretrained
 from kforcing_jax.data.tokenizers import Tokenizer, is_trained
-from kforcing_jax.errors import DataError, RunError
+from kforcing_jax.errors import ConfigError, DataError, RunError
 from kforcing_jax.interop import official
 from kforcing_jax.models import CausalLM, PushForwardLM
 
@@ -25,6 +25,9 @@ class Release:
 # By vocabulary size: LM1B and OpenWebText.
 RELEASES = {30_522: Release("bert-base-uncased", 102, 128, 6), 50_258: Release("gpt2", 50_256, 1024, 64)}
 
+# Tokens per pass of a student whose file does not say: 4 is what was released.
+_RELEASED_WINDOW = 4
+
 # What says these sizes of the model that a released teacher is to be.
 _FIELDS = {
     "vocab_size": "the tokenizer of the data",
@@ -35,12 +38,21 @@ _FIELDS = {
 
 
 class Released(NamedTuple):
-    """A released model, ready to decode. `tokenizer` is None when it is not known; `release` likewise."""
+    """A released model, ready to decode. `tokenizer`, `release` and the trained `window` are None when not known."""
 
     model: CausalLM | PushForwardLM
     params: dict
     tokenizer: Tokenizer | None
     release: Release | None
+    window: int | None = None
+
+    def tokens_per_pass(self, wanted: int | None) -> int:
+        """`wanted`, by default the trained window. Raises ConfigError when that is smaller."""
+        if isinstance(self.model, CausalLM):
+            return 1
+        if wanted and self.window and wanted > self.window:
+            raise ConfigError(f"--k={wanted} exceeds the window that this student was trained with, {self.window}")
+        return wanted or self.window or _RELEASED_WINDOW
 
 
 def open_released(
@@ -57,20 +69,21 @@ def open_released(
     model, params = official.load(path, weights=weights)
     release = RELEASES.get(model.cfg.vocab_size)
     name = tokenizer or (release and release.tokenizer)
+    window = official.trained_window(path)
     if name is None:
-        return Released(model, params, None, None)
+        return Released(model, params, None, None, window)
     try:
         loaded = load_pretrained(name)
     except DataError:
         if needs_tokenizer or tokenizer:
             raise
-        return Released(model, params, None, release)
+        return Released(model, params, None, release, window)
     if (loaded.vocab_size, loaded.mask_id) != (model.cfg.vocab_size, model.cfg.mask_id):
         raise DataError(
             f"tokenizer {name!r} has {loaded.vocab_size} ids, of which {loaded.mask_id} is the mask; {path} has "
             f"{model.cfg.vocab_size} and {model.cfg.mask_id}; give the one that it was trained with as --tokenizer"
         )
-    return Released(model, params, loaded, release)
+    return Released(model, params, loaded, release, window)
 
 
 def open_teacher(path: str | Path, student: Released) -> Released:

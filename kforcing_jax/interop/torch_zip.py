@@ -9,7 +9,6 @@ from a stranger cannot run anything. Storages are read when their tensor is aske
 import contextlib
 import io
 import math
-import os
 import pickle
 import pickletools
 import zipfile
@@ -21,6 +20,7 @@ import ml_dtypes
 import numpy as np
 
 from kforcing_jax.errors import UserError
+from kforcing_jax.output import whole_file
 
 _DTYPES = {
     "torch.FloatStorage": np.dtype(np.float32),
@@ -285,15 +285,8 @@ def write(path: str | Path, content: dict):
       OSError: it cannot be written; nothing is left behind.
       TypeError: content of another kind.
     """
-    path = Path(path)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with zipfile.ZipFile(temporary, "w") as archive:
-            _write_content(archive, content)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with whole_file(Path(path)) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+        _write_content(archive, content)
 
 
 def _write_content(archive, content):

@@ -48,7 +48,7 @@ class StageCheckpoints:
         )
 
     def save_imported(self, params: dict):
-        """Writes weights that were not trained here, as step 0."""
+        """Writes weights that were not trained here, as step 0. There is nothing to train on from: `restore` fails."""
         self._manager.save(
             0, args=ocp.args.Composite(ema=ocp.args.StandardSave(params), progress=ocp.args.JsonSave({"seconds": 0.0}))
         )

@@ -30,13 +30,13 @@ def run(workdir: Workdir, corpus: Corpus, mesh: Mesh):
     Raises:
       ConfigError: a batch or the model cannot be split evenly over the mesh, before any stage starts.
       DataError: a batch is larger than the corpus, before any stage starts.
-      RunError: as `train`.
+      RunError: as `train`, or another process trains in the same directory.
     """
     check_divisible(workdir.config, mesh)
     names = ["ar", *workdir.config.students]
     for name in names:
         corpus.check_batch_size(f"stages.{name.replace('-', '_')}.batch_size", workdir.config.stages[name].batch_size)
-    with jax.set_mesh(mesh):
+    with workdir.locked(), jax.set_mesh(mesh):
         for name in names:
             if workdir.is_finished(name):
                 say(f"{name:<11} finished, skipped")

@@ -11,9 +11,10 @@ from jax.sharding import Mesh
 from kforcing_jax.config import LoggingConfig, StageConfig
 from kforcing_jax.data.packing import Batch
 from kforcing_jax.training.checkpoints import StageCheckpoints
+from kforcing_jax.training.interruption import Interruption
 from kforcing_jax.training.objectives import Objective
 from kforcing_jax.training.optimizer import make_optimizer
-from kforcing_jax.training.progress import StageLog
+from kforcing_jax.training.progress import StageLog, say
 from kforcing_jax.training.sharding import abstract_on, parameter_shardings, put_batch, replicated
 from kforcing_jax.training.step import TrainState, init_state, train_step
 
@@ -80,24 +81,31 @@ def train(stage: Stage, mesh: Mesh, checkpoints: StageCheckpoints, metrics_path:
     Raises:
       RunError: a loss or gradient that is not finite, and then the newest checkpoint is from before it; or a
         checkpoint that does not fit.
+      KeyboardInterrupt: SIGINT or SIGTERM; the newest checkpoint is that of the last step.
     """
     steps = stage.config.steps
     first, state, seconds_before = _first_state(stage, mesh, checkpoints)
+    if first:
+        say(f"{stage.name:<11} goes on from step {first}/{steps}")
     log = StageLog(metrics_path, stage.name, steps, stage.tokens_per_step, seconds_before)
     batches = stage.batches(first)
     key = jax.device_put(stage.key, replicated(mesh))
-    for phase in precision_phases(stage.config):
-        step_function = compiled_step(stage.config, stage.objective, phase, state)
-        for step in range(first + 1, phase.last_step + 1):
-            batch = put_batch(next(batches), mesh, stage.config.batch_size)
-            state, metrics = step_function(state, stage.teacher_params, batch, key)
-            log.add(step, metrics)
-            if step % logging.log_every == 0 or step == steps:
-                log.report(step)
-            if step % logging.checkpoint_every == 0 or step == steps:
-                log.check()
-                checkpoints.save(state, step, log.seconds)
-        first = max(first, phase.last_step)
+    with Interruption() as interruption:
+        for phase in precision_phases(stage.config):
+            step_function = compiled_step(stage.config, stage.objective, phase, state)
+            for step in range(first + 1, phase.last_step + 1):
+                batch = put_batch(next(batches), mesh, stage.config.batch_size)
+                state, metrics = step_function(state, stage.teacher_params, batch, key)
+                log.add(step, metrics)
+                stops = interruption.is_asked_for(step)
+                if step % logging.log_every == 0 or step == steps:
+                    log.report(step)
+                if step % logging.checkpoint_every == 0 or step == steps or stops:
+                    log.check()
+                    checkpoints.save(state, step, log.seconds)
+                if stops:
+                    raise KeyboardInterrupt
+            first = max(first, phase.last_step)
 
 
 def _first_state(stage, mesh, checkpoints):

@@ -114,7 +114,41 @@ def test_a_file_that_was_cut_short_is_named(config, tmp_path, name):
     with pytest.raises(RunError, match=f"{name} .*delete "):
         prepare(config, SEED, tmp_path / "data")
     file.unlink()
-    with pytest.raises(RunError, match=f"{name} .*delete "):
+    said = "holds no prepared data" if name == "manifest.json" else f"{name} .*delete "
+    with pytest.raises(RunError, match=said):
+        prepare(config, SEED, tmp_path / "data")
+
+
+def test_an_empty_folder_is_filled(config, tmp_path):
+    (tmp_path / "data").mkdir()
+    assert prepare(config, SEED, tmp_path / "data").num_train_rows > 0
+
+
+@pytest.mark.parametrize(
+    ("manifest", "says"),
+    [
+        (None, "holds no prepared data"),
+        ("[]", "is not of prepared data"),
+        ('{"format": 3}', "is not of prepared data"),
+        ('{"format": 3, "made_from": {}}', "dtype is missing"),
+    ],
+)
+def test_a_folder_of_something_else_is_left_alone(config, tmp_path, manifest, says):
+    (tmp_path / "notes.txt").write_text("mine")
+    if manifest:
+        (tmp_path / "manifest.json").write_text(manifest)
+    with pytest.raises(RunError, match=says) as caught:
+        prepare(config, SEED, tmp_path)
+    assert (manifest and "made_from" in manifest) or "delete" not in str(caught.value)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_a_shard_that_the_manifest_does_not_describe_is_refused(config, tmp_path):
+    path = prepare(config, SEED, tmp_path / "data").directory / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["train"]["shards"][0]["sha256"]
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(RunError, match=r"manifest\.json is damaged \(KeyError: 'sha256'\)"):
         prepare(config, SEED, tmp_path / "data")
 
 

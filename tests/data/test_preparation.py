@@ -114,6 +114,25 @@ def test_an_interrupted_preparation_goes_on_and_ends_as_if_nothing_had_happened(
         assert file.read_bytes() == (tmp_path / "data" / file.name).read_bytes()
 
 
+@pytest.mark.parametrize("where", ["verify", "rename"])
+def test_what_is_written_outlives_an_interruption_at_the_very_end(config, tmp_path, small_shards, monkeypatch, where):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        if where == "verify":
+            patch.setattr(preparation, "verify", interrupted)
+        else:
+            patch.setattr(type(tmp_path), "rename", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(config, SEED, tmp_path / "data", workers=1)
+    monkeypatch.setattr(shards, "write_rows", lambda *_: pytest.fail("a finished shard was written again"))
+    (tmp_path / "data.partial/train.arrayrecord.77.tmp").write_bytes(b"of a process that was killed")
+    prepare(config, SEED, tmp_path / "data", workers=1)
+    names = [path.name for path in (tmp_path / "data").iterdir()]
+    assert all(name.endswith(".arrayrecord") or name in ("manifest.json", "tokenizer.json") for name in names)
+
+
 def test_a_shard_that_lost_its_end_meanwhile_is_written_again(config, tmp_path, small_shards, monkeypatch):
     whole = prepare(config, SEED, tmp_path / "whole", workers=1)
     write = preparation._write_manifest
@@ -248,3 +267,13 @@ def test_the_command_can_be_killed_and_run_again(text, tmp_path):
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["config.json", "data"]
     again = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
     assert "was there, every row verified" in again.stdout
+
+
+def test_the_same_vocabulary_may_have_another_path_or_its_name(config, tmp_path):
+    folder = prepare(config, SEED, tmp_path / "data", workers=1).directory
+    (tmp_path / "copy.json").write_bytes((folder / "tokenizer.json").read_bytes())
+    for same in (f"{tmp_path / 'copy.json'}", "gpt2", "openai-community/gpt2"):
+        assert load(dataclasses.replace(config, tokenizer=same), SEED, folder).num_train_rows > 0
+    for other in ("bert-base-uncased", "bpe", "/no/such"):
+        with pytest.raises(RunError, match=rf"was prepared with data\.tokenizer = .*, now it is '{other}'"):
+            load(dataclasses.replace(config, tokenizer=other), SEED, folder)

@@ -34,8 +34,10 @@ def file(tmp_path):
         b'["abcde"]',
         b"  \t",
         b'{"prefix": "<eos>fghij", "more": 1}',
+        b'{"prefix": "\\ud800abcde"}',
+        b"[" * 200_000,
     ]
-    path.write_bytes(b"\n".join(lines) + b"\n")
+    path.write_bytes(b"\xef\xbb\xbf" + b"\n".join(lines) + b"\n")
     return path
 
 
@@ -47,19 +49,21 @@ def test_usable_lines_give_their_first_tokens_and_the_others_a_sentence(file, to
     said = {
         2: "blank",
         3: "not JSON",
-        4: "3 tokens, too short for a prefix of 4",
+        4: "3 tokens, too short for a prefix of 4 (--prefix_length)",
         5: 'no string field "prefix"',
         6: 'no string field "prefix"',
         7: "not UTF-8",
         8: 'no string field "prefix"',
         9: "blank",
+        11: "half of a surrogate pair, which is no character",
+        12: "not JSON",
     }
     assert problems == [f"{file}, line {number}: {problem}; left out" for number, problem in said.items()]
 
 
 def test_a_file_without_a_usable_line_is_an_error(tmp_path, tokenizer):
     (tmp_path / "a.jsonl").write_text("abc\n")
-    with pytest.raises(DataError, match=r"has no usable line \(.*a\.jsonl, line 1: not JSON; left out\)"):
+    with pytest.raises(DataError, match=r"has no usable line .*; .*a\.jsonl, line 1: not JSON; left out"):
         read_prefixes(tmp_path / "a.jsonl", tokenizer, 4)
     with pytest.raises(DataError, match="cannot be read: No such file"):
         read_prefixes(tmp_path / "b.jsonl", tokenizer, 4)

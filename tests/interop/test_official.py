@@ -310,11 +310,39 @@ def test_what_is_saved_loads_as_the_same_model(path, kind):
     assert_same_tree(loaded, params)
 
 
-def test_a_mask_id_that_the_file_does_not_say_can_be_given(path):
+def test_a_mask_id_that_is_not_the_usual_one_is_kept(path):
     model, params = our_model(CausalLM, mask_id=3)
     official.save(path, model, params)
-    assert official.load(path, mask_id=3)[0] == model
-    assert official.load(path)[0].cfg.mask_id == official.default_mask_id(97) == 96
+    assert official.load(path)[0] == model
+    assert official.load(path, mask_id=5)[0].cfg.mask_id == 5
+    assert official.from_state_dict(official.read_state_dict(path))[0].cfg.mask_id == official.default_mask_id(97) == 96
+
+
+def test_the_window_of_a_student_is_kept_beside_its_weights(path):
+    model, params = our_model(PushForwardLM)
+    official.save(path, model, params)
+    assert official.trained_window(path) is None
+    official.save(path, model, params, window=2)
+    assert official.trained_window(path) == 2
+    assert_same_tree(official.load(path)[1], params)
+
+
+def test_half_precision_holds_the_frequencies_of_the_released_head_width(torch, path):
+    model = CausalLM(ModelConfig(vocab_size=97, mask_id=96, num_layers=1, d_model=128, num_heads=2))
+    params = init_params(model, jax.random.key(1))
+    state = {name: torch.from_numpy(array) for name, array in official.to_state_dict(model, params).items()}
+    for dtype in (torch.bfloat16, torch.float16):
+        torch.save({"state_dict": {name: tensor.to(dtype) for name, tensor in state.items()}}, path)
+        assert official.load(path)[0] == model
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_weights_that_are_not_finite_are_refused_by_name(path, value):
+    model, params = our_model(CausalLM)
+    params["backbone"]["embedding"]["embedding"] = params["backbone"]["embedding"]["embedding"].at[0, 0].set(value)
+    official.save(path, model, params)
+    with pytest.raises(official.CheckpointFormatError, match=r"vocab_embed\.embedding holds values that are not"):
+        official.load(path)
 
 
 def test_a_failed_save_leaves_nothing(path):

@@ -186,3 +186,32 @@ def test_a_teacher_has_to_be_an_ar_model_of_the_datas_vocabulary(released_teache
     model = stage_model(dataclasses.replace(config, data=larger), "ar", markov_tokenizer(6))
     with pytest.raises(RunError, match="has vocab_size = 5, the tokenizer of the data says 7"):
         load_for(released_teacher, model)
+
+
+def test_an_exported_student_keeps_to_its_window(tmp_path):
+    released = PushForwardLM(ModelConfig(13, 12, 2, 16, 2))
+    params = init_params(released, jax.random.key(0))
+    official.save(tmp_path / "k2.ckpt", released, params, window=2)
+    flags = [f"--checkpoint={tmp_path / 'k2.ckpt'}", "--prompt_ids=1,2", "--max_new_tokens=6", "--json"]
+    assert json.loads(call("generate", *flags).stdout)["passes"] == [3]
+    refused(call("generate", *flags, "--k=3"), "--k=3 exceeds the window", "trained with, 2")
+
+
+@pytest.mark.parametrize(
+    ("command", "flags", "says"),
+    [
+        ("generate", ["--mode=ar"], ["--mode=ar", "is a student"]),
+        ("generate", ["--stage=k1"], ["--stage has no effect without --workdir"]),
+        ("generate", ["--output_dir=x"], ["--output_dir has no effect without --prefix_file"]),
+        ("generate", ["--frequency_penalty=nan"], ["--frequency_penalty=nan is not finite"]),
+        ("generate", ["--prefix_file={file}", "--output_dir={file}/x"], ["--output_dir={file}/x", "is not a folder"]),
+        ("evaluate", ["--prefix_file={file}", "--output_dir={file}"], ["--output_dir={file}", "is not a folder"]),
+    ],
+)
+def test_flags_that_would_have_no_effect_are_refused(files, tmp_path, command, flags, says):
+    (tmp_path / "file").write_text("")
+    flags = [flag.format(file=tmp_path / "file") for flag in flags]
+    if command == "generate" and "--prefix_file" not in flags[0]:
+        flags.append("--prompt_ids=1")
+    out = call(command, f"--checkpoint={files['lm1b', 'pflm']}", *flags)
+    refused(out, *(words.format(file=tmp_path / "file") for words in says))

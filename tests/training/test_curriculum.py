@@ -154,3 +154,9 @@ def test_an_unfinished_or_foreign_directory_cannot_be_opened(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(RunError, match="is damaged"):
         Workdir.open(tmp_path)
+
+
+def test_a_directory_in_which_another_process_trains_is_refused(finished):
+    workdir, corpus = finished
+    with workdir.locked(), pytest.raises(RunError, match=r"is in use: another process trains there"):
+        curriculum.run(workdir, corpus, make_mesh(workdir.config.mesh))

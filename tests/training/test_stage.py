@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import os
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -149,3 +151,32 @@ def test_a_checkpoint_of_another_shape_is_refused_by_path(tmp_path):
     object.__setattr__(stage, "initial_params", {"w": jnp.zeros(4)})
     with pytest.raises(RunError, match=r"checkpoints/7 does not fit this model"):
         run(tmp_path, stage)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_after_a_step_which_is_kept(tmp_path, number, capfd):
+    def signalled(first):
+        for step, batch in enumerate(batches(first), start=first + 1):
+            if step == 5:
+                os.kill(os.getpid(), number)
+            yield batch
+
+    before = signal.getsignal(number)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, make_stage(signalled))
+    assert latest_step(tmp_path) == 5 and signal.getsignal(number) == before
+    assert "stopping after this step" in capfd.readouterr().err
+    stopped = run(tmp_path, make_stage())
+    assert "goes on from step 5/7" in capfd.readouterr().err
+    np.testing.assert_array_equal(stopped["w"], run(tmp_path / "whole", make_stage())["w"])
+
+
+def test_a_second_signal_does_not_wait_for_the_step(tmp_path):
+    def signalled(first):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        yield from batches(first)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, make_stage(signalled))
+    assert latest_step(tmp_path) is None
