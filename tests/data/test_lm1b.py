@@ -370,6 +370,15 @@ def test_another_format_is_refused_with_a_command_for_another_folder(data_dir):
     assert message.endswith(COMMAND.format(data_dir / "array_record"))
 
 
+def test_a_split_without_sentences_is_refused(data_dir):
+    info = version(data_dir) / "dataset_info.json"
+    described = json.loads(info.read_text())
+    for split in described["splits"]:
+        split["shardLengths"] = []
+    info.write_text(json.dumps(described))
+    assert refusal(data_dir) == f"{version(data_dir)} has no sentences in its split 'train'; copy or prepare it again"
+
+
 def test_a_missing_split_is_refused_with_those_there_are(prepared):
     assert refusal(prepared, "validation") == f"{version(prepared)} has no split 'validation'; it has train, test"
 

@@ -91,7 +91,7 @@ def test_training_goes_on_when_its_cell_was_interrupted(notebook, tmp_path):
         assert error[0] == "KeyboardInterrupt" and "k1          done" not in printed
         printed, error = execute(client, source(notebook, "train"))
         assert error is None
-    assert "ar          finished, skipped" in printed
+    assert "ar          finished, skipped" in printed and "k1          goes on from step" in printed
     assert "k1          done" in printed and "vs AR" in printed
 
 
