@@ -5,33 +5,28 @@ python -m kforcing_jax.evaluate --checkpoint=pflm_lm1b_k4.ckpt --teacher=ar_lm1b
 """
 
 import json
-import sys
 
 from absl import flags
 
-from kforcing_jax import cli, distributed
+from kforcing_jax import checkpoint_flags, cli, distributed
+from kforcing_jax.checkpoint_flags import (
+    CHECKPOINT,
+    PREFIX_FILE,
+    TOKENIZER,
+    WEIGHTS,
+    K,
+    check_one_model,
+    complete_prefixes,
+)
 from kforcing_jax.errors import ConfigError
 from kforcing_jax.output import check_output_dir
 
+flags.adopt_module_key_flags(checkpoint_flags)
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run directory; its summary.json and report.html are rewritten.")
 _SCORER = flags.DEFINE_string("scorer", None, "A local folder of a causal LM that transformers loads, for Gen-PPL.")
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A released .ckpt, instead of a run directory.")
 _TEACHER = flags.DEFINE_string("teacher", None, "The released AR .ckpt that a student's tokens are compared with.")
-_TOKENIZER = flags.DEFINE_string("tokenizer", None, "Of --checkpoint: a name or path; by its vocabulary by default.")
-_WEIGHTS = flags.DEFINE_enum("weights", "state_dict", ["state_dict", "ema"], "Which weights of --checkpoint.")
-_PREFIX_FILE = flags.DEFINE_string("prefix_file", None, 'Lines {"prefix": ...} that --checkpoint completes.')
-_PREFIX_LENGTH = flags.DEFINE_integer(
-    "prefix_length", None, "Tokens of each that are kept; by default 6 for LM1B, 64 for OpenWebText.", lower_bound=1
-)
-_MAX_NEW_TOKENS = flags.DEFINE_integer(
-    "max_new_tokens", None, "As many as the context holds by default.", lower_bound=1
-)
-_K = flags.DEFINE_integer("k", None, "Tokens per pass of --checkpoint; its trained window by default.", lower_bound=1)
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Prefixes that are completed at a time.", lower_bound=1)
-_NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, "Completions of every prefix.", lower_bound=1)
 _OUTPUT_DIR = flags.DEFINE_string("output_dir", None, "Where samples and figures of --checkpoint go, if anywhere.")
 _JSON = flags.DEFINE_bool("json", False, "Print the figures as one object: for a run, what summary.json holds.")
-
 
 _OF_CHECKPOINTS = (
     *("teacher", "tokenizer", "weights", "prefix_file", "prefix_length"),
@@ -40,8 +35,7 @@ _OF_CHECKPOINTS = (
 
 
 def main(_):
-    if (_WORKDIR.value is None) == (_CHECKPOINT.value is None):
-        raise ConfigError("give one of --workdir (a trained run) and --checkpoint (a released .ckpt)")
+    check_one_model(_WORKDIR.value)
     if _WORKDIR.value:
         cli.refuse_flags(_OF_CHECKPOINTS, "without --checkpoint")
         _evaluate_run()
@@ -65,33 +59,26 @@ def _evaluate_run():
 
 
 def _evaluate_checkpoint():
-    if _PREFIX_FILE.value is None:
+    if PREFIX_FILE.value is None:
         raise ConfigError("--prefix_file is missing: a released checkpoint is evaluated on completions of prefixes")
     if _OUTPUT_DIR.value:
         check_output_dir(_OUTPUT_DIR.value)
     scorer = _scorer()
 
-    from kforcing_jax.decoding.prefixes import check_prefixes_fit, complete, read_prefixes, room_for, write_completions
+    from kforcing_jax.decoding.prefixes import write_completions
     from kforcing_jax.evaluation.released import evaluate_released
     from kforcing_jax.evaluation.tables import figures_text
     from kforcing_jax.interop.released import open_released, open_teacher
 
-    released = open_released(_CHECKPOINT.value, _TOKENIZER.value, _WEIGHTS.value)
-    length = _PREFIX_LENGTH.value or (released.release and released.release.prefix_length)
-    check_prefixes_fit(released.tokenizer, length)
+    released = open_released(CHECKPOINT.value, TOKENIZER.value, WEIGHTS.value)
     teacher = open_teacher(_TEACHER.value, released) if _TEACHER.value else None
-    prefixes, problems = read_prefixes(_PREFIX_FILE.value, released.tokenizer, length)
-    for problem in problems:
-        print(problem, file=sys.stderr)
-    completions = complete(
+    completions = complete_prefixes(
         released.model,
         released.params,
-        prefixes,
-        max_new_tokens=room_for(length, released.release and released.release.seq_len, _MAX_NEW_TOKENS.value),
-        k=released.tokens_per_pass(_K.value),
-        batch_size=_BATCH_SIZE.value,
-        samples_per_prefix=_NUM_SAMPLES.value,
-        eos_id=released.tokenizer.eos_id,
+        released.tokenizer,
+        k=released.tokens_per_pass(K.value),
+        seq_len=released.release and released.release.seq_len,
+        prefix_length=released.release and released.release.prefix_length,
     )
     figures = evaluate_released(released, completions, teacher, scorer)
     if _OUTPUT_DIR.value:

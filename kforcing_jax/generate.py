@@ -11,31 +11,30 @@ from typing import NamedTuple
 
 from absl import flags
 
-from kforcing_jax import cli
+from kforcing_jax import checkpoint_flags, cli
+from kforcing_jax.checkpoint_flags import (
+    CHECKPOINT,
+    MAX_NEW_TOKENS,
+    NUM_SAMPLES,
+    PREFIX_FILE,
+    TOKENIZER,
+    WEIGHTS,
+    K,
+    check_one_model,
+    complete_prefixes,
+)
 from kforcing_jax.config import check_tau
 from kforcing_jax.errors import ConfigError, DataError
 from kforcing_jax.output import check_output_dir
 
+flags.adopt_module_key_flags(checkpoint_flags)
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run directory.")
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A released .ckpt, instead of a run directory.")
-_TOKENIZER = flags.DEFINE_string("tokenizer", None, "Of --checkpoint: a name or path; by its vocabulary by default.")
-_WEIGHTS = flags.DEFINE_enum("weights", "state_dict", ["state_dict", "ema"], "Which weights of --checkpoint.")
 _PROMPT = flags.DEFINE_string("prompt", "", "Text to continue; empty starts a new document.")
 _PROMPT_IDS = flags.DEFINE_list("prompt_ids", None, "Token ids to continue, instead of --prompt.")
-_PREFIX_FILE = flags.DEFINE_string("prefix_file", None, 'Lines {"prefix": ...} to complete, instead of --prompt.')
-_PREFIX_LENGTH = flags.DEFINE_integer(
-    "prefix_length", None, "Tokens of each that are kept; by default 6 for LM1B, 64 for OpenWebText.", lower_bound=1
-)
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Prefixes that are completed at a time.", lower_bound=1)
 _OUTPUT_DIR = flags.DEFINE_string("output_dir", "samples", "Where samples.jsonl and throughput.json of prefixes go.")
 _MODE = flags.DEFINE_enum("mode", "student", ["student", "ar"], "Which model of a run decodes.")
-_K = flags.DEFINE_integer("k", None, "Tokens per pass; the (largest) trained window by default.", lower_bound=1)
 _STAGE = flags.DEFINE_string("stage", None, "Decode with this stage (k4-from-ar, ...), not the nearest window's.")
 _SEED = flags.DEFINE_integer("seed", 0, "Noise seed of the first sample; the others count up.", lower_bound=0)
-_NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, "How many continuations (of every prefix).", lower_bound=1)
-_MAX_NEW_TOKENS = flags.DEFINE_integer(
-    "max_new_tokens", None, "As many as the context holds by default.", lower_bound=1
-)
 _TAU = flags.DEFINE_float("tau", 1.0, "Temperature, in (0, 1000].")
 _FREQUENCY_PENALTY = flags.DEFINE_float("frequency_penalty", 0.0, "Logit penalty per earlier use of a token.")
 _JSON = flags.DEFINE_bool("json", False, 'Print one object: {"tokens": [[...]], "text": [...], "passes": [...]}.')
@@ -57,19 +56,18 @@ def main(_):
     check_tau("--tau", _TAU.value)
     if not math.isfinite(_FREQUENCY_PENALTY.value):
         raise ConfigError(f"--frequency_penalty={_FREQUENCY_PENALTY.value} is not finite")
-    if (_WORKDIR.value is None) == (_CHECKPOINT.value is None):
-        raise ConfigError("give one of --workdir (a trained run) and --checkpoint (a released .ckpt)")
+    check_one_model(_WORKDIR.value)
     if _WORKDIR.value:
         cli.refuse_flags(["tokenizer", "weights"], "without --checkpoint")
     else:
         cli.refuse_flags(["stage"], "without --workdir")
-    if _PREFIX_FILE.value:
-        cli.refuse_flags(["prompt", "prompt_ids", "json"], "with --prefix_file")
+    if PREFIX_FILE.value:
+        cli.refuse_flags(["prompt", "prompt_ids"], "with --prefix_file")
         check_output_dir(_OUTPUT_DIR.value)
     else:
         cli.refuse_flags(["prefix_length", "batch_size", "output_dir"], "without --prefix_file")
     decoder = _from_run() if _WORKDIR.value else _from_checkpoint()
-    if _PREFIX_FILE.value:
+    if PREFIX_FILE.value:
         _complete_prefixes(decoder)
     else:
         _continue_prompt(decoder)
@@ -80,7 +78,7 @@ def _from_run() -> Decoder:
 
     workdir = Workdir.open(_WORKDIR.value)
     tokenizer = workdir.tokenizer()
-    stage, k = choose_stage(workdir.config, workdir.finished_stages(), _MODE.value, _K.value, _STAGE.value)
+    stage, k = choose_stage(workdir.config, workdir.finished_stages(), _MODE.value, K.value, _STAGE.value)
     data, evaluation = workdir.config.data, workdir.config.evaluation
     loaded = workdir.load(stage, tokenizer)
     return Decoder(*loaded, tokenizer, tokenizer.eos_id, k, data.seq_len, evaluation.prompt_length)
@@ -91,15 +89,15 @@ def _from_checkpoint() -> Decoder:
     from kforcing_jax.models import CausalLM
 
     needs_tokenizer = _PROMPT_IDS.value is None
-    released = open_released(_CHECKPOINT.value, _TOKENIZER.value, _WEIGHTS.value, needs_tokenizer)
+    released = open_released(CHECKPOINT.value, TOKENIZER.value, WEIGHTS.value, needs_tokenizer)
     model, params, tokenizer, release, _ = released
     if _MODE.value == "ar" and not isinstance(model, CausalLM):
-        raise ConfigError(f"--mode=ar: {_CHECKPOINT.value} is a student; leave --mode out or give an AR checkpoint")
+        raise ConfigError(f"--mode=ar: {CHECKPOINT.value} is a student; leave --mode out or give an AR checkpoint")
     if release and not tokenizer:
         print(f"the tokenizer {release.tokenizer} is not here: ids in, ids out", file=sys.stderr)
     eos_id = tokenizer.eos_id if tokenizer else release and release.eos_id
     known = (release.seq_len, release.prefix_length) if release else (None, None)
-    return Decoder(model, params, tokenizer, eos_id, released.tokens_per_pass(_K.value), *known)
+    return Decoder(model, params, tokenizer, eos_id, released.tokens_per_pass(K.value), *known)
 
 
 def _continue_prompt(decoder: Decoder):
@@ -110,11 +108,11 @@ def _continue_prompt(decoder: Decoder):
     decoded = generate(
         decoder.model,
         decoder.params,
-        [prompt] * _NUM_SAMPLES.value,
-        max_new_tokens=room_for(len(prompt), decoder.seq_len, _MAX_NEW_TOKENS.value),
+        [prompt] * NUM_SAMPLES.value,
+        max_new_tokens=room_for(len(prompt), decoder.seq_len, MAX_NEW_TOKENS.value),
         k=decoder.k,
         tau=_TAU.value,
-        seeds=range(_SEED.value, _SEED.value + _NUM_SAMPLES.value),
+        seeds=range(_SEED.value, _SEED.value + NUM_SAMPLES.value),
         frequency_penalty=_FREQUENCY_PENALTY.value,
         eos_id=decoder.eos_id,
     )
@@ -127,24 +125,18 @@ def _continue_prompt(decoder: Decoder):
 
 
 def _complete_prefixes(decoder: Decoder):
-    from kforcing_jax.decoding.prefixes import check_prefixes_fit, complete, read_prefixes, room_for, write_completions
+    from kforcing_jax.decoding.prefixes import write_completions
 
-    length = _PREFIX_LENGTH.value or decoder.prefix_length
-    check_prefixes_fit(decoder.tokenizer, length)
-    prefixes, problems = read_prefixes(_PREFIX_FILE.value, decoder.tokenizer, length)
-    print("\n".join(problems), end="\n" if problems else "", file=sys.stderr)
-    completions = complete(
+    completions = complete_prefixes(
         decoder.model,
         decoder.params,
-        prefixes,
-        max_new_tokens=room_for(length, decoder.seq_len, _MAX_NEW_TOKENS.value),
+        decoder.tokenizer,
         k=decoder.k,
-        batch_size=_BATCH_SIZE.value,
-        samples_per_prefix=_NUM_SAMPLES.value,
+        seq_len=decoder.seq_len,
+        prefix_length=decoder.prefix_length,
         tau=_TAU.value,
         seed=_SEED.value,
         frequency_penalty=_FREQUENCY_PENALTY.value,
-        eos_id=decoder.eos_id,
     )
     write_completions(_OUTPUT_DIR.value, completions, decoder.tokenizer)
     speed = completions.throughput
@@ -152,7 +144,7 @@ def _complete_prefixes(decoder: Decoder):
         print(json.dumps(speed))
     else:
         print(
-            f"{len(completions.tokens)} completions of {len(prefixes)} prefixes, "
+            f"{len(completions.tokens)} completions of {len(completions.prefixes)} prefixes, "
             f"{speed['throughput_tok_per_sec_total']:,.0f} tokens/s, {speed['useful_tok_per_sec']:,.0f} of them useful "
             f"(up to EOS): {_OUTPUT_DIR.value}/samples.jsonl, {_OUTPUT_DIR.value}/throughput.json"
         )
@@ -183,7 +175,7 @@ def choose_stage(config, finished: list[str], mode: str, k: int | None, stage: s
 def _prompt_ids(decoder: Decoder) -> list[int]:
     if _PROMPT_IDS.value is None:
         if decoder.tokenizer is None:
-            raise ConfigError(f"--tokenizer or --prompt_ids is missing: nothing says which one {_CHECKPOINT.value} has")
+            raise ConfigError(f"--tokenizer or --prompt_ids is missing: nothing says which one {CHECKPOINT.value} has")
         return decoder.tokenizer.encode_prompt(_PROMPT.value)
     size = decoder.model.cfg.vocab_size
     for word in _PROMPT_IDS.value:

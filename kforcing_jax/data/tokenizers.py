@@ -130,8 +130,15 @@ class Tokenizer:
         return beginning + self.encode(text)
 
     def encode_marked(self, text: str) -> list[int]:
-        """Ids of a text in which the names of special tokens (`[CLS]`) stand for themselves; nothing is added."""
-        return self._marked.encode(text, add_special_tokens=False).ids
+        """Ids of a text in which the names of special tokens (`[CLS]`) stand for themselves; nothing is added.
+
+        Raises:
+          DataError: a word is outside a vocabulary that has no `<unk>`.
+        """
+        try:
+            return self._marked.encode(text, add_special_tokens=False).ids
+        except Exception as error:  # the library raises bare Exception
+            raise DataError(f"not text of this vocabulary ({error})") from None
 
     @functools.cached_property
     def _marked(self):

@@ -179,7 +179,10 @@ def _prefix_tokens(line, tokenizer, length):
         entry["prefix"].encode("utf-8")
     except UnicodeEncodeError:
         raise ValueError("half of a surrogate pair, which is no character") from None
-    tokens = tokenizer.encode_marked(entry["prefix"])
+    try:
+        tokens = tokenizer.encode_marked(entry["prefix"])
+    except DataError as error:
+        raise ValueError(str(error)) from None
     if len(tokens) < length:
         raise ValueError(f"{len(tokens)} tokens, too short for a prefix of {length} (--prefix_length)")
     return tuple(tokens[:length])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from kforcing_jax.config import DataConfig
-from kforcing_jax.data.tokenizers import train_tokenizer
+from kforcing_jax.data.tokenizers import markov_tokenizer, train_tokenizer
 from kforcing_jax.decoding import generate
 from kforcing_jax.decoding.prefixes import Prefix, complete, read_prefixes, room_for, write_completions
 from kforcing_jax.errors import ConfigError, DataError, RunError
@@ -142,3 +142,10 @@ def test_new_tokens_are_what_fits_or_what_is_asked():
         room_for(6, 128, 123)
     with pytest.raises(ConfigError, match="--max_new_tokens is missing"):
         room_for(6, None, None)
+
+
+def test_a_word_outside_the_vocabulary_is_reported(tmp_path):
+    (tmp_path / "states.jsonl").write_text('{"prefix": "0"}\n{"prefix": "9"}\n')
+    prefixes, problems = read_prefixes(tmp_path / "states.jsonl", markov_tokenizer(3), 1)
+    assert [prefix.line for prefix in prefixes] == [1]
+    assert len(problems) == 1 and "line 2: not text of this vocabulary" in problems[0]

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import signal
+import time
 
 import jax
 import jax.numpy as jnp
@@ -155,13 +156,16 @@ def test_a_checkpoint_of_another_shape_is_refused_by_path(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_after_a_step_which_is_kept(tmp_path, number, capfd):
+    before = signal.getsignal(number)
+
     def signalled(first):
         for step, batch in enumerate(batches(first), start=first + 1):
             if step == 5:
                 os.kill(os.getpid(), number)
+                while signal.getsignal(number) != before:
+                    time.sleep(0.01)
             yield batch
 
-    before = signal.getsignal(number)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, make_stage(signalled))
     assert latest_step(tmp_path) == 5 and signal.getsignal(number) == before
@@ -172,9 +176,14 @@ def test_a_signal_stops_after_a_step_which_is_kept(tmp_path, number, capfd):
 
 
 def test_a_second_signal_does_not_wait_for_the_step(tmp_path):
+    before = signal.getsignal(signal.SIGINT)
+
     def signalled(first):
         os.kill(os.getpid(), signal.SIGINT)
+        while signal.getsignal(signal.SIGINT) != before:  # two signals at once are one
+            time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1)
         yield from batches(first)
 
     with pytest.raises(KeyboardInterrupt):
