@@ -25,7 +25,9 @@ class Interruption:
     def __enter__(self):
         # Python lets the main thread alone have signal handlers.
         if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
-            self._handlers = {number: signal.signal(number, self._ask) for number in _SIGNALS}
+            # What is ignored stays so: shells let background jobs ignore the Ctrl-C that is meant for others.
+            heard = [number for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+            self._handlers = {number: signal.signal(number, self._ask) for number in heard}
         return self
 
     def __exit__(self, *exception):

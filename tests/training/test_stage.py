@@ -154,6 +154,15 @@ def test_a_checkpoint_of_another_shape_is_refused_by_path(tmp_path):
         run(tmp_path, stage)
 
 
+@pytest.fixture
+def interruptible():
+    """Tests may run in the background, where shells let SIGINT be ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_after_a_step_which_is_kept(tmp_path, number, capfd):
     before = signal.getsignal(number)
@@ -175,6 +184,21 @@ def test_a_signal_stops_after_a_step_which_is_kept(tmp_path, number, capfd):
     np.testing.assert_array_equal(stopped["w"], run(tmp_path / "whole", make_stage())["w"])
 
 
+def test_an_ignored_signal_stays_ignored(tmp_path):
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def signalled(first):
+        os.kill(os.getpid(), signal.SIGINT)
+        yield from batches(first)
+
+    try:
+        run(tmp_path, make_stage(signalled))
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert latest_step(tmp_path) == 7
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_a_second_signal_does_not_wait_for_the_step(tmp_path):
     before = signal.getsignal(signal.SIGINT)
 
