@@ -25,7 +25,24 @@ _WEIGHTS = ("state_dict", "ema")
 _NOTE = "kforcing_jax"
 _PREFIX = "backbone."
 _FREQUENCIES = "rotary_emb.inv_freq"  # a buffer: in the state dict, but not a parameter
-_MASK_IDS = {30_522: 103, 50_258: 50_257}  # bert-base-uncased [MASK]; the id added to GPT-2's vocabulary
+
+
+@dataclasses.dataclass(frozen=True)
+class Release:
+    """What is known of the models of one data set beyond their weights: ids, longest text, kept tokens of a prefix."""
+
+    tokenizer: str
+    mask_id: int
+    eos_id: int
+    seq_len: int
+    prefix_length: int
+
+
+# By vocabulary size: LM1B, with BERT's [MASK] and [SEP]; OpenWebText, with the mask added to GPT-2's vocabulary.
+RELEASES = {
+    30_522: Release("bert-base-uncased", mask_id=103, eos_id=102, seq_len=128, prefix_length=6),
+    50_258: Release("gpt2", mask_id=50_257, eos_id=50_256, seq_len=1024, prefix_length=64),
+}
 
 
 def load(path: str | Path, mask_id: int | None = None, weights: str = "state_dict"):
@@ -99,8 +116,8 @@ def save(path: str | Path, model: CausalLM | PushForwardLM, params: dict, window
 
 
 def default_mask_id(vocab_size: int) -> int:
-    """103 for 30,522 ids (BERT), 50,257 for 50,258 (GPT-2 with a mask), otherwise the last id."""
-    return _MASK_IDS.get(vocab_size, vocab_size - 1)
+    """That of the release with this vocabulary (103 for BERT's, 50,257 for GPT-2's), otherwise the last id."""
+    return RELEASES[vocab_size].mask_id if vocab_size in RELEASES else vocab_size - 1
 
 
 def _noted(content, name) -> int | None:

@@ -1,6 +1,5 @@
-"""What is known of the released models beyond their weights, and how a run or a command takes one."""
+"""How a command or a run takes a released model: with its tokenizer, as a student, as a teacher."""
 
-import dataclasses
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,21 +8,8 @@ from kforcing_jax.data.pretrained import load_pretrained
 from kforcing_jax.data.tokenizers import Tokenizer, is_trained
 from kforcing_jax.errors import ConfigError, DataError, RunError
 from kforcing_jax.interop import official
+from kforcing_jax.interop.official import RELEASES, Release
 from kforcing_jax.models import CausalLM, PushForwardLM
-
-
-@dataclasses.dataclass(frozen=True)
-class Release:
-    """How the models of one data set are used: longest text, and tokens of a prefix that is completed."""
-
-    tokenizer: str
-    eos_id: int
-    seq_len: int
-    prefix_length: int
-
-
-# By vocabulary size: LM1B and OpenWebText.
-RELEASES = {30_522: Release("bert-base-uncased", 102, 128, 6), 50_258: Release("gpt2", 50_256, 1024, 64)}
 
 # Tokens per pass of a student whose file does not say: 4 is what was released.
 _RELEASED_WINDOW = 4

@@ -1,5 +1,6 @@
 """Stopping between two steps, so that what was trained is kept."""
 
+import contextlib
 import signal
 import threading
 from types import FrameType
@@ -42,7 +43,8 @@ class Interruption:
     def _ask(self, number: int, frame: FrameType | None):
         self._asked = True
         self._restore()
-        say("stopping after this step; once more to stop at once")
+        with contextlib.suppress(RuntimeError):  # the signal may have come while something else was printed
+            say("stopping after this step; once more to stop at once")
 
     def _restore(self):
         for number, handler in self._handlers.items():
