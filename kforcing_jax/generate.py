@@ -37,7 +37,9 @@ _STAGE = flags.DEFINE_string("stage", None, "Decode with this stage (k4-from-ar,
 _SEED = flags.DEFINE_integer("seed", 0, "Noise seed of the first sample; the others count up.", lower_bound=0)
 _TAU = flags.DEFINE_float("tau", 1.0, "Temperature, in (0, 1000].")
 _FREQUENCY_PENALTY = flags.DEFINE_float("frequency_penalty", 0.0, "Logit penalty per earlier use of a token.")
-_JSON = flags.DEFINE_bool("json", False, 'Print one object: {"tokens": [[...]], "text": [...], "passes": [...]}.')
+_JSON = flags.DEFINE_bool(
+    "json", False, 'Print one object: {"tokens": [[...]], "text": [...], "passes": [...]}, or throughput.json.'
+)
 
 
 class Decoder(NamedTuple):
