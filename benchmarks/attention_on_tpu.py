@@ -30,7 +30,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from kforcing_jax.models import splash
 from kforcing_jax.models.attention import Causal, group_attention
 from kforcing_jax.models.keys import KeyValue
-from kforcing_jax.partitioning import AXES
+from kforcing_jax.sharding import AXES
 from kforcing_jax.training.flops import attended_pairs
 
 _TOPOLOGY = flags.DEFINE_string("topology", "v5e:1x1", "One device of this kind.")

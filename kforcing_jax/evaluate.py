@@ -8,18 +8,19 @@ import json
 
 from absl import flags
 
-from kforcing_jax import checkpoint_flags, cli, distributed
-from kforcing_jax.checkpoint_flags import (
+from kforcing_jax import cli
+from kforcing_jax.cli import checkpoints as checkpoint_flags
+from kforcing_jax.cli import processes
+from kforcing_jax.cli.checkpoints import (
     CHECKPOINT,
     PREFIX_FILE,
     TOKENIZER,
     WEIGHTS,
     K,
     check_one_model,
-    complete_prefixes,
+    check_output_dir,
 )
 from kforcing_jax.errors import ConfigError
-from kforcing_jax.output import check_output_dir
 
 flags.adopt_module_key_flags(checkpoint_flags)
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run directory; its summary.json and report.html are rewritten.")
@@ -44,7 +45,7 @@ def main(_):
 
 
 def _evaluate_run():
-    distributed.start()
+    processes.start()
     import jax
 
     from kforcing_jax.evaluation.suite import evaluate
@@ -65,7 +66,7 @@ def _evaluate_checkpoint():
         check_output_dir(_OUTPUT_DIR.value)
     scorer = _scorer()
 
-    from kforcing_jax.decoding.prefixes import write_completions
+    from kforcing_jax.cli.prompts import complete_prefixes, write_completions
     from kforcing_jax.evaluation.released import evaluate_released
     from kforcing_jax.evaluation.tables import figures_text
     from kforcing_jax.interop.released import open_released, open_teacher

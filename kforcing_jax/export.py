@@ -24,11 +24,12 @@ def main(_):
     import jax
 
     from kforcing_jax.interop import official
+    from kforcing_jax.training.checkpoints import finished_stages, load_stage
     from kforcing_jax.workdir import Workdir
 
     workdir = Workdir.open(_WORKDIR.value)
-    stage = choose_stage(workdir.finished_stages(), _STAGE.value)
-    model, params = workdir.load(stage, workdir.tokenizer())
+    stage = choose_stage(finished_stages(workdir), _STAGE.value)
+    model, params = load_stage(workdir, stage, workdir.tokenizer())
     try:
         official.save(output, model, params, workdir.config.stages[stage].window)
     except OSError as error:

@@ -11,8 +11,9 @@ from typing import NamedTuple
 
 from absl import flags
 
-from kforcing_jax import checkpoint_flags, cli
-from kforcing_jax.checkpoint_flags import (
+from kforcing_jax import cli
+from kforcing_jax.cli import checkpoints as checkpoint_flags
+from kforcing_jax.cli.checkpoints import (
     CHECKPOINT,
     MAX_NEW_TOKENS,
     NUM_SAMPLES,
@@ -21,11 +22,10 @@ from kforcing_jax.checkpoint_flags import (
     WEIGHTS,
     K,
     check_one_model,
-    complete_prefixes,
+    check_output_dir,
 )
 from kforcing_jax.config import check_tau
 from kforcing_jax.errors import ConfigError, DataError
-from kforcing_jax.output import check_output_dir
 
 flags.adopt_module_key_flags(checkpoint_flags)
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run directory.")
@@ -76,13 +76,14 @@ def main(_):
 
 
 def _from_run() -> Decoder:
+    from kforcing_jax.training.checkpoints import finished_stages, load_stage
     from kforcing_jax.workdir import Workdir
 
     workdir = Workdir.open(_WORKDIR.value)
     tokenizer = workdir.tokenizer()
-    stage, k = choose_stage(workdir.config, workdir.finished_stages(), _MODE.value, K.value, _STAGE.value)
+    stage, k = choose_stage(workdir.config, finished_stages(workdir), _MODE.value, K.value, _STAGE.value)
     data, evaluation = workdir.config.data, workdir.config.evaluation
-    loaded = workdir.load(stage, tokenizer)
+    loaded = load_stage(workdir, stage, tokenizer)
     return Decoder(*loaded, tokenizer, tokenizer.eos_id, k, data.seq_len, evaluation.prompt_length)
 
 
@@ -103,8 +104,8 @@ def _from_checkpoint() -> Decoder:
 
 
 def _continue_prompt(decoder: Decoder):
+    from kforcing_jax.cli.prompts import room_for
     from kforcing_jax.decoding import generate
-    from kforcing_jax.decoding.prefixes import room_for
 
     prompt = _prompt_ids(decoder)
     decoded = generate(
@@ -127,7 +128,7 @@ def _continue_prompt(decoder: Decoder):
 
 
 def _complete_prefixes(decoder: Decoder):
-    from kforcing_jax.decoding.prefixes import write_completions
+    from kforcing_jax.cli.prompts import complete_prefixes, write_completions
 
     completions = complete_prefixes(
         decoder.model,

@@ -3,10 +3,13 @@
 python -m kforcing_jax.main --config=configs/tiny.py --workdir=runs/tiny
 """
 
+import logging
+
 from absl import flags
 from ml_collections import config_flags
 
-from kforcing_jax import cli, distributed
+from kforcing_jax import cli
+from kforcing_jax.cli import processes
 from kforcing_jax.errors import ConfigError
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/; fields by --config.model.num_layers=6.")
@@ -17,7 +20,7 @@ def main(_):
     config = cli.config_from_flag(_CONFIG)
     if _WORKDIR.value is None:
         raise ConfigError("--workdir is missing, for example --workdir=runs/tiny")
-    distributed.start()
+    processes.start()
 
     # Heavy imports come after the configuration is known to be right.
     import jax
@@ -25,19 +28,20 @@ def main(_):
     from kforcing_jax.evaluation.suite import evaluate
     from kforcing_jax.evaluation.tables import samples_text, table
     from kforcing_jax.interop.released import check_teacher_of
+    from kforcing_jax.sharding import make_mesh
     from kforcing_jax.training import curriculum
-    from kforcing_jax.training.progress import say
-    from kforcing_jax.training.sharding import make_mesh
+    from kforcing_jax.training.checkpoints import is_finished
     from kforcing_jax.workdir import Workdir
 
     mesh = make_mesh(config.mesh)
     # Before anything is written; a run that goes on has the teacher's weights, and no longer needs their file.
-    if not Workdir.at(_WORKDIR.value, config).is_finished("ar"):
+    if not is_finished(Workdir.at(_WORKDIR.value, config), "ar"):
         check_teacher_of(config)
     workdir = Workdir.claim(_WORKDIR.value, config)
-    say(f"{'data':<11} {config.data.source}, preparing or reading {workdir.data_path}")
+    log = logging.getLogger("kforcing_jax")
+    log.info(f"{'data':<11} {config.data.source}, preparing or reading {workdir.data_path}")
     corpus = workdir.corpus()
-    say(f"{'data':<11} {corpus.describe()}")
+    log.info(f"{'data':<11} {corpus.describe()}")
     curriculum.run(workdir, corpus, mesh)
     summary = evaluate(workdir, corpus)
     if jax.process_index() == 0:

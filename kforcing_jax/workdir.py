@@ -1,4 +1,4 @@
-"""The run directory: whose it is, where its parts are, and the trained models in it.
+"""The run directory: whose it is, and where its parts are. `training.checkpoints` has the models in it.
 
 config.json  data/  stages/<name>/checkpoints/  metrics.jsonl  summary.json  report.html
 """
@@ -12,18 +12,13 @@ from pathlib import Path
 
 import jax
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
 
 from kforcing_jax.config import Config, parse
 from kforcing_jax.data.pipeline import Corpus
 from kforcing_jax.data.preparation import prepare
 from kforcing_jax.data.tokenizers import Tokenizer
+from kforcing_jax.data.whole_file import write_text
 from kforcing_jax.errors import ConfigError, RunError
-from kforcing_jax.models import CausalLM, PushForwardLM, init_params
-from kforcing_jax.output import write_text
-from kforcing_jax.training.checkpoints import StageCheckpoints
-from kforcing_jax.training.recipes import stage_model
-from kforcing_jax.training.sharding import abstract_on, parameter_shardings, replicated
 
 # Fields that change what is reported or where it runs, but not what is trained.
 _FREE = ("evaluation", "logging", "mesh")
@@ -90,6 +85,9 @@ class Workdir:
     def write_summary(self, summary: dict):
         write_json(self.summary_path, summary)
 
+    def checkpoints_path(self, stage: str) -> Path:
+        return self.path / "stages" / stage / "checkpoints"
+
     @property
     def data_path(self) -> Path:
         """Where the prepared data is, or will be."""
@@ -142,41 +140,6 @@ class Workdir:
                 pass  # not every mounted bucket has locks
             yield
 
-    def checkpoints(self, stage: str) -> StageCheckpoints:
-        return StageCheckpoints(self.path / "stages" / stage / "checkpoints")
-
-    def is_finished(self, stage: str) -> bool:
-        """Whether the stage has its last checkpoint."""
-        if not (self.path / "stages" / stage / "checkpoints").exists():
-            return False
-        with self.checkpoints(stage) as checkpoints:
-            return checkpoints.latest_step == self.config.stages[stage].last_step
-
-    def finished_stages(self) -> list[str]:
-        """Finished stages in the order of training."""
-        return [name for name in ["ar", *self.config.students] if self.is_finished(name)]
-
-    def model(self, stage: str, vocabulary: Corpus | Tokenizer) -> CausalLM | PushForwardLM:
-        """The model of a stage, without weights."""
-        return stage_model(self.config, stage, vocabulary)
-
-    def load(self, stage: str, vocabulary: Corpus | Tokenizer, mesh: Mesh | None = None):
-        """(model, averaged weights) of a finished stage, spread over a mesh or whole on this process's first device.
-
-        All processes of a run have to call this together.
-
-        Raises:
-          RunError: the stage is not finished, or does not fit the model.
-        """
-        if not self.is_finished(stage):
-            raise RunError(f"stage {stage} of {self.path} is not finished; run kforcing_jax.main on it again")
-        model = self.model(stage, vocabulary)
-        shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
-        shardings = parameter_shardings(shapes, mesh) if mesh else _whole_everywhere()
-        with self.checkpoints(stage) as checkpoints:
-            params = checkpoints.restore_ema(abstract_on(shapes, shardings))
-        return model, params if mesh else jax.tree.map(lambda x: x.addressable_data(0), params)
-
 
 def _local(path) -> Path:
     if "://" in str(path):
@@ -184,12 +147,6 @@ def _local(path) -> Path:
             f"--workdir={path} is a URL; mount the bucket (gcsfuse, see docs/cloud.md) and give the path of the mount"
         )
     return Path(path)
-
-
-def _whole_everywhere():
-    """One whole copy on the first device of every process: checkpoints are restored by all processes together."""
-    firsts = {device.process_index: device for device in reversed(jax.devices())}
-    return replicated(Mesh([firsts[i] for i in sorted(firsts)], "process"))
 
 
 def write_json(path: Path, content):

@@ -43,9 +43,7 @@ from kforcing_jax.config import Config
 from kforcing_jax.data.packing import Batch
 from kforcing_jax.errors import ConfigError
 from kforcing_jax.models import init_params, splash
-from kforcing_jax.training.flops import step_flops
-from kforcing_jax.training.recipes import Vocabulary, predecessors, stage_model, stage_objective
-from kforcing_jax.training.sharding import (
+from kforcing_jax.sharding import (
     abstract_on,
     batch_sharding,
     check_divisible,
@@ -53,6 +51,8 @@ from kforcing_jax.training.sharding import (
     parameter_shardings,
     replicated,
 )
+from kforcing_jax.training.flops import step_flops
+from kforcing_jax.training.recipes import Vocabulary, predecessors, stage_model, stage_objective
 from kforcing_jax.training.stage import Phase, abstract_state, compiled_step, precision_phases
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/; fields by --config.model.remat=blocks.")

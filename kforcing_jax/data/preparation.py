@@ -40,8 +40,8 @@ from kforcing_jax.data.tokenizers import (
     markov_tokenizer,
     train_tokenizer,
 )
+from kforcing_jax.data.whole_file import write_text
 from kforcing_jax.errors import DataError, RunError
-from kforcing_jax.output import write_text
 
 _SENTENCES_PER_SHARD = 500_000
 _CHARACTERS_PER_SHARD = 64_000_000

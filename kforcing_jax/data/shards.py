@@ -21,8 +21,8 @@ from kforcing_jax.data import lm1b, packing
 from kforcing_jax.data.files import FileRange
 from kforcing_jax.data.packing import Rows
 from kforcing_jax.data.tokenizers import Tokenizer
+from kforcing_jax.data.whole_file import whole_file, write_text
 from kforcing_jax.errors import RunError
-from kforcing_jax.output import whole_file, write_text
 
 # Groups of one record: random access then reads nothing but the row. Token ids hardly compress, and slowly.
 _OPTIONS = "group_size:1,uncompressed"

@@ -6,7 +6,7 @@ import numpy as np
 
 from kforcing_jax.data.packing import Batch
 from kforcing_jax.decoding import Generation
-from kforcing_jax.decoding.prefixes import Completions, complete
+from kforcing_jax.decoding.completions import Completions, complete
 from kforcing_jax.evaluation.external import external_figures
 from kforcing_jax.evaluation.fidelity import agreement
 from kforcing_jax.evaluation.intervals import text_report

@@ -1,6 +1,7 @@
 """The whole evaluation of a run: every finished stage against the AR teacher, into summary.json and report.html."""
 
 import datetime
+import logging
 import zlib
 
 import jax
@@ -13,8 +14,10 @@ from kforcing_jax.evaluation.fidelity import agreement, compare_with_joint, exac
 from kforcing_jax.evaluation.report import write_report
 from kforcing_jax.evaluation.samples import decode, measure
 from kforcing_jax.evaluation.scorer import Scorer
-from kforcing_jax.training.progress import say
+from kforcing_jax.training.checkpoints import finished_stages, load_stage
 from kforcing_jax.workdir import Workdir
+
+_LOG = logging.getLogger("kforcing_jax")
 
 # Noise seed of the first continued prompt; the others count up.
 _FIRST_SEED = 0
@@ -31,15 +34,15 @@ def evaluate(workdir: Workdir, corpus: Corpus, scorer: Scorer | None = None) -> 
       RunError: the AR teacher is not finished.
     """
     settings = workdir.config.evaluation
-    teacher, teacher_params = workdir.load("ar", corpus)
+    teacher, teacher_params = load_stage(workdir, "ar", corpus)
     summary = workdir.summary() | {"device": _device(), "date": datetime.date.today().isoformat()}
     key = jax.random.fold_in(jax.random.key(workdir.config.seed), zlib.crc32(b"evaluation"))
     texts = corpus.beginnings(settings.samples, settings.prompt_length)
     prompts_BxP = np.stack([text_M[: settings.prompt_length] for text_M in texts])
     continuations = {}
-    for name in workdir.finished_stages():
-        say(f"{name:<11} evaluating")
-        model, params = workdir.load(name, corpus)
+    for name in finished_stages(workdir):
+        _LOG.info(f"{name:<11} evaluating")
+        model, params = load_stage(workdir, name, corpus)
         decoded, speed = _decode(workdir, corpus, name, model, params, prompts_BxP)
         measured = measure(teacher, teacher_params, decoded, settings.prompt_length)
         measured |= {"tokens_per_second": round(speed, 1), "tokens_per_pass": _tokens_per_pass(workdir, name)}

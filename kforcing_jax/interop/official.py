@@ -18,7 +18,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from kforcing_jax.interop import torch_zip
 from kforcing_jax.interop.torch_zip import CheckpointFormatError, StoredTensor
 from kforcing_jax.models import CausalLM, ModelConfig, PushForwardLM
-from kforcing_jax.models.transformer import ROPE_BASE, rotary_frequencies
+from kforcing_jax.models.layers import ROPE_BASE, rotary_frequencies
 
 _WEIGHTS = ("state_dict", "ema")
 

@@ -19,8 +19,8 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
+from kforcing_jax.data.whole_file import whole_file
 from kforcing_jax.errors import UserError
-from kforcing_jax.output import whole_file
 
 _DTYPES = {
     "torch.FloatStorage": np.dtype(np.float32),

@@ -31,7 +31,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from kforcing_jax.models import splash
 from kforcing_jax.models.keys import ATTENDED, KeyValue, Past
-from kforcing_jax.partitioning import platform
+from kforcing_jax.sharding import platform
 
 IMPLEMENTATIONS = ("auto", "dense", "blockwise", "splash", "cudnn")
 

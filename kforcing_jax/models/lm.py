@@ -13,19 +13,15 @@ Passes give hidden states, not logits: `per_token` applies the output layer and 
 few positions at a time, so that nobody ever holds the logits of a whole batch.
 """
 
-import math
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from kforcing_jax.models.attention import Causal
+from kforcing_jax.models.backbone import Backbone, ModelConfig
 from kforcing_jax.models.keys import KeyValue, Past
-from kforcing_jax.models.transformer import LAYER_NORM_EPSILON, Backbone, ModelConfig
+from kforcing_jax.models.layers import NoiseEncoder
 from kforcing_jax.noise import inverse_cdf
-from kforcing_jax.partitioning import ROWS, constrain
-
-NOISE_BASE = 10_000.0
 
 
 def group_positions(first_BxA: jax.Array, group: int) -> jax.Array:
@@ -176,47 +172,11 @@ class PushForwardLM(LanguageModel):
         return jnp.concatenate([self.backbone.embed(tokens_BxAxT), noise_BxAxKxD], axis=2)
 
 
-class NoiseEncoder(nn.Module):
-    """Embeds a uniform and a temperature as one token of width D: e(u, tau). Always f32."""
-
-    d_model: int
-
-    @nn.compact
-    def __call__(self, u_x: jax.Array, tau_x: jax.Array) -> jax.Array:
-        features_xF = jnp.concatenate([fourier_features(u_x, self.d_model), fourier_features(tau_x, self.d_model)], -1)
-        x_xD = constrain(nn.Dense(self.d_model, name="project")(features_xF), ROWS)
-        h = nn.LayerNorm(epsilon=LAYER_NORM_EPSILON, name="norm")(x_xD)
-        h = constrain(nn.Dense(4 * self.d_model, name="mlp_in")(h), ROWS)
-        return x_xD + constrain(nn.Dense(self.d_model, name="mlp_out")(exact_gelu(h)), ROWS)
-
-
-@jax.custom_vjp
-def exact_gelu(x: jax.Array) -> jax.Array:
-    """x P(standard normal <= x). Its backward pass needs x alone; the derived one keeps three arrays of this size."""
-    return jax.nn.gelu(x, approximate=False)
-
-
-def _exact_gelu_gradient(x, d_out):
-    density = jnp.exp(-(x**2) / 2) / math.sqrt(2 * math.pi)
-    return (d_out * (jax.scipy.special.ndtr(x) + x * density),)
-
-
-exact_gelu.defvjp(lambda x: (exact_gelu(x), x), _exact_gelu_gradient)
-
-
 def init_params(model: CausalLM | PushForwardLM, key: jax.Array) -> dict:
     """Fresh parameters. Shapes do not depend on the inputs, so the smallest ones serve."""
     tokens_BxN = jnp.zeros((1, 1), jnp.int32)
     inputs = (tokens_BxN, jnp.zeros((1, 1, 1)), jnp.ones(1)) if isinstance(model, PushForwardLM) else (tokens_BxN,)
     return model.init(key, *inputs)["params"]
-
-
-def fourier_features(value_x: jax.Array, width: int) -> jax.Array:
-    """[cos(2 pi f v), sin(2 pi f v)] at width / 2 frequencies 10000^(-i / (width / 2)), f32."""
-    half = width // 2
-    frequencies = NOISE_BASE ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles = 2 * jnp.pi * value_x[..., None].astype(jnp.float32) * frequencies
-    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
 def first_of_group(keys: KeyValue) -> KeyValue:

@@ -19,7 +19,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from jax.sharding import PartitionSpec
 
 from kforcing_jax.models.keys import ATTENDED, KeyValue, Past
-from kforcing_jax.partitioning import ROWS, per_device, platform
+from kforcing_jax.sharding import ROWS, per_device, platform
 
 _LANES = 128
 # Rows times keys of one tile: several f32 copies of it, and the blocks themselves, share the vector memory.

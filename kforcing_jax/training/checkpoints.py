@@ -1,11 +1,17 @@
-"""Checkpoints of one stage, through orbax."""
+"""Checkpoints of the stages of a run, through orbax, and the trained models in them."""
 
 from pathlib import Path
 
+import jax
 import orbax.checkpoint as ocp
+from jax.sharding import Mesh
 
 from kforcing_jax.errors import RunError
+from kforcing_jax.models import init_params
+from kforcing_jax.sharding import abstract_on, parameter_shardings, replicated
+from kforcing_jax.training.recipes import Vocabulary, stage_model
 from kforcing_jax.training.step import TrainState
+from kforcing_jax.workdir import Workdir
 
 # The averaged weights are an item of their own, so that decoding restores nothing else.
 _ITEMS = ("ema", "training", "progress")
@@ -21,6 +27,10 @@ class StageCheckpoints:
         self._directory = directory.resolve()
         options = ocp.CheckpointManagerOptions(max_to_keep=2)
         self._manager = ocp.CheckpointManager(self._directory, options=options, item_names=_ITEMS)
+
+    @classmethod
+    def of(cls, workdir: Workdir, stage: str) -> "StageCheckpoints":
+        return cls(workdir.checkpoints_path(stage))
 
     def __enter__(self):
         return self
@@ -85,3 +95,40 @@ class StageCheckpoints:
                 f"checkpoint {where} does not fit this model or is damaged ({reason}); "
                 "restore the config it was made with, or use another work directory"
             ) from None
+
+
+def is_finished(workdir: Workdir, stage: str) -> bool:
+    """Whether the stage has its last checkpoint."""
+    if not workdir.checkpoints_path(stage).exists():
+        return False
+    with StageCheckpoints.of(workdir, stage) as checkpoints:
+        return checkpoints.latest_step == workdir.config.stages[stage].last_step
+
+
+def finished_stages(workdir: Workdir) -> list[str]:
+    """Finished stages in the order of training."""
+    return [name for name in ["ar", *workdir.config.students] if is_finished(workdir, name)]
+
+
+def load_stage(workdir: Workdir, stage: str, vocabulary: Vocabulary, mesh: Mesh | None = None):
+    """(model, averaged weights) of a finished stage, spread over a mesh or whole on this process's first device.
+
+    All processes of a run have to call this together.
+
+    Raises:
+      RunError: the stage is not finished, or does not fit the model.
+    """
+    if not is_finished(workdir, stage):
+        raise RunError(f"stage {stage} of {workdir.path} is not finished; run kforcing_jax.main on it again")
+    model = stage_model(workdir.config, stage, vocabulary)
+    shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+    shardings = parameter_shardings(shapes, mesh) if mesh else _whole_everywhere()
+    with StageCheckpoints.of(workdir, stage) as checkpoints:
+        params = checkpoints.restore_ema(abstract_on(shapes, shardings))
+    return model, params if mesh else jax.tree.map(lambda x: x.addressable_data(0), params)
+
+
+def _whole_everywhere():
+    """One whole copy on the first device of every process: checkpoints are restored by all processes together."""
+    firsts = {device.process_index: device for device in reversed(jax.devices())}
+    return replicated(Mesh([firsts[i] for i in sorted(firsts)], "process"))

@@ -1,6 +1,7 @@
 """The curriculum: AR teacher, then students of doubling window, each from the one before (paper, section 3.3)."""
 
 import functools
+import logging
 import zlib
 
 import jax
@@ -10,18 +11,21 @@ from kforcing_jax.config import Config
 from kforcing_jax.data.pipeline import Corpus
 from kforcing_jax.interop import released
 from kforcing_jax.models import init_params
-from kforcing_jax.training.objectives import mean_loss
-from kforcing_jax.training.progress import clock, say
-from kforcing_jax.training.recipes import predecessors, stage_objective
-from kforcing_jax.training.sharding import (
+from kforcing_jax.sharding import (
     check_divisible,
     parameter_shardings,
     process_share,
     put_validation,
     replicated,
 )
+from kforcing_jax.training.checkpoints import StageCheckpoints, is_finished, load_stage
+from kforcing_jax.training.objectives import mean_loss
+from kforcing_jax.training.progress import clock
+from kforcing_jax.training.recipes import predecessors, stage_model, stage_objective
 from kforcing_jax.training.stage import Stage, train
 from kforcing_jax.workdir import Workdir
+
+_LOG = logging.getLogger("kforcing_jax")
 
 
 def run(workdir: Workdir, corpus: Corpus, mesh: Mesh):
@@ -38,8 +42,8 @@ def run(workdir: Workdir, corpus: Corpus, mesh: Mesh):
         corpus.check_batch_size(f"stages.{name.replace('-', '_')}.batch_size", workdir.config.stages[name].batch_size)
     with workdir.locked(), jax.set_mesh(mesh):
         for name in names:
-            if workdir.is_finished(name):
-                say(f"{name:<11} finished, skipped")
+            if is_finished(workdir, name):
+                _LOG.info(f"{name:<11} finished, skipped")
             elif workdir.config.stages[name].checkpoint:
                 _import_stage(workdir, corpus, name, mesh)
             else:
@@ -62,31 +66,31 @@ def _train_stage(workdir: Workdir, corpus: Corpus, name: str, mesh: Mesh):
         tokens_per_step=settings.batch_size * corpus.useful_tokens_per_row,
         key=_stage_key(config, name),
     )
-    with workdir.checkpoints(name) as checkpoints:
+    with StageCheckpoints.of(workdir, name) as checkpoints:
         train(stage, mesh, checkpoints, workdir.metrics_path, config.logging)
 
 
 def _import_stage(workdir: Workdir, corpus: Corpus, name: str, mesh: Mesh):
     """Takes the stage's weights from a released file."""
     path = workdir.config.stages[name].checkpoint
-    params = released.load_for(path, workdir.model(name, corpus))
-    say(f"{name:<11} taken from {path}, not trained")
-    with workdir.checkpoints(name) as checkpoints:
+    params = released.load_for(path, stage_model(workdir.config, name, corpus))
+    _LOG.info(f"{name:<11} taken from {path}, not trained")
+    with StageCheckpoints.of(workdir, name) as checkpoints:
         checkpoints.save_imported(jax.device_put(params, parameter_shardings(params, mesh)))
 
 
 def _summarise_stage(workdir: Workdir, corpus: Corpus, name: str, mesh: Mesh):
     """Adds steps, seconds and validation loss of a finished stage to summary.json."""
     objective = stage_objective(workdir.config, name, corpus)
-    _, params = workdir.load(name, corpus, mesh)
+    _, params = load_stage(workdir, name, corpus, mesh)
     settings = workdir.config.evaluation
     batches = put_validation(corpus.validation_batches(settings.rows, settings.batch_size), mesh)
     validate = jax.jit(functools.partial(mean_loss, objective), out_shardings=replicated(mesh))
     key = jax.device_put(_stage_key(workdir.config, name), replicated(mesh))
     loss = float(validate(params, _teacher_params(workdir, corpus, name, mesh), batches, key))
-    with workdir.checkpoints(name) as checkpoints:
+    with StageCheckpoints.of(workdir, name) as checkpoints:
         seconds = checkpoints.seconds()
-    say(f"{name:<11} done in {clock(seconds)}, validation loss {loss:.4f} nats per token")
+    _LOG.info(f"{name:<11} done in {clock(seconds)}, validation loss {loss:.4f} nats per token")
     summary = workdir.summary()
     summary["stages"][name] = {
         "steps": workdir.config.stages[name].last_step,
@@ -98,7 +102,7 @@ def _summarise_stage(workdir: Workdir, corpus: Corpus, name: str, mesh: Mesh):
 
 def _teacher_params(workdir: Workdir, corpus: Corpus, name: str, mesh: Mesh) -> dict:
     teacher, _ = predecessors(workdir.config, name)
-    return workdir.load(teacher, corpus, mesh)[1] if teacher else {}
+    return load_stage(workdir, teacher, corpus, mesh)[1] if teacher else {}
 
 
 def _stage_key(config: Config, name: str) -> jax.Array:
@@ -111,10 +115,10 @@ def _initial_params(workdir, corpus, name, mesh):
 
     Every device makes its own part of them.
     """
-    model = workdir.model(name, corpus)
+    model = stage_model(workdir.config, name, corpus)
     init = functools.partial(init_params, model)
     shardings = parameter_shardings(jax.eval_shape(init, jax.random.key(0)), mesh)
     key = jax.device_put(_stage_key(workdir.config, name), replicated(mesh))
     fresh = jax.jit(init, out_shardings=shardings)(key)
     _, origin = predecessors(workdir.config, name)
-    return fresh | workdir.load(origin, corpus, mesh)[1] if origin else fresh
+    return fresh | load_stage(workdir, origin, corpus, mesh)[1] if origin else fresh

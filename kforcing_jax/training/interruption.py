@@ -1,6 +1,6 @@
 """Stopping between two steps, so that what was trained is kept."""
 
-import contextlib
+import logging
 import signal
 import threading
 from types import FrameType
@@ -8,8 +8,7 @@ from types import FrameType
 import jax
 from jax.experimental import multihost_utils
 
-from kforcing_jax.training.progress import say
-
+_LOG = logging.getLogger("kforcing_jax")
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -43,8 +42,7 @@ class Interruption:
     def _ask(self, number: int, frame: FrameType | None):
         self._asked = True
         self._restore()
-        with contextlib.suppress(RuntimeError):  # the signal may have come while something else was printed
-            say("stopping after this step; once more to stop at once")
+        _LOG.info("stopping after this step; once more to stop at once")
 
     def _restore(self):
         for number, handler in self._handlers.items():

@@ -1,14 +1,16 @@
 """What a running stage says: one JSON line per report in metrics.jsonl, one line on the terminal."""
 
 import json
+import logging
 import math
-import sys
 import time
 from pathlib import Path
 
 import jax
 
 from kforcing_jax.errors import RunError
+
+_LOG = logging.getLogger("kforcing_jax")
 
 
 class StageLog:
@@ -66,7 +68,7 @@ class StageLog:
             with self._path.open("a") as file:
                 file.write(json.dumps(record) + "\n")
         eta = (self._steps - step) * (now - self._last_report) / count
-        say(self._line(record, eta))
+        _LOG.info(self._line(record, eta))
         self._since_report, self._last_report = [], now
 
     def _line(self, record, eta):
@@ -85,9 +87,3 @@ def clock(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
-
-
-def say(line: str):
-    """A line of progress, on stderr so that `--json` output on stdout stays clean; the first process speaks."""
-    if jax.process_index() == 0:
-        print(line, file=sys.stderr, flush=True)

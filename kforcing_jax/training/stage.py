@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import logging as python_logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,13 +11,15 @@ from jax.sharding import Mesh
 
 from kforcing_jax.config import LoggingConfig, StageConfig
 from kforcing_jax.data.packing import Batch
+from kforcing_jax.sharding import abstract_on, parameter_shardings, put_batch, replicated
 from kforcing_jax.training.checkpoints import StageCheckpoints
 from kforcing_jax.training.interruption import Interruption
 from kforcing_jax.training.objectives import Objective
 from kforcing_jax.training.optimizer import make_optimizer
-from kforcing_jax.training.progress import StageLog, say
-from kforcing_jax.training.sharding import abstract_on, parameter_shardings, put_batch, replicated
+from kforcing_jax.training.progress import StageLog
 from kforcing_jax.training.step import TrainState, init_state, train_step
+
+_LOG = python_logging.getLogger("kforcing_jax")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +89,7 @@ def train(stage: Stage, mesh: Mesh, checkpoints: StageCheckpoints, metrics_path:
     steps = stage.config.steps
     first, state, seconds_before = _first_state(stage, mesh, checkpoints)
     if first:
-        say(f"{stage.name:<11} goes on from step {first}/{steps}")
+        _LOG.info(f"{stage.name:<11} goes on from step {first}/{steps}")
     log = StageLog(metrics_path, stage.name, steps, stage.tokens_per_step, seconds_before)
     batches = stage.batches(first)
     key = jax.device_put(stage.key, replicated(mesh))

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import optax
 
 from kforcing_jax.data.packing import Batch
-from kforcing_jax.partitioning import ROWS, constrain
+from kforcing_jax.sharding import ROWS, constrain
 from kforcing_jax.training.losses import Mean
 from kforcing_jax.training.objectives import Objective
 

@@ -13,8 +13,8 @@ from kforcing_jax.evaluation.external import external_figures
 from kforcing_jax.evaluation.scorer import Completion, Scorer
 from kforcing_jax.evaluation.suite import evaluate
 from kforcing_jax.evaluation.tables import gen_ppl_text, table
+from kforcing_jax.sharding import make_mesh
 from kforcing_jax.training import curriculum
-from kforcing_jax.training.sharding import make_mesh
 from kforcing_jax.workdir import Workdir
 
 

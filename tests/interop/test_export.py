@@ -10,6 +10,7 @@ from test_cli import CONFIG, call, refused
 
 from kforcing_jax.interop import official
 from kforcing_jax.models import CausalLM, PushForwardLM
+from kforcing_jax.training.checkpoints import load_stage
 from kforcing_jax.workdir import Workdir
 
 
@@ -40,7 +41,7 @@ def test_a_finished_stage_is_written_as_a_file_that_loads_as_the_same_model(run,
     out = call("export", f"--workdir={run}", *flags, f"--output={output}")
     assert out.returncode == 0, out.stderr
     workdir = Workdir.open(run)
-    model, params = workdir.load(stage, workdir.tokenizer())
+    model, params = load_stage(workdir, stage, workdir.tokenizer())
     loaded_model, loaded = official.load(output)
     assert type(loaded_model) is type(model) is kind
     assert loaded_model.cfg.mask_id == model.cfg.mask_id

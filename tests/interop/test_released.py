@@ -17,9 +17,10 @@ from kforcing_jax.errors import DataError, RunError
 from kforcing_jax.interop import official
 from kforcing_jax.interop.released import check_teacher_of, load_for, open_released
 from kforcing_jax.models import CausalLM, ModelConfig, PushForwardLM, init_params
+from kforcing_jax.sharding import make_mesh
 from kforcing_jax.training import curriculum
+from kforcing_jax.training.checkpoints import finished_stages, load_stage
 from kforcing_jax.training.recipes import stage_model
-from kforcing_jax.training.sharding import make_mesh
 from kforcing_jax.workdir import Workdir
 
 
@@ -150,8 +151,8 @@ def test_a_released_teacher_takes_the_place_of_training(released_teacher, tmp_pa
     workdir = Workdir.claim(tmp_path / "run", config)
     corpus = workdir.corpus()
     curriculum.run(workdir, corpus, make_mesh(config.mesh))
-    assert workdir.finished_stages() == ["ar", "k1", "k2"]
-    model, params = workdir.load("ar", corpus)
+    assert finished_stages(workdir) == ["ar", "k1", "k2"]
+    model, params = load_stage(workdir, "ar", corpus)
     _, expected = official.load(released_teacher)
     jax.tree.map(np.testing.assert_array_equal, params, expected)
     assert workdir.summary()["stages"]["ar"]["steps"] == 0

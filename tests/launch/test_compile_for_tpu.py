@@ -18,8 +18,8 @@ from kforcing_jax.config import MeshConfig
 from kforcing_jax.models import splash
 from kforcing_jax.models.attention import Causal, choose_implementation, group_attention
 from kforcing_jax.models.keys import KeyValue
+from kforcing_jax.sharding import make_mesh
 from kforcing_jax.training.flops import attended_pairs
-from kforcing_jax.training.sharding import make_mesh
 
 REPOSITORY = Path(__file__).parents[2]
 CONFIG = """

@@ -10,7 +10,8 @@ import pytest
 
 from kforcing_jax.models import CausalLM, PushForwardLM
 from kforcing_jax.models.keys import KeyValue, Past
-from kforcing_jax.models.lm import exact_gelu, fourier_features, text_positions
+from kforcing_jax.models.layers import exact_gelu, fourier_features
+from kforcing_jax.models.lm import text_positions
 
 BATCH, LENGTH, WINDOW = 2, 6, 3
 TAU = jnp.array([0.7, 1.0])

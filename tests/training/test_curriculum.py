@@ -9,9 +9,10 @@ import pytest
 from micro import micro_config
 
 from kforcing_jax.errors import DataError, RunError
+from kforcing_jax.sharding import make_mesh
 from kforcing_jax.training import curriculum
+from kforcing_jax.training.checkpoints import finished_stages, load_stage
 from kforcing_jax.training.recipes import predecessors
-from kforcing_jax.training.sharding import make_mesh
 from kforcing_jax.workdir import Workdir
 
 K2_FROM_AR = {"k2-from-ar": dict(window=2, teacher="ar", steps=5, batch_size=4)}
@@ -30,14 +31,14 @@ def finished(tmp_path_factory):
 
 
 def weights(workdir, corpus, stage):
-    return jax.tree.leaves(workdir.load(stage, corpus)[1])
+    return jax.tree.leaves(load_stage(workdir, stage, corpus)[1])
 
 
 def test_every_stage_is_trained_in_order(finished):
     workdir, _ = finished
     lines = [json.loads(line) for line in workdir.metrics_path.read_text().splitlines()]
     order = list(dict.fromkeys(line["stage"] for line in lines))
-    assert order == ["ar", "k1", "k2", "k2-from-ar"] == workdir.finished_stages()
+    assert order == ["ar", "k1", "k2", "k2-from-ar"] == finished_stages(workdir)
     assert {"agreement_1", "agreement_2", "loss_2", "block_agreement"} <= lines[-1].keys()
 
 

@@ -10,9 +10,9 @@ from micro import micro_config
 from kforcing_jax.config import MeshConfig
 from kforcing_jax.data.packing import Batch
 from kforcing_jax.models import init_params
+from kforcing_jax.sharding import abstract_on, batch_sharding, make_mesh, parameter_shardings, replicated
 from kforcing_jax.training.flops import attended_pairs, step_flops
 from kforcing_jax.training.recipes import Vocabulary, predecessors, stage_model, stage_objective
-from kforcing_jax.training.sharding import abstract_on, batch_sharding, make_mesh, parameter_shardings, replicated
 from kforcing_jax.training.stage import Phase, abstract_state, compiled_step
 
 VOCABULARY = Vocabulary(vocab_size=64, mask_id=63, eos_id=None)

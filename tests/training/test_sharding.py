@@ -12,8 +12,7 @@ from kforcing_jax.config import MeshConfig, parse
 from kforcing_jax.data.packing import Batch
 from kforcing_jax.errors import ConfigError
 from kforcing_jax.models import init_params
-from kforcing_jax.training.recipes import Vocabulary, predecessors, stage_model, stage_objective
-from kforcing_jax.training.sharding import (
+from kforcing_jax.sharding import (
     RULES,
     check_divisible,
     make_mesh,
@@ -23,6 +22,7 @@ from kforcing_jax.training.sharding import (
     put_batch,
     replicated,
 )
+from kforcing_jax.training.recipes import Vocabulary, predecessors, stage_model, stage_objective
 from kforcing_jax.training.stage import Phase, abstract_state, compiled_step, init_state, make_optimizer
 
 VOCABULARY = Vocabulary(vocab_size=13, mask_id=12, eos_id=11)

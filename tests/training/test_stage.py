@@ -14,11 +14,11 @@ import pytest
 from kforcing_jax.config import LoggingConfig, MeshConfig, StageConfig
 from kforcing_jax.data.packing import Batch
 from kforcing_jax.errors import RunError
+from kforcing_jax.sharding import abstract_on, make_mesh, replicated
 from kforcing_jax.training import stage as stage_module
 from kforcing_jax.training.checkpoints import StageCheckpoints
 from kforcing_jax.training.losses import Mean, weighted_mean
 from kforcing_jax.training.objectives import Inputs, Objective
-from kforcing_jax.training.sharding import abstract_on, make_mesh, replicated
 from kforcing_jax.training.stage import Phase, Stage, precision_phases, train
 
 POISON = 99

@@ -11,9 +11,9 @@ from micro import micro_config
 from kforcing_jax.config import MeshConfig
 from kforcing_jax.data.packing import Batch
 from kforcing_jax.models import init_params
+from kforcing_jax.sharding import make_mesh, parameter_shardings
 from kforcing_jax.training.objectives import mean_loss
 from kforcing_jax.training.recipes import Vocabulary, predecessors, stage_model, stage_objective
-from kforcing_jax.training.sharding import make_mesh, parameter_shardings
 from kforcing_jax.training.stage import abstract_state, compiled_step, init_state, make_optimizer, precision_phases
 
 VOCABULARY = Vocabulary(vocab_size=13, mask_id=12, eos_id=11)

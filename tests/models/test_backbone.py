@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kforcing_jax.models import CausalLM, PushForwardLM, init_params, transformer
+from kforcing_jax.models import CausalLM, PushForwardLM, backbone, init_params, layers
 from kforcing_jax.models.attention import Causal
-from kforcing_jax.models.transformer import Backbone, ModelConfig, rotary_angles, rotate
+from kforcing_jax.models.backbone import Backbone, ModelConfig
+from kforcing_jax.models.layers import rotary_angles, rotate
 from kforcing_jax.training.losses import loss_and_agreement
 
 
@@ -94,7 +95,7 @@ def test_a_shape_that_cannot_be_built_is_refused(tiny_config: ModelConfig, chang
 @pytest.fixture
 def small_chunks(monkeypatch):
     """An output layer that holds two anchors' logits at a time."""
-    monkeypatch.setattr(transformer, "_MOST_LOGITS", 2 * 3 * 2 * 13)
+    monkeypatch.setattr(layers, "_MOST_LOGITS", 2 * 3 * 2 * 13)
 
 
 def per_token_and_plain(model_and_params, rng):
@@ -122,7 +123,7 @@ def per_token_and_plain(model_and_params, rng):
 @pytest.mark.parametrize("kind", ["causal_lm", "push_forward_lm"])
 def test_a_few_positions_at_a_time_give_what_all_logits_give(request, rng, small_chunks, kind):
     model = request.getfixturevalue(kind)
-    assert transformer.num_chunks((2, 6, 3), model[0].cfg.vocab_size) == 3
+    assert layers.num_chunks((2, 6, 3), model[0].cfg.vocab_size) == 3
     (chunked, plain), (drawn, picked) = per_token_and_plain(model, rng)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-5), chunked, plain)
     np.testing.assert_array_equal(drawn, picked)
@@ -131,9 +132,9 @@ def test_a_few_positions_at_a_time_give_what_all_logits_give(request, rng, small
 @pytest.mark.parametrize("anchors", [1, 7, 96, 1024])
 def test_chunks_divide_the_anchors_and_stay_within_the_limit(anchors):
     for group, vocabulary in ((1, 13), (4, 50_258)):
-        chunks = transformer.num_chunks((8, anchors, group), vocabulary)
+        chunks = layers.num_chunks((8, anchors, group), vocabulary)
         assert anchors % chunks == 0
-        assert anchors // chunks * 8 * group * vocabulary <= transformer._MOST_LOGITS or chunks == anchors
+        assert anchors // chunks * 8 * group * vocabulary <= layers._MOST_LOGITS or chunks == anchors
 
 
 def test_memory_of_the_loss_does_not_grow_with_all_logits(tiny_config):
@@ -178,7 +179,7 @@ def test_keeping_more_takes_more_memory_and_repeats_less(tiny_config):
         compiled = gradient.lower(params, tokens).compile()
         return compiled.memory_analysis().temp_size_in_bytes, compiled.cost_analysis()["flops"]
 
-    memory, flops = zip(*map(memory_and_flops, transformer.REMAT_POLICIES), strict=True)
+    memory, flops = zip(*map(memory_and_flops, backbone.REMAT_POLICIES), strict=True)
     assert max(memory[:2]) < memory[2] < memory[3]
     assert flops[0] > flops[1] > flops[2] >= flops[3]
 

@@ -5,10 +5,11 @@ import json
 import numpy as np
 import pytest
 
+from kforcing_jax.cli.prompts import read_prefixes, room_for, write_completions
 from kforcing_jax.config import DataConfig
 from kforcing_jax.data.tokenizers import markov_tokenizer, train_tokenizer
 from kforcing_jax.decoding import generate
-from kforcing_jax.decoding.prefixes import Prefix, complete, read_prefixes, room_for, write_completions
+from kforcing_jax.decoding.completions import Prefix, complete
 from kforcing_jax.errors import ConfigError, DataError, RunError
 
 

@@ -1,6 +1,7 @@
-"""What the commands share that take a released checkpoint or complete a file of prefixes: flags, and what they do."""
+"""What the commands share that take a released checkpoint or complete a file of prefixes: their flags."""
 
-import sys
+import os
+from pathlib import Path
 
 from absl import flags
 
@@ -25,29 +26,11 @@ def check_one_model(workdir: str | None):
         raise ConfigError("give one of --workdir (a trained run) and --checkpoint (a released .ckpt)")
 
 
-def complete_prefixes(model, params, tokenizer, *, k: int, seq_len: int | None, prefix_length: int | None, **settings):
-    """The `Completions` of --prefix_file, `settings` as of `complete`. Lines that cannot be used are said on stderr.
-
-    Raises:
-      ConfigError: nothing says how prefixes become tokens, or how many new ones there are to be.
-      DataError: the file has no usable line, or texts do not fit `seq_len`.
-    """
-    from kforcing_jax.decoding.prefixes import check_prefixes_fit, complete, read_prefixes, room_for
-
-    length = PREFIX_LENGTH.value or prefix_length
-    check_prefixes_fit(tokenizer, length)
-    max_new_tokens = room_for(length, seq_len, MAX_NEW_TOKENS.value)
-    prefixes, problems = read_prefixes(PREFIX_FILE.value, tokenizer, length)
-    for problem in problems:
-        print(problem, file=sys.stderr)
-    return complete(
-        model,
-        params,
-        prefixes,
-        max_new_tokens=max_new_tokens,
-        k=k,
-        batch_size=BATCH_SIZE.value,
-        samples_per_prefix=NUM_SAMPLES.value,
-        eos_id=tokenizer.eos_id,
-        **settings,
-    )
+def check_output_dir(folder: str | Path):
+    """Raises ConfigError when it is clear before decoding that nothing can be written there. Writes nothing."""
+    folder = Path(folder)
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise ConfigError(f"--output_dir={folder}: {there} is not a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(f"--output_dir={folder}: the folder {there} is not writable")

@@ -1,4 +1,8 @@
-"""The device mesh, and the rules by which parameters, optimiser state and batches lie on it."""
+"""The device mesh, and how parameters, optimiser state, batches and what is computed lie on it.
+
+`jax.set_mesh` makes a mesh current. What models know of it is at the end of this file; without a current mesh nothing
+there does anything.
+"""
 
 import math
 import re
@@ -8,10 +12,11 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from kforcing_jax.config import Config, MeshConfig
-from kforcing_jax.data.packing import Batch
 from kforcing_jax.errors import ConfigError, RunError
-from kforcing_jax.partitioning import AXES, ROWS
 
+AXES = ("data", "fsdp", "tensor")
+# The axes over which the rows of a batch are split.
+ROWS = ("data", "fsdp")
 _MODEL = ("fsdp", "tensor")
 
 # The first rule whose pattern is found in a parameter's path says how its axes are split; no rule: not at all. Shapes
@@ -129,8 +134,8 @@ def process_share(mesh: Mesh, batch_size: int) -> tuple[int, int]:
     return first // (end - first), batch_size // (end - first)
 
 
-def put_batch(batch: Batch, mesh: Mesh, batch_size: int) -> Batch:
-    """A batch of `batch_size` rows on the mesh, from the rows of `process_share`."""
+def put_batch(batch, mesh: Mesh, batch_size: int):
+    """A tree of arrays on the mesh, `batch_size` rows each, from the rows of `process_share`."""
 
     def put(rows_RxN):
         return jax.make_array_from_process_local_data(
@@ -140,8 +145,40 @@ def put_batch(batch: Batch, mesh: Mesh, batch_size: int) -> Batch:
     return jax.tree.map(put, batch)
 
 
-def put_validation(batches: Batch, mesh: Mesh) -> Batch:
-    """Batches (I, B, N) that every process has whole, on the mesh: by rows where they divide evenly."""
-    whole = batches.tokens.shape[1] % (mesh.shape["data"] * mesh.shape["fsdp"])
+def put_validation(batches, mesh: Mesh):
+    """A tree of batches (I, B, N) that every process has whole, on the mesh: by rows where they divide evenly."""
+    whole = jax.tree.leaves(batches)[0].shape[1] % (mesh.shape["data"] * mesh.shape["fsdp"])
     sharding = replicated(mesh) if whole else NamedSharding(mesh, PartitionSpec(None, ROWS))
     return jax.device_put(batches, sharding)
+
+
+def constrain(x: jax.Array, *spec) -> jax.Array:
+    """Lays an array out by a PartitionSpec on the current mesh. XLA chooses well for most arrays, not for all."""
+    if current_mesh().size <= 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
+
+
+def per_device(function, in_specs: tuple, out_specs):
+    """The function run on every device's own part of its arguments: for kernels, which XLA cannot partition."""
+    if current_mesh().size <= 1:
+        return function
+    # Kernels do not say over which axes their outputs vary, so that cannot be checked.
+    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def row_shards() -> int:
+    """Into how many parts the rows of a batch are split."""
+    mesh = current_mesh()
+    return 1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def platform() -> str:
+    """The platform that is compiled for, `cpu`, `gpu` or `tpu`: that of the current mesh, which need not be here."""
+    mesh = current_mesh()
+    device = None if mesh.empty else mesh.abstract_device
+    return device.platform if device is not None else jax.default_backend()
+
+
+def current_mesh() -> jax.sharding.AbstractMesh:
+    return jax.sharding.get_abstract_mesh()

@@ -1,11 +1,9 @@
-"""What commands write: files that are there whole or not at all, and folders that can be written."""
+"""Files that are there whole or not at all."""
 
 import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
-
-from kforcing_jax.errors import ConfigError
 
 
 @contextlib.contextmanager
@@ -23,13 +21,3 @@ def write_text(path: Path, text: str):
     """Writes a text file, whole or not at all. Raises OSError."""
     with whole_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
-
-
-def check_output_dir(folder: str | Path):
-    """Raises ConfigError when it is clear before decoding that nothing can be written there. Writes nothing."""
-    folder = Path(folder)
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not there.is_dir():
-        raise ConfigError(f"--output_dir={folder}: {there} is not a folder")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise ConfigError(f"--output_dir={folder}: the folder {there} is not writable")

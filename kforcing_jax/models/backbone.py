@@ -9,14 +9,8 @@ import jax.numpy as jnp
 
 from kforcing_jax.models.attention import IMPLEMENTATIONS, Causal, group_attention
 from kforcing_jax.models.keys import ATTENDED, KeyValue, Past
-from kforcing_jax.partitioning import ROWS, constrain, row_shards
-
-LAYER_NORM_EPSILON = 1e-5
-ROPE_BASE = 10_000.0
-MASK_LOGIT = -1000.0
-
-# f32 logits that one device holds at a time, 128 MB; loss and inverse CDF take a few times as much.
-_MOST_LOGITS = 2**25
+from kforcing_jax.models.layers import LAYER_NORM_EPSILON, Output, rotary_angles, rotate
+from kforcing_jax.sharding import ROWS, constrain
 
 # What the backward pass of a block finds in memory, from least to most; the rest is computed again.
 #   blocks: the block's input. attention: also what attention gave, the dearest part to repeat on long texts.
@@ -66,24 +60,6 @@ class ModelConfig:
     @property
     def head_width(self) -> int:
         return self.d_model // self.num_heads
-
-
-def rotary_frequencies(head_width: int) -> jax.Array:
-    """Radians per position of each of the C / 2 channel pairs, f32."""
-    return ROPE_BASE ** (-jnp.arange(0, head_width, 2, dtype=jnp.float32) / head_width)
-
-
-def rotary_angles(positions: jax.Array, head_width: int) -> tuple[jax.Array, jax.Array]:
-    """(cos, sin) of shape (*positions.shape, 1, C / 2), f32; the 1 broadcasts over heads."""
-    angles = positions[..., None, None].astype(jnp.float32) * rotary_frequencies(head_width)
-    return jnp.cos(angles), jnp.sin(angles)
-
-
-def rotate(x_xHxC: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotary embedding in the rotate-half convention: channel c pairs with channel c + C/2."""
-    first, second = jnp.split(x_xHxC.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x_xHxC.dtype)
 
 
 class Block(nn.Module):
@@ -148,7 +124,7 @@ class Backbone(nn.Module):
             length=cfg.num_layers,
         )(cfg)
         self.final_norm = nn.LayerNorm(epsilon=LAYER_NORM_EPSILON, use_bias=False)
-        self.output = Output(cfg)
+        self.output = Output(cfg.d_model, cfg.vocab_size, cfg.mask_id)
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         return constrain(self.embedding(tokens), ROWS)
@@ -181,61 +157,3 @@ class Backbone(nn.Module):
         )
         x_BxAxGxD, keys = self.blocks(x_BxAxGxD, prefix, None if past is None else past.tokens, where)
         return self.final_norm(x_BxAxGxD.astype(jnp.float32)), keys
-
-
-class Output(nn.Module):
-    """The output layer: hidden states to f32 logits, a few positions at a time."""
-
-    cfg: ModelConfig
-
-    def setup(self):
-        self.kernel = self.param(
-            "kernel", nn.initializers.lecun_normal(), (self.cfg.d_model, self.cfg.vocab_size), jnp.float32
-        )
-        self.bias = self.param("bias", nn.initializers.zeros_init(), (self.cfg.vocab_size,), jnp.float32)
-
-    def __call__(self, x_xD: jax.Array) -> jax.Array:
-        """logits_xV, the mask id at -1000."""
-        return _logits(x_xD, self.kernel, self.bias, self.cfg.mask_id)
-
-    def per_token(self, function, x_BxAxGxD: jax.Array, *arrays_BxAxG: jax.Array):
-        """function(logits_BxAxGxV, *arrays_BxAxG), which works on every token by itself, over chunks of anchors.
-
-        The logits of one chunk are alive at a time, in the backward pass too: memory does not depend on A * V.
-        Arrays, and what the function returns, have shape (B, A, G); an axis of size 1 is repeated.
-        """
-        # Gathered and summed once, not once a chunk, where the parameters are spread over devices.
-        kernel_DxV, bias_V = constrain(self.kernel), constrain(self.bias)
-
-        def one_chunk(x_and_arrays):
-            x_BxAxGxD, *arrays_BxAxG = x_and_arrays
-            # The vocabulary is never split: a tensor axis takes positions here.
-            x_BxAxGxD = constrain(x_BxAxGxD, ROWS, "tensor")
-            return function(_logits(x_BxAxGxD, kernel_DxV, bias_V, self.cfg.mask_id), *arrays_BxAxG)
-
-        shape = x_BxAxGxD.shape[:3]
-        inputs = (x_BxAxGxD, *(jnp.broadcast_to(array, shape) for array in arrays_BxAxG))
-        chunks = num_chunks(shape, self.cfg.vocab_size)
-        if chunks == 1:
-            return one_chunk(inputs)
-        outputs = jax.lax.map(jax.checkpoint(one_chunk, prevent_cse=False), _split_anchors(inputs, chunks))
-        return jax.tree.map(lambda out: jnp.moveaxis(out, 0, 1).reshape(shape), outputs)
-
-
-def num_chunks(shape_BxAxG: tuple[int, int, int], vocab_size: int) -> int:
-    """The least divisor of A that keeps the logits of A / divisor anchors within `_MOST_LOGITS` per device."""
-    batch, anchors, group = shape_BxAxG
-    per_anchor = -(-batch // row_shards()) * group * vocab_size
-    divisors = (n for n in range(1, anchors + 1) if anchors % n == 0)
-    return next((n for n in divisors if anchors // n * per_anchor <= _MOST_LOGITS), max(anchors, 1))
-
-
-def _split_anchors(tree, chunks):
-    """(B, A, ...) to (chunks, B, A / chunks, ...)."""
-    return jax.tree.map(
-        lambda x: jnp.moveaxis(x.reshape(x.shape[0], chunks, x.shape[1] // chunks, *x.shape[2:]), 1, 0), tree
-    )
-
-
-def _logits(x_xD, kernel_DxV, bias_V, mask_id):
-    return (jnp.dot(x_xD, kernel_DxV) + bias_V).at[..., mask_id].set(MASK_LOGIT)

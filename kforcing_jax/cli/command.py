@@ -9,6 +9,7 @@ from pathlib import Path
 
 from absl import app, flags, logging
 
+from kforcing_jax.cli.terminal import show_progress
 from kforcing_jax.config import Config, parse, unknown_field
 from kforcing_jax.errors import ConfigError, UserError
 
@@ -23,6 +24,7 @@ def run(main: Callable[[Sequence[str]], None]):
             _fail(f"unexpected argument {argv[1]!r}; every option is a flag, see --help")
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # orbax reports every file that it opens
+        show_progress()
         try:
             main(argv)
         except UserError as error:

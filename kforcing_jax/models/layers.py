@@ -1,0 +1,129 @@
+"""The pieces of the models: rotary positions, the noise encoder, the output layer."""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from kforcing_jax.sharding import ROWS, constrain, row_shards
+
+LAYER_NORM_EPSILON = 1e-5
+ROPE_BASE = 10_000.0
+NOISE_BASE = 10_000.0
+MASK_LOGIT = -1000.0
+
+# f32 logits that one device holds at a time, 128 MB; loss and inverse CDF take a few times as much.
+_MOST_LOGITS = 2**25
+
+
+def rotary_frequencies(head_width: int) -> jax.Array:
+    """Radians per position of each of the C / 2 channel pairs, f32."""
+    return ROPE_BASE ** (-jnp.arange(0, head_width, 2, dtype=jnp.float32) / head_width)
+
+
+def rotary_angles(positions: jax.Array, head_width: int) -> tuple[jax.Array, jax.Array]:
+    """(cos, sin) of shape (*positions.shape, 1, C / 2), f32; the 1 broadcasts over heads."""
+    angles = positions[..., None, None].astype(jnp.float32) * rotary_frequencies(head_width)
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x_xHxC: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotary embedding in the rotate-half convention: channel c pairs with channel c + C/2."""
+    first, second = jnp.split(x_xHxC.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x_xHxC.dtype)
+
+
+class NoiseEncoder(nn.Module):
+    """Embeds a uniform and a temperature as one token of width D: e(u, tau). Always f32."""
+
+    d_model: int
+
+    @nn.compact
+    def __call__(self, u_x: jax.Array, tau_x: jax.Array) -> jax.Array:
+        features_xF = jnp.concatenate([fourier_features(u_x, self.d_model), fourier_features(tau_x, self.d_model)], -1)
+        x_xD = constrain(nn.Dense(self.d_model, name="project")(features_xF), ROWS)
+        h = nn.LayerNorm(epsilon=LAYER_NORM_EPSILON, name="norm")(x_xD)
+        h = constrain(nn.Dense(4 * self.d_model, name="mlp_in")(h), ROWS)
+        return x_xD + constrain(nn.Dense(self.d_model, name="mlp_out")(exact_gelu(h)), ROWS)
+
+
+@jax.custom_vjp
+def exact_gelu(x: jax.Array) -> jax.Array:
+    """x P(standard normal <= x). Its backward pass needs x alone; the derived one keeps three arrays of this size."""
+    return jax.nn.gelu(x, approximate=False)
+
+
+def _exact_gelu_gradient(x, d_out):
+    density = jnp.exp(-(x**2) / 2) / math.sqrt(2 * math.pi)
+    return (d_out * (jax.scipy.special.ndtr(x) + x * density),)
+
+
+exact_gelu.defvjp(lambda x: (exact_gelu(x), x), _exact_gelu_gradient)
+
+
+def fourier_features(value_x: jax.Array, width: int) -> jax.Array:
+    """[cos(2 pi f v), sin(2 pi f v)] at width / 2 frequencies 10000^(-i / (width / 2)), f32."""
+    half = width // 2
+    frequencies = NOISE_BASE ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angles = 2 * jnp.pi * value_x[..., None].astype(jnp.float32) * frequencies
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+class Output(nn.Module):
+    """The output layer: hidden states to f32 logits, a few positions at a time."""
+
+    d_model: int
+    vocab_size: int
+    mask_id: int
+
+    def setup(self):
+        self.kernel = self.param("kernel", nn.initializers.lecun_normal(), (self.d_model, self.vocab_size), jnp.float32)
+        self.bias = self.param("bias", nn.initializers.zeros_init(), (self.vocab_size,), jnp.float32)
+
+    def __call__(self, x_xD: jax.Array) -> jax.Array:
+        """logits_xV, the mask id at -1000."""
+        return _logits(x_xD, self.kernel, self.bias, self.mask_id)
+
+    def per_token(self, function, x_BxAxGxD: jax.Array, *arrays_BxAxG: jax.Array):
+        """function(logits_BxAxGxV, *arrays_BxAxG), which works on every token by itself, over chunks of anchors.
+
+        The logits of one chunk are alive at a time, in the backward pass too: memory does not depend on A * V.
+        Arrays, and what the function returns, have shape (B, A, G); an axis of size 1 is repeated.
+        """
+        # Gathered and summed once, not once a chunk, where the parameters are spread over devices.
+        kernel_DxV, bias_V = constrain(self.kernel), constrain(self.bias)
+
+        def one_chunk(x_and_arrays):
+            x_BxAxGxD, *arrays_BxAxG = x_and_arrays
+            # The vocabulary is never split: a tensor axis takes positions here.
+            x_BxAxGxD = constrain(x_BxAxGxD, ROWS, "tensor")
+            return function(_logits(x_BxAxGxD, kernel_DxV, bias_V, self.mask_id), *arrays_BxAxG)
+
+        shape = x_BxAxGxD.shape[:3]
+        inputs = (x_BxAxGxD, *(jnp.broadcast_to(array, shape) for array in arrays_BxAxG))
+        chunks = num_chunks(shape, self.vocab_size)
+        if chunks == 1:
+            return one_chunk(inputs)
+        outputs = jax.lax.map(jax.checkpoint(one_chunk, prevent_cse=False), _split_anchors(inputs, chunks))
+        return jax.tree.map(lambda out: jnp.moveaxis(out, 0, 1).reshape(shape), outputs)
+
+
+def num_chunks(shape_BxAxG: tuple[int, int, int], vocab_size: int) -> int:
+    """The least divisor of A that keeps the logits of A / divisor anchors within `_MOST_LOGITS` per device."""
+    batch, anchors, group = shape_BxAxG
+    per_anchor = -(-batch // row_shards()) * group * vocab_size
+    divisors = (n for n in range(1, anchors + 1) if anchors % n == 0)
+    return next((n for n in divisors if anchors // n * per_anchor <= _MOST_LOGITS), max(anchors, 1))
+
+
+def _split_anchors(tree, chunks):
+    """(B, A, ...) to (chunks, B, A / chunks, ...)."""
+    return jax.tree.map(
+        lambda x: jnp.moveaxis(x.reshape(x.shape[0], chunks, x.shape[1] // chunks, *x.shape[2:]), 1, 0), tree
+    )
+
+
+def _logits(x_xD, kernel_DxV, bias_V, mask_id):
+    return (jnp.dot(x_xD, kernel_DxV) + bias_V).at[..., mask_id].set(MASK_LOGIT)
