@@ -1,6 +1,8 @@
 """Prepared data: rows of tokens on disk, and batches of them that depend on (seed, step) alone."""
 
 import dataclasses
+import functools
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -57,6 +59,19 @@ class Corpus:
     @property
     def mask_id(self) -> int:
         return self.tokenizer.mask_id
+
+    @property
+    def vocabulary_digest(self) -> str:
+        """SHA-256 of what ids stand for: tokens in the order of their ids, and which are special."""
+        return self.tokenizer.digest
+
+    @functools.cached_property
+    def data_digest(self) -> str:
+        """SHA-256 of the rows of both splits in order, by the digests of their shards; not of where they lie."""
+        manifest = _read_manifest(self.directory)
+        rows = {split: [shard["sha256"] for shard in manifest[split]["shards"]] for split in _SPLITS}
+        described = [self.seq_len, self.dtype.name, self.segmented, rows]
+        return hashlib.sha256(json.dumps(described).encode()).hexdigest()
 
     def check_batch_size(self, name: str, batch_size: int):
         """Raises DataError, calling the batch size `name`, when the training split cannot fill one batch."""

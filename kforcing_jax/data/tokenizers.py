@@ -6,7 +6,9 @@ of its own.
 
 import dataclasses
 import functools
+import hashlib
 import itertools
+import json
 import operator
 import re
 import string
@@ -82,6 +84,13 @@ class Tokenizer:
     def begins_documents(self) -> bool:
         """Whether a document begins with an id of its own ([CLS]), and not only ends with one."""
         return self.bos_id not in (None, self.eos_id)
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """SHA-256 of the tokens in the order of their ids, and of the ids that mean something here."""
+        vocabulary = self.backend.get_vocab(with_added_tokens=True)
+        described = [sorted(vocabulary.items(), key=lambda item: item[::-1]), self.bos_id, self.eos_id, self.mask_id]
+        return hashlib.sha256(json.dumps(described).encode()).hexdigest()
 
     def _first_id(self, names):
         ids = map(self.backend.token_to_id, names)

@@ -1,6 +1,7 @@
 import itertools
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -98,6 +99,19 @@ def test_the_same_config_and_seed_give_the_same_files(config, corpus, tmp_path):
     assert not np.array_equal(
         all_rows(prepare(config, SEED + 1, tmp_path / "other"), "train")[:5], all_rows(again, "train")[:5]
     )
+
+
+def test_digests_say_what_ids_and_rows_are_and_not_where_they_lie(config, corpus, tmp_path):
+    text = tmp_path / "copy.txt"
+    text.write_bytes(Path(config.path).read_bytes())
+    copy = prepare(replace(config, path=str(text)), SEED, tmp_path / "data")
+    assert (copy.vocabulary_digest, copy.data_digest) == (corpus.vocabulary_digest, corpus.data_digest)
+    other_rows = prepare(config, SEED + 1, tmp_path / "other")
+    assert other_rows.data_digest != corpus.data_digest
+    # The same letters, which are not equally frequent: as many ids in another order.
+    text.write_text(Path(config.path).read_text().translate(str.maketrans("ca", "ac")))
+    permuted = prepare(replace(config, path=str(text)), SEED, tmp_path / "permuted")
+    assert permuted.vocab_size == corpus.vocab_size and permuted.vocabulary_digest != corpus.vocabulary_digest
 
 
 def test_another_config_is_refused_by_the_field_that_differs(config, corpus):
