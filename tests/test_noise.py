@@ -10,7 +10,9 @@ import scipy.stats
 
 from kforcing_jax.noise import (
     CDF_ERROR_BOUND,
-    cdf,
+    LARGEST_UNIFORM,
+    _Blocks,
+    argmax,
     inverse_cdf,
     invert_noise,
     noise_within_bins,
@@ -19,10 +21,24 @@ from kforcing_jax.noise import (
 )
 
 VOCABULARIES = (2, 6, 97, 1000, 50_258)
-LARGEST_UNIFORM = 1 - 2.0**-24
 
-_cdf, _inverse_cdf = jax.jit(cdf), jax.jit(inverse_cdf)
-_noise_within_bins, _invert_noise = jax.jit(noise_within_bins), jax.jit(invert_noise)
+# As users compile it: the bound is one of optimised code.
+_OPTIMISED = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
+_jit = functools.partial(jax.jit, compiler_options=_OPTIMISED)
+
+
+@_jit
+def _cdf(logits_xV):
+    """F(v) of every token by the sums that a draw looks into."""
+    blocks = _Blocks.of(jnp.asarray(logits_xV))
+    every = jnp.arange(blocks.ends_xM.shape[-1])
+    _, sums_MxW = jax.vmap(lambda i: blocks.within(jnp.full(logits_xV.shape[:-1], i)))(every)
+    sums = jnp.moveaxis(sums_MxW, 0, -2).reshape(*logits_xV.shape[:-1], -1)[..., : logits_xV.shape[-1]]
+    return sums / blocks.total_x[..., None]
+
+
+_inverse_cdf, _argmax = _jit(inverse_cdf), _jit(argmax)
+_noise_within_bins, _invert_noise = _jit(noise_within_bins), _jit(invert_noise)
 
 
 def exact_cdf(logits_xV):
@@ -94,6 +110,7 @@ def test_the_extreme_bit_patterns_give_the_ends_of_the_interval(monkeypatch):
 
 
 SEEDS = np.array([0, 1, 7, 2**31, 2**32 - 1], np.uint32)
+RECORDED = [[7020545, 3628835], [1982232, 15213349]]
 
 
 def positions(start, stop):
@@ -199,6 +216,32 @@ def test_tokens_follow_the_distribution_of_the_logits(rng):
     tokens = _inverse_cdf(jnp.broadcast_to(logits, (len(u), 12)), u)
     expected = np.diff(exact_cdf(logits), prepend=0) * len(u)
     assert scipy.stats.chisquare(np.bincount(tokens, minlength=12), expected).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("spread", [0.0, 1e-30, 3.0, 1e30])
+def test_argmax_is_the_least_index_of_the_maximum(rng, vocab, spread):
+    logits = np.round(spread * rng.normal(size=(32, vocab)), 1).astype(np.float32)
+    logits[0] = -np.inf
+    np.testing.assert_array_equal(_argmax(logits), logits.argmax(axis=-1))
+
+
+def test_a_global_setting_changes_no_requests_noise():
+    noise = np.asarray(position_noise(SEEDS, positions(0, 50)))
+    settings = {"jax_threefry_partitionable": not jax.config.jax_threefry_partitionable, "jax_default_prng_impl": "rbg"}
+    before = {name: getattr(jax.config, name) for name in settings}
+    try:
+        for name, value in settings.items():
+            jax.config.update(name, value)
+        np.testing.assert_array_equal(position_noise(SEEDS, positions(0, 50)), noise)
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+
+
+def test_the_noise_of_a_seed_and_position_is_what_it_always_was():
+    """Recorded, so that a request can be repeated under a later version."""
+    noise = np.asarray(position_noise(SEEDS[:2], jnp.array([[0, 1], [0, 12345]])), np.float64) * 2**24
+    np.testing.assert_array_equal(noise, RECORDED)
 
 
 def test_inverse_cdf_keeps_any_leading_axes(rng):
