@@ -78,8 +78,8 @@ def _evaluate_checkpoint():
         released.params,
         released.tokenizer,
         k=released.tokens_per_pass(K.value),
-        seq_len=released.release and released.release.seq_len,
-        prefix_length=released.release and released.release.prefix_length,
+        seq_len=released.seq_len,
+        prefix_length=released.prefix_length,
     )
     figures = evaluate_released(released, completions, teacher, scorer)
     if _OUTPUT_DIR.value:

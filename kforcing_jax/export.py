@@ -1,6 +1,6 @@
 """Writes a finished stage of a run as a released checkpoint, for the released code or for others to load.
 
-python -m kforcing_jax.export --workdir=runs/tiny --stage=k4 --output=tiny_k4.ckpt
+python -m kforcing_jax.export --workdir=runs/tiny --stage=k4 --output=tiny_k4.safetensors
 """
 
 import os
@@ -9,11 +9,13 @@ from pathlib import Path
 from absl import flags
 
 from kforcing_jax import cli
-from kforcing_jax.errors import ConfigError, RunError
+from kforcing_jax.errors import ConfigError
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run directory.")
 _STAGE = flags.DEFINE_string("stage", None, "The stage (ar, k4, ...); the last finished one by default.")
-_OUTPUT = flags.DEFINE_string("output", None, "The .ckpt to write; one that is there is replaced.")
+_OUTPUT = flags.DEFINE_string(
+    "output", None, "The .safetensors, or .ckpt with torch, to write; one that is there is replaced."
+)
 
 
 def main(_):
@@ -29,29 +31,47 @@ def main(_):
 
     workdir = Workdir.open(_WORKDIR.value)
     stage = choose_stage(finished_stages(workdir), _STAGE.value)
-    model, params = load_stage(workdir, stage, workdir.tokenizer())
-    try:
-        official.save(output, model, params, workdir.config.stages[stage].window)
-    except OSError as error:
-        raise RunError(f"--output={output} cannot be written: {error.strerror or error}") from None
+    tokenizer = workdir.tokenizer()
+    model, params = load_stage(workdir, stage, tokenizer)
+    official.save(output, model, params, **note_of(workdir.config, stage, tokenizer))
     size, vocab_size = sum(leaf.size for leaf in jax.tree.leaves(params)), model.cfg.vocab_size
     print(f"{output}: {type(model).__name__} of stage {stage}, {size:,} parameters, vocabulary of {vocab_size:,}")
 
 
+def note_of(config, stage: str, tokenizer) -> dict:
+    """What the file says beside the weights, see `official.NOTES`."""
+    from kforcing_jax.data.pretrained import digest
+
+    note = {
+        "eos_id": tokenizer.eos_id,
+        "vocabulary": digest(tokenizer.backend),
+        "seq_len": config.data.seq_len,
+        "prefix_length": config.evaluation.prompt_length,
+    }
+    settings = config.stages[stage]
+    if settings.window:
+        note |= {"window": settings.window, "tau_min": float(settings.tau_min), "tau_max": float(settings.tau_max)}
+    return note
+
+
 def check_output(output: str | None) -> Path:
     """The path to write. Raises ConfigError when it is already clear that nothing can be written there."""
+    from kforcing_jax.interop.tensor_files import check_writable_format
+
     if not output:
-        raise ConfigError("--output is missing, for example --output=model.ckpt")
-    folder = os.path.dirname(output) or "."
-    if os.path.isdir(output) or output.endswith(os.sep):
+        raise ConfigError("--output is missing, for example --output=model.safetensors")
+    path = os.path.expanduser(output)
+    folder = os.path.dirname(path) or "."
+    if os.path.isdir(path) or path.endswith(os.sep):
         raise ConfigError(f"--output={output} is a directory; name a file in it")
-    if os.path.exists(output) and not os.path.isfile(output):
+    if os.path.exists(path) and not os.path.isfile(path):
         raise ConfigError(f"--output={output} is there, and is not a file")
     if not os.path.isdir(folder):
         raise ConfigError(f"--output={output}: there is no directory {folder}")
     if not os.access(folder, os.W_OK):
         raise ConfigError(f"--output={output}: the directory {folder} is not writable")
-    return Path(output)
+    check_writable_format(path)
+    return Path(path)
 
 
 def choose_stage(finished: list[str], stage: str | None) -> str:

@@ -93,14 +93,13 @@ def _from_checkpoint() -> Decoder:
 
     needs_tokenizer = _PROMPT_IDS.value is None
     released = open_released(CHECKPOINT.value, TOKENIZER.value, WEIGHTS.value, needs_tokenizer)
-    model, params, tokenizer, release, _ = released
+    model, params, tokenizer, release = released[:4]
     if _MODE.value == "ar" and not isinstance(model, CausalLM):
         raise ConfigError(f"--mode=ar: {CHECKPOINT.value} is a student; leave --mode out or give an AR checkpoint")
     if release and not tokenizer:
         print(f"the tokenizer {release.tokenizer} is not here: ids in, ids out", file=sys.stderr)
-    eos_id = tokenizer.eos_id if tokenizer else release and release.eos_id
-    known = (release.seq_len, release.prefix_length) if release else (None, None)
-    return Decoder(model, params, tokenizer, eos_id, released.tokens_per_pass(K.value), *known)
+    k = released.tokens_per_pass(K.value)
+    return Decoder(model, params, tokenizer, released.eos_id, k, released.seq_len, released.prefix_length)
 
 
 def _continue_prompt(decoder: Decoder):

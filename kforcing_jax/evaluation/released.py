@@ -11,7 +11,8 @@ from kforcing_jax.evaluation.external import external_figures
 from kforcing_jax.evaluation.fidelity import agreement
 from kforcing_jax.evaluation.intervals import text_report
 from kforcing_jax.evaluation.samples import measure
-from kforcing_jax.evaluation.scorer import Scorer, new_tokens
+from kforcing_jax.evaluation.scorer import Scorer
+from kforcing_jax.evaluation.text_metrics import new_tokens
 from kforcing_jax.interop.released import Released
 from kforcing_jax.models import CausalLM
 

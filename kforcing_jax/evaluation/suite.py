@@ -48,8 +48,7 @@ def evaluate(workdir: Workdir, corpus: Corpus, scorer: Scorer | None = None) -> 
         measured |= {"tokens_per_second": round(speed, 1), "tokens_per_pass": _tokens_per_pass(workdir, name)}
         if scorer:
             rows = decoded.tokens, decoded.lengths, settings.prompt_length, corpus.tokenizer
-            references = [text_M[: settings.prompt_length + settings.new_tokens] for text_M in texts]
-            measured["external"] = external_figures(scorer, *rows, references=references)
+            measured["external"] = external_figures(scorer, *rows)
         if workdir.config.stages[name].window:
             measured |= _measure_map(workdir, corpus, name, model, params, teacher, teacher_params, key)
         before = summary["stages"].get(name, {})

@@ -101,13 +101,6 @@ _COLUMNS = (
         lambda stage, ar: gen_ppl_text(stage.get("external") or {}),
         needs="external",
     ),
-    _Column(
-        "MAUVE",
-        "of the samples against real continuations, 1 is best; - where mauve-text is not installed",
-        lambda stage, ar: _value("mauve", 3)(stage.get("external") or {}, ar),
-        needs="external",
-        terminal=False,
-    ),
     _Column("tokens/s", "useful tokens (up to EOS) per second of the compiled decoder", _value("tokens_per_second", 0)),
     _Column("vs AR", "tokens per second over those of the AR teacher", _speed_up),
     _Column(

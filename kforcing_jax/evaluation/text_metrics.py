@@ -11,6 +11,13 @@ import numpy as np
 Rows = Sequence[Sequence[int] | np.ndarray]
 
 
+def new_tokens(tokens: np.ndarray, prompt_length: int, length: int, eos_id: int | None) -> np.ndarray:
+    """The generated ids of one row of a `Generation`, up to its first EOS and without it."""
+    new = np.asarray(tokens[prompt_length:length])
+    ends = np.flatnonzero(new == eos_id) if eos_id is not None else []
+    return new[: ends[0]] if len(ends) else new
+
+
 def distinct_n(rows: Rows, n: int) -> float:
     """Distinct n-grams over all n-grams, counted over the whole sample (Li et al. 2016); higher is more diverse.
 

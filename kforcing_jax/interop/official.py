@@ -2,12 +2,13 @@
 
 A file holds {"state_dict": tensors by name}, or is that dict itself. Full training checkpoints hold more beside it:
 optimizer states, which are never read, and an average of the weights (`ema`), which can be read instead. Ours say
-under "kforcing_jax", where no other code looks, what the weights do not: the mask id, and the window of a student.
+beside the weights, where no other code looks, what these do not: see `NOTES`.
 """
 
 import dataclasses
 import itertools
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,15 +16,18 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from kforcing_jax.interop import torch_zip
-from kforcing_jax.interop.torch_zip import CheckpointFormatError, StoredTensor
+from kforcing_jax.interop import tensor_files
+from kforcing_jax.interop.torch_zip import CheckpointFormatError, StoredTensor, describe
 from kforcing_jax.models import CausalLM, ModelConfig, PushForwardLM
 from kforcing_jax.models.layers import ROPE_BASE, rotary_frequencies
 
 _WEIGHTS = ("state_dict", "ema")
 
-_NOTE = "kforcing_jax"
 _PREFIX = "backbone."
+# What wrappers put into names: DataParallel, torch.compile, Lightning, FSDP, activation checkpointing.
+_WRAPPERS = {
+    *("module", "_orig_mod", "model", "_forward_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"),
+}
 _FREQUENCIES = "rotary_emb.inv_freq"  # a buffer: in the state dict, but not a parameter
 
 
@@ -45,8 +49,34 @@ RELEASES = {
 }
 
 
+def _is_count(value) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _is_temperature(value) -> bool:
+    return type(value) is float and 0 < value < math.inf
+
+
+def _is_order(value) -> bool:
+    return isinstance(value, list) and all(map(_is_count, value)) and sorted(value) == list(range(len(value)))
+
+
+# What a file of ours may say of its model beside the weights: whether a value is one, and what it should be.
+NOTES: dict[str, tuple[Callable[[object], bool], str]] = {
+    "mask_id": (_is_count, "an id"),
+    "eos_id": (_is_count, "an id"),
+    "vocabulary": (lambda value: isinstance(value, str), "the digest of a vocabulary"),
+    "seq_len": (_is_count, "the longest text in tokens"),
+    "prefix_length": (_is_count, "a number of tokens"),
+    "window": (_is_count, "the tokens of a pass"),
+    "tau_min": (_is_temperature, "a temperature"),
+    "tau_max": (_is_temperature, "a temperature"),
+    "cdf_order": (_is_order, "every id once, in the order in which they lie on [0, 1)"),
+}
+
+
 def load(path: str | Path, mask_id: int | None = None, weights: str = "state_dict"):
-    """Reads a released `.ckpt`: (model, params), a CausalLM or a PushForwardLM by what the file holds.
+    """Reads a released `.ckpt`, or a `.safetensors`: (model, params), a CausalLM or a PushForwardLM by what it holds.
 
     Args:
       path: the checkpoint.
@@ -58,27 +88,21 @@ def load(path: str | Path, mask_id: int | None = None, weights: str = "state_dic
       CheckpointFormatError: not such a file, a tensor of the wrong shape, something that is not safe to read in it,
         or no averaged weights where they are asked for. One line that begins with the path.
     """
-    with torch_zip.opened(path) as content:
+    with tensor_files.opened(path) as content:
         return from_state_dict(
-            _model_tensors(content, weights), _noted(content, "mask_id") if mask_id is None else mask_id
+            _model_tensors(content, weights), _note(content).get("mask_id") if mask_id is None else mask_id
         )
 
 
-def trained_window(path: str | Path) -> int | None:
-    """The window that a student of `save` was trained with; None where the file does not say. Raises like `load`."""
-    with torch_zip.opened(path) as content:
-        return _noted(content, "window")
-
-
-def read_state_dict(path: str | Path, weights: str = "state_dict") -> dict[str, np.ndarray]:
-    """The model's tensors by the names that they have in the file, as numpy arrays. Raises like `load`."""
-    with torch_zip.opened(path) as content:
-        return {name: tensor.read() for name, tensor in _model_tensors(content, weights).items()}
+def read_note(path: str | Path) -> dict:
+    """The entries of `NOTES` that a file has; none in files of others. Raises like `load`."""
+    with tensor_files.opened(path) as content:
+        return _note(content)
 
 
 def from_state_dict(state: dict[str, np.ndarray | StoredTensor], mask_id: int | None = None):
     """Converts released tensors, with or without the `backbone.` prefix: (model, params). Raises like `load`."""
-    tensors = _Tensors({name.removeprefix(_PREFIX): tensor for name, tensor in _of_backbone(state).items()})
+    tensors = _Tensors({name.removeprefix(_PREFIX): tensor for name, tensor in _of_model(state).items()})
     is_student = any(name.startswith("noise_encoder.") for name in tensors.by_name)
     model = (PushForwardLM if is_student else CausalLM)(_config(tensors, mask_id))
     before, block, after = _layout(model)
@@ -98,21 +122,22 @@ def to_state_dict(model: CausalLM | PushForwardLM, params: dict) -> dict[str, np
     for i, weight in itertools.product(range(model.cfg.num_layers), block):
         state[_block_prefix(i) + weight.name] = weight.released(leaves[weight.path][i])
     state |= {weight.name: weight.released(leaves[weight.path]) for weight in after}
-    return {_PREFIX + name: np.ascontiguousarray(tensor) for name, tensor in state.items()}
+    return {_PREFIX + name: tensor for name, tensor in state.items()}
 
 
-def save(path: str | Path, model: CausalLM | PushForwardLM, params: dict, window: int | None = None):
-    """Writes a `.ckpt` that the released code loads, as does `load`. It is there whole or not at all.
+def save(path: str | Path, model: CausalLM | PushForwardLM, params: dict, **note: object):
+    """Writes a `.ckpt` (or `.pt`) that the released code loads, or a `.safetensors`; `load` reads both.
 
-    `window` is the number of tokens that a student was trained to emit in a pass, to be kept with it.
+    `note` has entries of `NOTES`; those that are None are left out, and mask_id is that of the model.
 
     Raises:
-      OSError: it cannot be written.
+      ConfigError: another ending, or one that needs torch, which is not installed.
+      RunError: it cannot be written; nothing is left behind.
+      ValueError: an entry that is not in `NOTES`, or not what it should be.
     """
-    mask_id = model.cfg.mask_id
-    note = {"mask_id": mask_id} if mask_id != default_mask_id(model.cfg.vocab_size) else {}
-    note |= {"window": window} if window else {}
-    torch_zip.write(path, {"state_dict": to_state_dict(model, params)} | ({_NOTE: note} if note else {}))
+    note = {name: value for name, value in note.items() if value is not None} | {"mask_id": model.cfg.mask_id}
+    _check_note(note)
+    tensor_files.write(path, to_state_dict(model, params), note)
 
 
 def default_mask_id(vocab_size: int) -> int:
@@ -120,10 +145,21 @@ def default_mask_id(vocab_size: int) -> int:
     return RELEASES[vocab_size].mask_id if vocab_size in RELEASES else vocab_size - 1
 
 
-def _noted(content, name) -> int | None:
-    note = content.get(_NOTE) if isinstance(content, dict) else None
-    value = note.get(name) if isinstance(note, dict) else None
-    return value if type(value) is int else None
+def _note(content) -> dict:
+    note = content.get(tensor_files.NOTE, {}) if isinstance(content, dict) else {}
+    if not isinstance(note, dict):
+        raise CheckpointFormatError(f"its entry {tensor_files.NOTE} is {describe(note)}, expected dict")
+    _check_note(note)
+    return dict(note)
+
+
+def _check_note(note):
+    for name, value in note.items():
+        if name not in NOTES:
+            raise CheckpointFormatError(f"{tensor_files.NOTE} has an entry {name!r}; known are {', '.join(NOTES)}")
+        is_right, expected = NOTES[name]
+        if not is_right(value):
+            raise CheckpointFormatError(f"{tensor_files.NOTE} says {name} = {value!r:.50}, expected {expected}")
 
 
 def _model_tensors(content, weights) -> dict[str, StoredTensor]:
@@ -133,7 +169,7 @@ def _model_tensors(content, weights) -> dict[str, StoredTensor]:
     state = content.get("state_dict", content) if isinstance(content, dict) else content
     if not isinstance(state, dict) or not state:
         raise _no_state_dict("it" if state is content else '"state_dict"', state)
-    state = _of_backbone(state)
+    state = _of_model(state)
     for name, tensor in state.items():
         if not isinstance(name, str):
             raise _no_state_dict("a name", name)
@@ -143,14 +179,20 @@ def _model_tensors(content, weights) -> dict[str, StoredTensor]:
 
 
 def _no_state_dict(what, value):
-    found = "empty" if value == {} else torch_zip.describe(value)
+    found = "empty" if value == {} else describe(value)
     return CheckpointFormatError(f'no "state_dict" of tensors in this checkpoint ({what} is {found})')
 
 
-def _of_backbone(state):
-    """Full checkpoints may hold other modules (a noise schedule, a teacher) beside the model."""
-    backbone = {name: value for name, value in state.items() if isinstance(name, str) and name.startswith(_PREFIX)}
-    return backbone or state
+def _of_model(state) -> dict:
+    """The model's tensors by their names without wrappers; full checkpoints may hold other modules beside it."""
+    named = {}
+    for name, value in state.items():
+        plain = ".".join(part for part in name.split(".") if part not in _WRAPPERS) if isinstance(name, str) else name
+        if plain in named:
+            raise CheckpointFormatError(f"two tensors are called {plain}, but for what wrappers add")
+        named[plain] = value
+    backbone = {name: value for name, value in named.items() if isinstance(name, str) and name.startswith(_PREFIX)}
+    return backbone or named
 
 
 def _averaged(state, ema):
@@ -163,7 +205,7 @@ def _averaged(state, ema):
         raise CheckpointFormatError(f"ema has {len(shadows)} weights, the model {len(names)}")
     for name, shadow in zip(names, shadows, strict=True):
         if not isinstance(shadow, StoredTensor):
-            raise CheckpointFormatError(f"ema has {torch_zip.describe(shadow)} for {name}, expected a tensor")
+            raise CheckpointFormatError(f"ema has {describe(shadow)} for {name}, expected a tensor")
         if shadow.shape != state[name].shape:
             raise CheckpointFormatError(f"ema has shape {shadow.shape} for {name}, expected {state[name].shape}")
     return state | dict(zip(names, shadows, strict=True))
@@ -288,7 +330,8 @@ class _Tensors:
 
     def shape(self, name, rank):
         if name not in self.by_name:
-            raise CheckpointFormatError(f"tensor {name} is missing")
+            there = ", ".join(ascii(each)[1:-1][:80] for each in list(self.by_name)[:3])
+            raise CheckpointFormatError(f"tensor {name} is missing; of {len(self.by_name)} the first are {there}")
         shape = self.by_name[name].shape
         if len(shape) != rank:
             raise CheckpointFormatError(f"tensor {name} has shape {shape}, expected {rank} axes")

@@ -1,10 +1,12 @@
 """How a command or a run takes a released model: with its tokenizer, as a student, as a teacher."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 from kforcing_jax.config import Config
-from kforcing_jax.data.pretrained import load_pretrained
+from kforcing_jax.data.pretrained import digest, load_pretrained
 from kforcing_jax.data.tokenizers import Tokenizer, is_trained
 from kforcing_jax.errors import ConfigError, DataError, RunError
 from kforcing_jax.interop import official
@@ -24,21 +26,51 @@ _FIELDS = {
 
 
 class Released(NamedTuple):
-    """A released model, ready to decode. `tokenizer`, `release` and the trained `window` are None when not known."""
+    """A released model, ready to decode, and what its file says of it (`official.NOTES`).
+
+    `tokenizer` and `release` are None when not known, as are what the file and the release would say.
+    """
 
     model: CausalLM | PushForwardLM
     params: dict
     tokenizer: Tokenizer | None
     release: Release | None
-    window: int | None = None
+    note: Mapping = MappingProxyType({})
+
+    @property
+    def window(self) -> int | None:
+        """Tokens of a pass that a student was trained with."""
+        return self.note.get("window")
+
+    @property
+    def tau_range(self) -> tuple[float, float] | None:
+        """The temperatures that a student was trained with."""
+        return (self.note["tau_min"], self.note["tau_max"]) if {"tau_min", "tau_max"} <= self.note.keys() else None
+
+    @property
+    def seq_len(self) -> int | None:
+        """The longest text."""
+        return self._said("seq_len")
+
+    @property
+    def prefix_length(self) -> int | None:
+        """Tokens of a prefix that are kept."""
+        return self._said("prefix_length")
+
+    @property
+    def eos_id(self) -> int | None:
+        return self.tokenizer.eos_id if self.tokenizer else self._said("eos_id")
 
     def tokens_per_pass(self, wanted: int | None) -> int:
         """`wanted`, by default the trained window. Raises ConfigError when that is smaller."""
         if isinstance(self.model, CausalLM):
             return 1
         if wanted and self.window and wanted > self.window:
-            raise ConfigError(f"--k={wanted} exceeds the window that this student was trained with, {self.window}")
+            raise ConfigError(f"k = {wanted} exceeds the window that this student was trained with, {self.window}")
         return wanted or self.window or _RELEASED_WINDOW
+
+    def _said(self, name):
+        return self.note.get(name, getattr(self.release, name, None))
 
 
 def open_released(
@@ -53,23 +85,32 @@ def open_released(
       DataError: the tokenizer is not to be had, or has another vocabulary than the checkpoint.
     """
     model, params = official.load(path, weights=weights)
+    note = official.read_note(path)
     release = RELEASES.get(model.cfg.vocab_size)
     name = tokenizer or (release and release.tokenizer)
-    window = official.trained_window(path)
     if name is None:
-        return Released(model, params, None, None, window)
+        return Released(model, params, None, None, note)
     try:
         loaded = load_pretrained(name)
+        _check_vocabulary(path, name, loaded, model.cfg, note)
     except DataError:
         if needs_tokenizer or tokenizer:
             raise
-        return Released(model, params, None, release, window)
-    if (loaded.vocab_size, loaded.mask_id) != (model.cfg.vocab_size, model.cfg.mask_id):
+        return Released(model, params, None, release, note)
+    return Released(model, params, loaded, release, note)
+
+
+def _check_vocabulary(path, name, tokenizer, cfg, note):
+    if (tokenizer.vocab_size, tokenizer.mask_id) != (cfg.vocab_size, cfg.mask_id):
         raise DataError(
-            f"tokenizer {name!r} has {loaded.vocab_size} ids, of which {loaded.mask_id} is the mask; {path} has "
-            f"{model.cfg.vocab_size} and {model.cfg.mask_id}; give the one that it was trained with as --tokenizer"
+            f"tokenizer {name!r} has {tokenizer.vocab_size} ids, of which {tokenizer.mask_id} is the mask; {path} has "
+            f"{cfg.vocab_size} and {cfg.mask_id}; give the tokenizer that it was trained with"
         )
-    return Released(model, params, loaded, release, window)
+    if note.get("vocabulary", digest(tokenizer.backend)) != digest(tokenizer.backend):
+        raise DataError(
+            f"tokenizer {name!r} has other tokens than {path} was trained with, or the same in another order; "
+            "give the tokenizer that it was trained with"
+        )
 
 
 def open_teacher(path: str | Path, student: Released) -> Released:
@@ -80,11 +121,14 @@ def open_teacher(path: str | Path, student: Released) -> Released:
       DataError: it is not an AR model, or has another vocabulary than the student.
     """
     model, params = official.load(path)
+    note = official.read_note(path)
     if not isinstance(model, CausalLM):
-        raise DataError(f"--teacher={path} is a student; give the AR checkpoint that it was distilled from")
+        raise DataError(f"teacher {path} is a student; give the AR checkpoint that the student was distilled from")
     if model.cfg.vocab_size != student.model.cfg.vocab_size:
-        raise DataError(f"--teacher={path} has {model.cfg.vocab_size} ids, --checkpoint {student.model.cfg.vocab_size}")
-    return Released(model, params, student.tokenizer, student.release)
+        raise DataError(f"teacher {path} has {model.cfg.vocab_size} ids, its student {student.model.cfg.vocab_size}")
+    if len({each["vocabulary"] for each in (note, student.note) if "vocabulary" in each}) > 1:
+        raise DataError(f"teacher {path} was trained with another vocabulary than the student, of the same size")
+    return Released(model, params, student.tokenizer, student.release, note)
 
 
 def check_teacher_of(config: Config):
@@ -97,15 +141,22 @@ def check_teacher_of(config: Config):
         _check_teacher(path, official.load(path)[0], sizes)
 
 
-def load_for(path: str | Path, model: CausalLM) -> dict:
-    """The parameters of a released file that is to be `model`.
+def load_for(path: str | Path, model: CausalLM, tokenizer: Tokenizer | None = None) -> dict:
+    """The parameters of a released file that is to be `model`, on texts of `tokenizer`.
 
     Raises:
       CheckpointFormatError: as `official.load`.
-      RunError: the file holds another model; names the first field that differs.
+      RunError: the file holds another model (names the first field that differs), or says another vocabulary.
     """
     loaded, params = official.load(path)
     _check_teacher(path, loaded, {name: getattr(model.cfg, name) for name in _FIELDS})
+    said = official.read_note(path)
+    ours = {"mask_id": model.cfg.mask_id} | ({"vocabulary": digest(tokenizer.backend)} if tokenizer else {})
+    for name, value in ours.items():
+        if said.get(name, value) != value:
+            raise RunError(
+                f"stages.ar.checkpoint = {str(path)!r} has {name} = {said[name]}, the tokenizer of the data {value}"
+            )
     return params
 
 

@@ -1,4 +1,4 @@
-"""Files of torch.save, read and written without torch, and without running what a file says.
+"""Files of torch.save, read without torch, and without running what a file says.
 
 Such a file is a zip archive: a pickle that describes nested containers and tensors, and one raw file per storage. The
 pickle is read by an unpickler that imports nothing. It knows tensors; names of packages that training checkpoints are
@@ -7,19 +7,18 @@ from a stranger cannot run anything. Storages are read when their tensor is aske
 """
 
 import contextlib
+import functools
 import io
-import math
 import pickle
 import pickletools
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
 
-from kforcing_jax.data.whole_file import whole_file
 from kforcing_jax.errors import UserError
 
 _DTYPES = {
@@ -34,7 +33,6 @@ _DTYPES = {
     "torch.ByteStorage": np.dtype(np.uint8),
     "torch.BoolStorage": np.dtype(np.bool_),
 }
-_STORAGES = {dtype: name for name, dtype in _DTYPES.items()}
 
 # Training checkpoints are full of objects of these. Nothing of them is imported: the list only says what to expect.
 _INERT_PACKAGES = {
@@ -49,14 +47,23 @@ _INERT_BUILTINS = {
 }
 _INERT_NAMES = {"operator.getitem", "_operator.getitem"}  # typing.Optional[int] is pickled as such a call
 
-_ROOT = "archive/"
-_ALIGNMENT = 64
 _LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 _ZIP_MAGIC = b"PK\x03\x04"
 
 
 class CheckpointFormatError(UserError, ValueError):
     """The file is not such a checkpoint, or holds something that is not safe to read."""
+
+
+@contextlib.contextmanager
+def damage_reported():
+    """A damaged pickle or storage can raise anything."""
+    try:
+        yield
+    except (CheckpointFormatError, MemoryError):
+        raise
+    except Exception as error:
+        raise CheckpointFormatError(f"damaged checkpoint ({type(error).__name__}: {error})") from None
 
 
 class Storage(NamedTuple):
@@ -77,28 +84,24 @@ class Storage(NamedTuple):
 
 
 class StoredTensor(NamedTuple):
-    """A tensor of an open archive: a view of a storage, which is read when the tensor is."""
+    """A tensor of an open file. `read` gives a copy of it, and raises CheckpointFormatError where it is damaged."""
 
-    storage: Storage
-    offset: int
     shape: tuple[int, ...]
-    strides: tuple[int, ...]  # in numbers, as torch counts
+    read: Callable[[], np.ndarray]
 
-    def read(self) -> np.ndarray:
-        """A copy of the tensor. Raises CheckpointFormatError when it is damaged or reaches outside its storage."""
-        with _damage_reported():
-            self._check_bounds()
-            storage = self.storage.read()
-            strides = [stride * storage.itemsize for stride in self.strides]
-            view = np.lib.stride_tricks.as_strided(storage[self.offset :], self.shape, strides, writeable=False)
-            return view.astype(storage.dtype.newbyteorder("="), order="C")
 
-    def _check_bounds(self):
-        """The numbers come from the file, and as_strided trusts them."""
-        steps = [(size - 1) * stride for size, stride in zip(self.shape, self.strides, strict=True)]
-        is_inside = 0 <= self.offset <= self.offset + sum(steps) < self.storage.count
-        if min(self.shape, default=1) > 0 and not (is_inside and min(self.strides, default=0) >= 0):
-            raise CheckpointFormatError(f"a tensor of shape {self.shape} reaches outside its storage")
+def _read_view(storage: Storage, offset: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> np.ndarray:
+    """Strides are in numbers, as torch counts."""
+    with damage_reported():
+        # The numbers come from the file, and as_strided trusts them.
+        last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+        is_inside = 0 <= offset <= last < storage.count and min(strides, default=0) >= 0
+        if min(shape, default=1) > 0 and not is_inside:
+            raise CheckpointFormatError(f"a tensor of shape {shape} reaches outside its storage")
+        numbers = storage.read()
+        bytes_apart = [stride * numbers.itemsize for stride in strides]
+        view = np.lib.stride_tricks.as_strided(numbers[offset:], shape, bytes_apart, writeable=False)
+        return view.astype(numbers.dtype.newbyteorder("="), order="C")
 
 
 class Placeholder:
@@ -143,7 +146,8 @@ class _RebuiltTensor(Placeholder):
             return storage  # the placeholder of a kind of storage that numpy does not have
         if not all(type(number) is int for number in (offset, *shape, *strides)):
             raise CheckpointFormatError("a tensor whose shape is not made of integers")
-        return StoredTensor(storage, offset, tuple(shape), tuple(strides))
+        shape, strides = tuple(shape), tuple(strides)
+        return StoredTensor(shape, functools.partial(_read_view, storage, offset, shape, strides))
 
 
 class _RebuiltParameter(Placeholder):
@@ -168,14 +172,10 @@ def opened(path: str | Path) -> Iterator[object]:
     What is neither a container, a number or a text nor a tensor is a `Placeholder`.
 
     Raises:
-      CheckpointFormatError: no such file, not a file of torch.save, or a name in it that is refused. Its message, and
-        that of any CheckpointFormatError raised while the file is open, begins with the path.
+      CheckpointFormatError: no such file, not a file of torch.save, or a name in it that is refused.
     """
-    try:
-        with _open_archive(path) as archive:
-            yield _content(archive)
-    except CheckpointFormatError as error:
-        raise CheckpointFormatError(f"{path}: {' '.join(str(error).split())}") from None
+    with _open_archive(path) as archive:
+        yield _content(archive)
 
 
 def describe(value: object) -> str:
@@ -190,7 +190,7 @@ def describe(value: object) -> str:
 
 
 def _open_archive(path):
-    with _damage_reported():
+    with damage_reported():
         try:
             return zipfile.ZipFile(path)
         except zipfile.BadZipFile:
@@ -208,28 +208,16 @@ def _why_no_archive(path) -> str:
         return "the file is cut short or damaged (a zip archive without its end); copy or download it again"
     if start.startswith(_LEGACY_MAGIC):
         return "written in the format before torch 1.6; load it with torch and torch.save it again"
-    expected = "not a torch zip checkpoint (expected a file written by torch.save"
     is_text = all(32 <= byte < 127 or byte in b"\t\r\n" for byte in start)
-    return expected + (f", found text: {start.decode()!r})" if is_text else ")")
+    return "not a file of torch.save or safetensors" + (f" but text: {start.decode()!r}" if is_text else "")
 
 
 def _content(archive):
     pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
     if len(pickles) != 1:
         raise CheckpointFormatError("a zip archive without a data.pkl, so not a torch checkpoint")
-    with _damage_reported():
+    with damage_reported():
         return _Unpickler(archive, pickles[0].removesuffix("data.pkl")).load()
-
-
-@contextlib.contextmanager
-def _damage_reported():
-    """A damaged pickle or storage can raise anything."""
-    try:
-        yield
-    except (CheckpointFormatError, MemoryError):
-        raise
-    except Exception as error:
-        raise CheckpointFormatError(f"damaged checkpoint ({type(error).__name__}: {error})") from None
 
 
 class _Unpickler(pickle.Unpickler):
@@ -274,79 +262,3 @@ def _is_inert(module, name) -> bool:
     if module in ("builtins", "__builtin__"):
         return name in _INERT_BUILTINS
     return module.split(".")[0] in _INERT_PACKAGES or f"{module}.{name}" in _INERT_NAMES
-
-
-def write(path: str | Path, content: dict):
-    """Writes nested dicts of arrays, texts and integers as torch.save does: `torch.load(weights_only=True)` reads it.
-
-    Storages are little-endian, uncompressed and aligned to 64 bytes. The file appears under its name when it is whole.
-
-    Raises:
-      OSError: it cannot be written; nothing is left behind.
-      TypeError: content of another kind.
-    """
-    with whole_file(Path(path)) as temporary, zipfile.ZipFile(temporary, "w") as archive:
-        _write_content(archive, content)
-
-
-def _write_content(archive, content):
-    arrays = []
-    _add(archive, "data.pkl", b"\x80\x02" + _pickled(content, arrays) + b".")
-    _add(archive, ".format_version", b"1")
-    _add(archive, ".storage_alignment", str(_ALIGNMENT).encode())
-    _add(archive, "byteorder", b"little")
-    for i, array in enumerate(arrays):
-        little = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
-        _add(archive, f"data/{i}", little.reshape(-1).view(np.uint8))
-    _add(archive, "version", b"3\n")
-
-
-def _add(archive, name, data):
-    """Adds a file whose data begins at a multiple of the alignment, as torch pads it: by an extra field "FB"."""
-    info = zipfile.ZipInfo(_ROOT + name)
-    info.file_size = len(data)
-    # The field of sizes beyond 32 bits, which zipfile adds by this rule.
-    long_sizes = 20 if len(data) * 1.05 > zipfile.ZIP64_LIMIT else 0
-    begin = archive.fp.tell() + zipfile.sizeFileHeader + len(info.filename) + long_sizes + 4
-    padding = -begin % _ALIGNMENT
-    info.extra = b"FB" + padding.to_bytes(2, "little") + padding * b"Z"
-    with archive.open(info, "w") as file:
-        file.write(data)
-
-
-def _pickled(value, arrays) -> bytes:
-    """The operations of a pickle that give `value`; its arrays are appended to `arrays`, a storage each."""
-    if isinstance(value, dict):
-        items = [_pickled(key, arrays) + _pickled(item, arrays) for key, item in value.items()]
-        return b"}(" + b"".join(items) + b"u"
-    if isinstance(value, np.ndarray):
-        arrays.append(value)
-        return _pickled_tensor(value, str(len(arrays) - 1))
-    if type(value) in (str, int):
-        return _plain(value)
-    raise TypeError(f"cannot write {type(value).__name__} into a checkpoint")
-
-
-def _pickled_tensor(array, key) -> bytes:
-    storage_type = _STORAGES.get(array.dtype.newbyteorder("="))
-    if storage_type is None:
-        raise TypeError(f"cannot write an array of {array.dtype} into a checkpoint")
-    strides = tuple(math.prod(array.shape[axis + 1 :]) for axis in range(array.ndim))
-    storage = _tuple(_plain("storage"), _name(storage_type), _plain(key), _plain("cpu"), _plain(array.size)) + b"Q"
-    hooks = _name("collections.OrderedDict") + b")R"
-    view = _tuple(storage, _plain(0), _plain(array.shape), _plain(strides), _plain(False), hooks)
-    return _name("torch._utils._rebuild_tensor_v2") + view + b"R"
-
-
-def _plain(value) -> bytes:
-    """The operations of a text, number or tuple of numbers, without the pickle's header and end."""
-    return pickle.dumps(value, protocol=2)[2:-1]
-
-
-def _name(full_name) -> bytes:
-    module, _, attribute = full_name.rpartition(".")
-    return f"c{module}\n{attribute}\n".encode()
-
-
-def _tuple(*parts) -> bytes:
-    return b"(" + b"".join(parts) + b"t"

@@ -73,7 +73,7 @@ def _train_stage(workdir: Workdir, corpus: Corpus, name: str, mesh: Mesh):
 def _import_stage(workdir: Workdir, corpus: Corpus, name: str, mesh: Mesh):
     """Takes the stage's weights from a released file."""
     path = workdir.config.stages[name].checkpoint
-    params = released.load_for(path, stage_model(workdir.config, name, corpus))
+    params = released.load_for(path, stage_model(workdir.config, name, corpus), corpus.tokenizer)
     _LOG.info(f"{name:<11} taken from {path}, not trained")
     with StageCheckpoints.of(workdir, name) as checkpoints:
         checkpoints.save_imported(jax.device_put(params, parameter_shardings(params, mesh)))

@@ -37,7 +37,7 @@ def logits_of(model, params):
     [(["--stage=ar"], "ar", CausalLM), (["--stage=k1"], "k1", PushForwardLM), ([], "k2", PushForwardLM)],
 )
 def test_a_finished_stage_is_written_as_a_file_that_loads_as_the_same_model(run, tmp_path, flags, stage, kind):
-    output = tmp_path / "model.ckpt"
+    output = tmp_path / "model.safetensors"
     out = call("export", f"--workdir={run}", *flags, f"--output={output}")
     assert out.returncode == 0, out.stderr
     workdir = Workdir.open(run)
@@ -45,6 +45,9 @@ def test_a_finished_stage_is_written_as_a_file_that_loads_as_the_same_model(run,
     loaded_model, loaded = official.load(output)
     assert type(loaded_model) is type(model) is kind
     assert loaded_model.cfg.mask_id == model.cfg.mask_id
+    said, config = official.read_note(output), workdir.config
+    assert said["seq_len"] == config.data.seq_len and said["prefix_length"] == config.evaluation.prompt_length
+    assert said.get("window") == (config.stages[stage].window or None)
     np.testing.assert_array_equal(logits_of(loaded_model, loaded), logits_of(model, params))
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
     assert out.stdout == f"{output}: {kind.__name__} of stage {stage}, {size:,} parameters, vocabulary of 5\n"
@@ -72,9 +75,10 @@ def test_a_run_without_a_finished_stage_has_nothing_to_write(run, tmp_path):
         ("", "--output is missing"),
         (".", "is a directory; name a file in it"),
         ("new/", "is a directory; name a file in it"),
-        ("file/x.ckpt", "there is no directory {folder}/file"),
-        ("missing/x.ckpt", "there is no directory {folder}/missing"),
+        ("file/x.safetensors", "there is no directory {folder}/file"),
+        ("missing/x.safetensors", "there is no directory {folder}/missing"),
         ("/dev/null", "--output=/dev/null is there, and is not a file"),
+        ("x.npz", "should end in one of .ckpt, .pt, .safetensors"),
     ],
 )
 def test_an_output_that_cannot_be_is_refused_before_the_run_is_looked_at(tmp_path, output, says):
@@ -94,5 +98,5 @@ def test_a_directory_that_is_not_writable_is_refused(tmp_path):
 
 
 def test_what_only_the_file_system_refuses_is_reported_in_one_line(run):
-    out = call("export", f"--workdir={run}", f"--output={run / ('x' * 300)}")
+    out = call("export", f"--workdir={run}", f"--output={run / ('x' * 300)}.safetensors")
     refused(out, "cannot be written: File name too long")

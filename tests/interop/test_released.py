@@ -11,8 +11,9 @@ from micro import micro_config, micro_config_dict
 from test_cli import call, refused
 from vocabularies import vocabulary
 
-from kforcing_jax.config import parse
-from kforcing_jax.data.tokenizers import markov_tokenizer
+from kforcing_jax.config import DataConfig, parse
+from kforcing_jax.data.pretrained import digest
+from kforcing_jax.data.tokenizers import markov_tokenizer, train_tokenizer
 from kforcing_jax.errors import DataError, RunError
 from kforcing_jax.interop import official
 from kforcing_jax.interop.released import check_teacher_of, load_for, open_released
@@ -24,13 +25,13 @@ from kforcing_jax.training.recipes import stage_model
 from kforcing_jax.workdir import Workdir
 
 
-def write_released(path, vocab_size, mask_id, student, num_layers=2, d_model=16, num_heads=2):
+def write_released(path, vocab_size, mask_id, student, num_layers=2, d_model=16, num_heads=2, **note):
     cfg = ModelConfig(vocab_size, mask_id, num_layers, d_model, num_heads)
     model = (PushForwardLM if student else CausalLM)(cfg)
     params = init_params(model, jax.random.key(1))
     # Zero-initialised parts would hide mistakes.
     params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), params)
-    official.save(path, model, params)
+    official.save(path, model, params, **note)
     return path
 
 
@@ -40,7 +41,7 @@ def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("released")
     sizes = {"lm1b": (30_522, 103), "owt": (50_258, 50_257)}
     return {
-        (data, kind): write_released(folder / f"{kind}_{data}.ckpt", *size, student=kind == "pflm")
+        (data, kind): write_released(folder / f"{kind}_{data}.safetensors", *size, student=kind == "pflm")
         for data, size in sizes.items()
         for kind in ("ar", "pflm")
     }
@@ -128,14 +129,14 @@ def test_a_student_is_evaluated_against_its_teacher(files, tmp_path):
 
 
 def test_a_tokenizer_of_another_vocabulary_is_refused(files):
-    with pytest.raises(DataError, match=r"30522 ids, of which 103 is the mask; .*owt\.ckpt has 50258 and 50257"):
+    with pytest.raises(DataError, match=r"30522 ids, of which 103 is the mask; .*owt\.safetensors has 50258 and 50257"):
         open_released(files["owt", "ar"], str(vocabulary("bert-base-uncased")))
 
 
 # The micro configuration's chain has four states and a mask.
 @pytest.fixture
 def released_teacher(tmp_path):
-    return write_released(tmp_path / "ar.ckpt", 5, 4, student=False)
+    return write_released(tmp_path / "ar.safetensors", 5, 4, student=False)
 
 
 def with_teacher(path, **model):
@@ -179,7 +180,7 @@ def test_a_teacher_of_another_shape_is_refused_before_anything_happens(released_
 
 
 def test_a_teacher_has_to_be_an_ar_model_of_the_datas_vocabulary(released_teacher, tmp_path):
-    student = write_released(tmp_path / "student.ckpt", 5, 4, student=True)
+    student = write_released(tmp_path / "student.safetensors", 5, 4, student=True)
     with pytest.raises(RunError, match="is a student, the teacher of a curriculum is an AR model"):
         check_teacher_of(with_teacher(student))
     config = micro_config()
@@ -189,13 +190,33 @@ def test_a_teacher_has_to_be_an_ar_model_of_the_datas_vocabulary(released_teache
         load_for(released_teacher, model)
 
 
-def test_an_exported_student_keeps_to_its_window(tmp_path):
-    released = PushForwardLM(ModelConfig(13, 12, 2, 16, 2))
-    params = init_params(released, jax.random.key(0))
-    official.save(tmp_path / "k2.ckpt", released, params, window=2)
-    flags = [f"--checkpoint={tmp_path / 'k2.ckpt'}", "--prompt_ids=1,2", "--max_new_tokens=6", "--json"]
-    assert json.loads(call("generate", *flags).stdout)["passes"] == [3]
-    refused(call("generate", *flags, "--k=3"), "--k=3 exceeds the window", "trained with, 2")
+def test_an_exported_student_keeps_to_what_its_file_says(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_released(tmp_path / "k2.safetensors", 13, 12, student=True, window=2, seq_len=12, eos_id=3)
+    flags = ["--checkpoint=~/k2.safetensors", "--prompt_ids=1,2", "--json"]
+    assert json.loads(call("generate", *flags, "--max_new_tokens=6").stdout)["passes"] == [3]
+    refused(call("generate", *flags, "--k=3"), "k = 3 exceeds the window", "trained with, 2")
+    refused(call("generate", *flags, "--max_new_tokens=11"), "2 tokens and 11 new ones", "of 12 positions")
+    released = open_released(tmp_path / "k2.safetensors")
+    assert (released.window, released.seq_len, released.eos_id, released.tau_range) == (2, 12, 3, None)
+
+
+def test_a_file_knows_its_vocabulary(tmp_path):
+    """Two of one size."""
+    ours, other = (train_tokenizer(DataConfig(vocab_size=8), [text] * 3) for text in ("abcdef", "uvwxyz"))
+    assert ours.vocab_size == other.vocab_size
+    for name, tokenizer in (("ours", ours), ("other", other)):
+        tokenizer.save(tmp_path / f"{name}.json")
+    path = write_released(
+        tmp_path / "ar.safetensors", ours.vocab_size, ours.mask_id, student=False, vocabulary=digest(ours.backend)
+    )
+    released = open_released(path, str(tmp_path / "ours.json"))
+    assert released.tokenizer.encode("abc") == ours.encode("abc")
+    with pytest.raises(DataError, match="has other tokens than"):
+        open_released(path, str(tmp_path / "other.json"))
+    load_for(path, released.model, ours)
+    with pytest.raises(RunError, match=r"has vocabulary = .*the tokenizer of the data"):
+        load_for(path, released.model, other)
 
 
 @pytest.mark.parametrize(
