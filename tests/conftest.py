@@ -27,6 +27,22 @@ import pytest
 from kforcing_jax.models import CausalLM, ModelConfig, PushForwardLM
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Tests that ask for torch are among those that `-m extras` runs, where the first step of CI has skipped them."""
+    for item in items:
+        if "torch" in item.fixturenames or hasattr(item.module, "torch"):
+            item.add_marker("extras")
+
+
+@pytest.fixture
+def optimised():
+    """What is jitted in a test with this fixture is compiled as users compile it."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
 @pytest.fixture
 def rng():
     return np.random.default_rng(0)
