@@ -26,9 +26,10 @@ import jax.numpy as jnp
 from absl import app, flags
 from dense_mask import mask_attention
 
+from kforcing_jax.config import REMATS
 from kforcing_jax.data.packing import Batch
-from kforcing_jax.models import CausalLM, ModelConfig, PushForwardLM, attention, init_params, transformer
-from kforcing_jax.models.keys import KeyValue
+from kforcing_jax.models import CausalLM, ModelConfig, PushForwardLM, attention, backbone, init_params
+from kforcing_jax.models.keys import Causal, KeyValue
 from kforcing_jax.noise import sample_uniform
 from kforcing_jax.training.flops import attended_pairs
 from kforcing_jax.training.losses import loss_and_agreement
@@ -42,7 +43,7 @@ _WIDTH = flags.DEFINE_integer("d_model", 256, "Width of the model.")
 _HEADS = flags.DEFINE_integer("num_heads", 4, "Attention heads.")
 _VOCABULARY = flags.DEFINE_integer("vocab_size", 512, "Vocabulary; small, so that attention is what is measured.")
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Compute dtype of the blocks.")
-_REMAT = flags.DEFINE_enum("remat", "blocks", list(transformer.REMAT_POLICIES), "What the backward pass keeps.")
+_REMAT = flags.DEFINE_enum("remat", "blocks", REMATS, "What the backward pass keeps.")
 _REPEATS = flags.DEFINE_integer("repeats", 7, "Timed runs of each program.", lower_bound=1)
 _JSON = flags.DEFINE_bool("json", False, "End with one JSON object on one line.")
 
@@ -98,7 +99,7 @@ def student_program(rows, length, k, implementation):
         attend = mask_attention if implementation == "mask" else attention.group_attention
         with _attention(attend):
             variables, tau = {"params": params}, jnp.ones(rows)
-            hidden, _ = model.apply(variables, tokens, noise, tau, method="begin")
+            hidden = model.apply(variables, tokens, noise, tau, method="begin").noise.hidden
             return model.apply(variables, loss_and_agreement, hidden, targets, method="per_token")[0].mean()
 
     params, tokens = _params_and_tokens(model, rows, length)
@@ -127,7 +128,7 @@ def attention_flops(rows: int, length: int, k: int, implementation: str) -> floa
     def attend(q, key, value):
         text, own = (KeyValue(key[:, :, at], value[:, :, at]) for at in (0, slice(1, None)))
         function = mask_attention if implementation == "mask" else attention.group_attention
-        return function(q, own, text, attention.Causal())
+        return function(q, own, text, Causal())
 
     return jax.jit(attend).lower(x, x, x).compile().cost_analysis()["flops"]
 
@@ -139,10 +140,10 @@ class _attention:
         self._function = function
 
     def __enter__(self):
-        self._before, transformer.group_attention = transformer.group_attention, self._function
+        self._before, backbone.group_attention = backbone.group_attention, self._function
 
     def __exit__(self, *exception):
-        transformer.group_attention = self._before
+        backbone.group_attention = self._before
 
 
 def _model_config(implementation):

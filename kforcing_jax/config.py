@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 
 import ml_collections
 
+from kforcing_jax.data.choices import KNOWN_TOKENIZERS, PACKINGS, SOURCES, STATE_NAMES, TRAINED_TOKENIZERS
 from kforcing_jax.errors import ConfigError
 
 
@@ -34,9 +35,6 @@ def check_tau(name: str, tau: float):
     """A temperature is in (0, 1000]."""
     if not 0 < tau <= 1e3:
         raise ConfigError(f"{name} = {tau} is not in (0, 1000]")
-
-
-_TOKENIZERS = ("characters", "bpe", "bert-base-uncased", "gpt2")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,50 +61,83 @@ class DataConfig:
     markov_rows: int = 4096
 
     def __post_init__(self):
-        _one_of("data.source", self.source, ("news", "text_files", "lm1b", "markov"))
-        _one_of("data.packing", self.packing, ("wrapped", "framed", "segments", "padded"))
-        if self.source == "markov" and self.packing != "wrapped":
-            raise ConfigError(f'data.packing = "{self.packing}" should be "wrapped": rows of a Markov chain are full')
-        if self.tokenizer not in _TOKENIZERS and "/" not in self.tokenizer:
-            raise ConfigError(
-                f"data.tokenizer = {self.tokenizer!r} is not one of {', '.join(_TOKENIZERS)}; "
-                "a path or another name on the hub has a /"
-            )
-        _at_least("data.validation_documents", self.validation_documents, 0)
-        if self.validation_documents and self.source != "text_files":
-            raise ConfigError(
-                f'data.validation_documents = {self.validation_documents} is for data.source = "text_files"; '
-                f'"{self.source}" has validation data of its own'
-            )
-        _at_least("data.reader_processes", self.reader_processes, 0)
+        _one_of("data.source", self.source, SOURCES)
+        _one_of("data.packing", self.packing, PACKINGS)
+        self._check_fields_of_other_sources()
+        self._check_vocabulary()
+        for field in ("validation_documents", "reader_processes"):
+            _at_least(f"data.{field}", getattr(self, field), 0)
+        for field in ("markov_states", "markov_rows"):
+            _at_least(f"data.{field}", getattr(self, field), 2)
+        _at_least("data.seq_len", self.seq_len, PACKINGS[self.packing].least_length)
+        _positive("data.markov_concentration", self.markov_concentration)
         if "://" in self.prepared:
             raise ConfigError(
                 f"data.prepared = {self.prepared!r} is a URL; mount the bucket (gcsfuse) and give the path of the mount"
             )
-        _at_least("data.seq_len", self.seq_len, 2 if self.packing == "wrapped" else 3)
-        _at_least("data.vocab_size", self.vocab_size, 5)
-        _at_least("data.markov_states", self.markov_states, 2)
-        _at_least("data.markov_rows", self.markov_rows, 2)
-        _positive("data.markov_concentration", self.markov_concentration)
         if not 0 < self.validation_fraction < 1:
             raise ConfigError(f"data.validation_fraction = {self.validation_fraction} is not between 0 and 1")
         if self.source == "text_files" and not self.path:
             raise ConfigError('data.path is empty; data.source = "text_files" needs a file, a folder or a glob')
 
+    def _check_fields_of_other_sources(self):
+        if self.validation_documents and "validation_documents" not in SOURCES[self.source].fields:
+            raise ConfigError(
+                f'data.validation_documents = {self.validation_documents} is for data.source = "text_files"; '
+                f'"{self.source}" has validation data of its own'
+            )
+        if self.source == "markov" and self.packing != "wrapped":
+            raise ConfigError(f'data.packing = "{self.packing}" should be "wrapped": rows of a Markov chain are full')
+
+    def _check_vocabulary(self):
+        names = (*TRAINED_TOKENIZERS, *KNOWN_TOKENIZERS)
+        if self.tokenizer not in names and "/" not in self.tokenizer:
+            raise ConfigError(
+                f"data.tokenizer = {self.tokenizer!r} is not one of {', '.join(names)}; "
+                "a path or another name on the hub has a /"
+            )
+        _at_least("data.vocab_size", self.vocab_size, 5)
+        least = TRAINED_TOKENIZERS.get(self.tokenizer, 5)
+        if self.vocab_size < least and "vocab_size" in SOURCES[self.source].fields:
+            raise ConfigError(
+                f"data.vocab_size = {self.vocab_size} should be at least {least} with data.tokenizer = "
+                f'"{self.tokenizer}"'
+            )
+        if self.markov_states > len(STATE_NAMES):
+            raise ConfigError(
+                f"data.markov_states = {self.markov_states} is above {len(STATE_NAMES)}, the number of letters and "
+                "digits that name states"
+            )
+
+
+# What the backward pass of a block finds in memory, from least to most; the rest is computed again.
+#   blocks: the block's input. attention: also what attention gave, the dearest part to repeat on long texts.
+#   matmuls: also every product with a weight. nothing: everything is kept, nothing is repeated.
+REMATS = ("blocks", "attention", "matmuls", "nothing")
+# How attention over a text is computed (models/attention.py); auto goes by platform and size.
+ATTENTIONS = ("auto", "dense", "blockwise", "splash", "cudnn")
+# Of products of f32 numbers. TPUs and GPUs have faster ones (one bfloat16 pass, TF32), too coarse for this map.
+PRECISIONS = ("highest", "high", "default")
+CDF_ORDERS = ("vocabulary", "shuffled")
+
 
 @dataclasses.dataclass(frozen=True)
 class BackboneConfig:
-    """Shape of the backbone that teacher and students share."""
+    """Shape of the backbone that teacher and students share, and the arithmetic of all of them."""
 
     num_layers: int = 4
     d_model: int = 128
     num_heads: int = 4
     remat: str = "blocks"  # blocks | attention | matmuls | nothing: what is kept for the backward pass, least first
     attention: str = "auto"  # over a text: auto (by platform and size) | dense | blockwise | splash (TPU) | cudnn (GPU)
+    precision: str = "highest"  # highest | high | default: of f32 products, in training, decoding and evaluation
+    cdf_order: str = "vocabulary"  # vocabulary (the paper) | shuffled: how tokens lie on [0, 1); kept with the weights
 
     def __post_init__(self):
-        _one_of("model.remat", self.remat, ("blocks", "attention", "matmuls", "nothing"))
-        _one_of("model.attention", self.attention, ("auto", "dense", "blockwise", "splash", "cudnn"))
+        _one_of("model.remat", self.remat, REMATS)
+        _one_of("model.attention", self.attention, ATTENTIONS)
+        _one_of("model.precision", self.precision, PRECISIONS)
+        _one_of("model.cdf_order", self.cdf_order, CDF_ORDERS)
         for name in ("num_layers", "d_model", "num_heads"):
             _at_least(f"model.{name}", getattr(self, name), 1)
         if self.d_model % self.num_heads:

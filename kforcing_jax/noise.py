@@ -7,11 +7,15 @@ Drawing is a search, not a scan. `min { v : F(v) > u }` needs the sums of sqrt(V
 one block in which F crosses u.
 """
 
+import functools
+import hashlib
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 # Granularity of the uniforms: the largest one, 1 - 2^-24, is the f32 below 1.
 _UNIFORM_BITS = 24
@@ -48,6 +52,40 @@ def position_noise(seeds_B: jax.Array, positions_BxT: jax.Array) -> jax.Array:
 
 def _on_the_grid(bits):
     return (bits >> (32 - _UNIFORM_BITS)).astype(jnp.float32) * 2.0**-_UNIFORM_BITS
+
+
+class CdfOrder:
+    """In which order the tokens of a vocabulary lie on [0, 1): a permutation that a model is trained for.
+
+    Any order gives the same distribution, but not the same map: a random one is learnt better than that of the ids.
+    Hashable, so that a model with it is a static argument of compiled programs.
+    """
+
+    def __init__(self, tokens: Sequence[int]):
+        """`tokens` are the ids in their order. Raises ValueError when they are not 0, 1, ... each once."""
+        self.tokens_V = np.asarray(tokens, np.int32)
+        if not np.array_equal(np.sort(self.tokens_V), np.arange(len(self.tokens_V))):
+            raise ValueError(f"the order of a CDF should hold the ids 0 to {len(self.tokens_V) - 1}, each once")
+        self.digest = hashlib.sha256(self.tokens_V.astype("<i4").tobytes()).hexdigest()
+
+    @classmethod
+    def shuffled(cls, vocab_size: int, seed: int) -> "CdfOrder":
+        """A random order, the same under every version of numpy."""
+        return cls(np.random.RandomState(seed).permutation(vocab_size))
+
+    @functools.cached_property
+    def ranks_V(self) -> np.ndarray:
+        """The place of every token in the order."""
+        return np.argsort(self.tokens_V).astype(np.int32)
+
+    def __eq__(self, other):
+        return isinstance(other, CdfOrder) and self.digest == other.digest
+
+    def __hash__(self):
+        return hash(self.digest)
+
+    def __repr__(self):
+        return f"CdfOrder({self.digest[:12]})"
 
 
 def argmax(x_xV: jax.Array) -> jax.Array:

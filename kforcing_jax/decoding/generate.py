@@ -13,8 +13,9 @@ from kforcing_jax.config import check_tau
 from kforcing_jax.decoding import cache as kv_cache
 from kforcing_jax.errors import DataError
 from kforcing_jax.models import CausalLM
-from kforcing_jax.models.keys import KeyValue
-from kforcing_jax.noise import position_noise
+from kforcing_jax.models.keys import KeyValue, Known, UpTo
+from kforcing_jax.models.lm import consecutive
+from kforcing_jax.noise import LARGEST_UNIFORM, position_noise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,24 +63,22 @@ def generate(
       eos_id: stops a request; the loop ends when all have stopped.
 
     Raises:
-      DataError: an empty prompt, an id outside the vocabulary, or arguments that do not fit each other.
+      DataError: an empty prompt, an id outside the vocabulary, seeds or ids that are not integers, noise outside
+        [0, 1), arguments that do not fit each other; or, after decoding began, logits that are not finite.
     """
-    prompts = [np.asarray(prompt, np.int32) for prompt in prompts]
-    _check_prompts(prompts, model.cfg.vocab_size)
+    prompts = _checked_prompts(prompts, model.cfg.vocab_size)
     k = 1 if isinstance(model, CausalLM) else k
     if k < 1 or max_new_tokens < 1:
         raise DataError(f"k = {k} and max_new_tokens = {max_new_tokens} should be at least 1")
     batch, width = len(prompts), max(len(prompt) for prompt in prompts)
     lengths_B = np.array([len(prompt) for prompt in prompts], np.int32)
-    tau_B = np.broadcast_to(np.asarray(tau, np.float32), (batch,))
-    for value in tau_B:
-        check_tau("tau", float(value))
+    tau_B = _checked_tau(tau, batch)
     if noise_BxT is None:
         noise_BxT = _seeded_noise(seeds, lengths_B, max_new_tokens)
-    if noise_BxT.shape != (batch, max_new_tokens):
-        raise DataError(f"noise has shape {noise_BxT.shape}, expected {(batch, max_new_tokens)}")
+    else:
+        noise_BxT = _checked_noise(noise_BxT, (batch, max_new_tokens))
 
-    new_BxT = _decode(
+    new_BxT, finite_B = _decode(
         model,
         params,
         np.stack([np.pad(prompt, (0, width - len(prompt))) for prompt in prompts]),
@@ -91,6 +90,7 @@ def generate(
         k=k,
         penalised=frequency_penalty != 0,
     )
+    _check_finite(np.asarray(finite_B))
     return _assemble(prompts, np.asarray(new_BxT)[:, :max_new_tokens], k, eos_id, model.cfg.mask_id)
 
 
@@ -101,13 +101,17 @@ class _State(NamedTuple):
     cache: KeyValue  # (L, B, S, H, C): everything but the last pass's tokens
     emitted_BxK: jax.Array  # the last pass's tokens
     tokens_BxT: jax.Array  # all new tokens
-    counts_BxV: jax.Array  # how often each was generated
+    counts_BxV: jax.Array  # how often each was generated, in the order of the logits
     done_B: jax.Array  # EOS seen
+    finite_B: jax.Array  # all logits so far were
 
 
 @functools.partial(jax.jit, static_argnames=("model", "k", "penalised"))
 def _decode(model, params, prompts_BxP, lengths_B, noise_BxT, tau_B, penalty, eos_id, *, k, penalised):
-    """New tokens_BxT, T a multiple of k; what follows a request's EOS is arbitrary."""
+    """New tokens_BxT, T a multiple of k, and whether all logits of each request were finite.
+
+    What follows a request's EOS is arbitrary.
+    """
     batch, total = noise_BxT.shape
     capacity = prompts_BxP.shape[1] + total
 
@@ -117,36 +121,46 @@ def _decode(model, params, prompts_BxP, lengths_B, noise_BxT, tau_B, penalty, eo
     def one_pass(state: _State, known_BxT, start_B) -> _State:
         """Hangs the known tokens and k fresh noise tokens off the first `start` cached ones."""
         noise_BxK = jax.lax.dynamic_slice_in_dim(noise_BxT, state.step * k, k, axis=1)
-        at_Bx1 = start_B[:, None]
-        hidden_Bx1xKxD, own = call("extend", known_BxT[:, None], noise_BxK[:, None], tau_B, state.cache, at_Bx1, at_Bx1)
-        logits_BxKxV = call("logits", hidden_Bx1xKxD[:, 0])
+        prefix = Known(state.cache, UpTo(start_B[:, None]))
+        group = known_BxT.shape[1] + (0 if isinstance(model, CausalLM) else k)
+        positions_Bx1xG = consecutive(start_B[:, None], group)
+        result = call("extend", known_BxT[:, None], noise_BxK[:, None], tau_B, positions_Bx1xG, prefix)
+        logits_BxKxV = call("ordered_logits", model.drawable(result)[:, 0])
         emitted_BxK, counts_BxV = _draw(model, logits_BxKxV, noise_BxK, tau_B, state.counts_BxV, penalty, penalised)
         return _State(
             step=state.step + 1,
-            cache=kv_cache.write(state.cache, jax.tree.map(lambda kv: kv[:, :, 0], own), start_B),
+            cache=kv_cache.write(state.cache, jax.tree.map(lambda kv: kv[:, :, 0], result.known.keys), start_B),
             emitted_BxK=emitted_BxK,
             tokens_BxT=jax.lax.dynamic_update_slice_in_dim(state.tokens_BxT, emitted_BxK, state.step * k, axis=1),
             counts_BxV=counts_BxV,
             done_B=state.done_B | (emitted_BxK == eos_id).any(axis=1),
+            finite_B=state.finite_B & (state.done_B | _is_finite(logits_BxKxV)),
         )
 
     def next_pass(state: _State) -> _State:
         return one_pass(state, state.emitted_BxK, lengths_B + (state.step - 1) * k)
 
     def unfinished(state: _State):
-        return (state.step < total // k) & ~state.done_B.all()
+        return (state.step < total // k) & ~state.done_B.all() & state.finite_B.all()
 
-    _, prefix = call("begin", prompts_BxP, jnp.zeros((*prompts_BxP.shape, 0)), tau_B)
+    prompt = call("begin", prompts_BxP, jnp.zeros((*prompts_BxP.shape, 0)), tau_B)
     start = _State(
         step=jnp.int32(0),
-        cache=kv_cache.allocate(prefix, capacity),
+        cache=kv_cache.allocate(prompt.text_keys, capacity),
         emitted_BxK=jnp.zeros((batch, k), jnp.int32),
         tokens_BxT=jnp.zeros((batch, total), jnp.int32),
         counts_BxV=jnp.zeros((batch, model.cfg.vocab_size if penalised else 0)),
         done_B=jnp.zeros(batch, bool),
+        finite_B=jnp.ones(batch, bool),
     )
     last_Bx1 = jnp.take_along_axis(prompts_BxP, lengths_B[:, None] - 1, axis=1)
-    return jax.lax.while_loop(unfinished, next_pass, one_pass(start, last_Bx1, lengths_B - 1)).tokens_BxT
+    end = jax.lax.while_loop(unfinished, next_pass, one_pass(start, last_Bx1, lengths_B - 1))
+    return end.tokens_BxT, end.finite_B
+
+
+def _is_finite(logits_BxKxV):
+    """Of every request. A NaN passes through the maximum."""
+    return jnp.isfinite(jnp.max(jnp.abs(logits_BxKxV), axis=(1, 2)))
 
 
 def _draw(model, logits_BxKxV, noise_BxK, tau_B, counts_BxV, penalty, penalised):
@@ -157,7 +171,7 @@ def _draw(model, logits_BxKxV, noise_BxK, tau_B, counts_BxV, penalty, penalised)
     def one_offset(counts_BxV, logits_and_u):
         logits_BxV, u_B = logits_and_u
         token_B = model.pick(logits_BxV - penalty * counts_BxV, u_B, tau_B)
-        return counts_BxV + jax.nn.one_hot(token_B, counts_BxV.shape[1]), token_B
+        return counts_BxV + jax.nn.one_hot(model.cfg.column_of(token_B), counts_BxV.shape[1]), token_B
 
     offsets_first = jnp.moveaxis(logits_BxKxV, 1, 0), noise_BxK.T
     counts_BxV, tokens_KxB = jax.lax.scan(one_offset, counts_BxV, offsets_first)
@@ -168,22 +182,64 @@ def _seeded_noise(seeds, lengths_B, max_new_tokens):
     if seeds is None or len(seeds) != len(lengths_B):
         given = "none" if seeds is None else len(seeds)
         raise DataError(f"one seed for each of {len(lengths_B)} prompts is needed, {given} given")
-    for seed in seeds:
-        if not 0 <= int(seed) < 2**32:
+    seeds_B = _whole_numbers(seeds, "seeds")
+    for seed in seeds_B:
+        if not 0 <= seed < 2**32:
             raise DataError(f"seed {seed} is not in [0, 2^32)")
     positions_BxT = lengths_B[:, None] + np.arange(max_new_tokens)
-    return position_noise(jnp.asarray(np.asarray(seeds, np.uint32)), jnp.asarray(positions_BxT))
+    return position_noise(jnp.asarray(seeds_B.astype(np.uint32)), jnp.asarray(positions_BxT))
 
 
-def _check_prompts(prompts, vocab_size):
-    if not prompts:
+def _checked_noise(noise_BxT, shape):
+    noise_BxT = np.asarray(noise_BxT)
+    if noise_BxT.shape != shape:
+        raise DataError(f"noise has shape {noise_BxT.shape}, expected {shape}")
+    outside = noise_BxT[~((noise_BxT >= 0) & (noise_BxT < 1))]
+    if outside.size:
+        raise DataError(f"noise holds {outside.flat[0]}; uniforms are in [0, 1)")
+    # An f64 just below 1 is no f32 below 1.
+    return jnp.minimum(jnp.asarray(noise_BxT, jnp.float32), LARGEST_UNIFORM)
+
+
+def _checked_tau(tau, batch):
+    tau_B = np.asarray(tau, np.float32)
+    if tau_B.shape not in ((), (batch,)):
+        raise DataError(f"tau has shape {tau_B.shape}, expected one number or one for each of {batch} prompts")
+    for value in tau_B.flat:
+        check_tau("tau", float(value))
+    return np.broadcast_to(tau_B, (batch,))
+
+
+def _whole_numbers(values, name) -> np.ndarray:
+    """An int64 array of what are integers already. Anything else would be cut without a word."""
+    try:
+        array = np.asarray(values)
+    except ValueError:
+        raise DataError(f"{name} should be a list of integers") from None
+    if array.size and array.dtype.kind not in "iu":
+        raise DataError(f"{name} holds {array.flat[0]!r}; expected integers")
+    return array.astype(np.int64)
+
+
+def _checked_prompts(prompts, vocab_size) -> list[np.ndarray]:
+    if not len(prompts):
         raise DataError("no prompts given")
+    prompts = [_whole_numbers(prompt, f"prompt {row}") for row, prompt in enumerate(prompts)]
     for row, prompt in enumerate(prompts):
         if prompt.ndim != 1 or prompt.size == 0:
             raise DataError(f"prompt {row} is empty; start from a token, such as EOS")
         outside = prompt[(prompt < 0) | (prompt >= vocab_size)]
         if outside.size:
             raise DataError(f"prompt {row} has id {outside[0]}, outside the vocabulary of {vocab_size} ids")
+    return [prompt.astype(np.int32) for prompt in prompts]
+
+
+def _check_finite(finite_B):
+    if not finite_B.all():
+        raise DataError(
+            f"the logits of prompt {int(np.argmin(finite_B))} are not finite: the weights are damaged, or were trained "
+            "with a learning rate that was too high"
+        )
 
 
 def _assemble(prompts, new_BxT, k, eos_id, mask_id):

@@ -10,8 +10,8 @@ import scipy.stats
 
 from kforcing_jax.data.packing import Batch
 from kforcing_jax.models import CausalLM, PushForwardLM
-from kforcing_jax.models.attention import Causal
-from kforcing_jax.models.lm import text_positions
+from kforcing_jax.models.keys import Causal, Known, UpTo
+from kforcing_jax.models.lm import consecutive, text_positions
 from kforcing_jax.noise import sample_uniform
 from kforcing_jax.training.losses import window_weights
 
@@ -24,12 +24,14 @@ _NULL_SAMPLES = 32
 def window_hidden(teacher: CausalLM, params, tokens_BxN: jax.Array, window_BxNxK: jax.Array, segments_BxN=None):
     """The teacher's hidden_BxNxKxD at every window token, given the text and the window tokens before it."""
     variables = {"params": params}
-    hidden_BxNx1xD, prefix = teacher.apply(variables, tokens_BxN, segments_BxN=segments_BxN, method="begin")
-    if window_BxNxK.shape[2] == 1:
-        return hidden_BxNx1xD
-    after_BxN, reach = text_positions(tokens_BxN.shape, segments_BxN) + 1, Causal(segments_BxN)
-    later, _ = teacher.apply(variables, window_BxNxK[..., :-1], None, None, prefix, reach, after_BxN, method="extend")
-    return jnp.concatenate([hidden_BxNx1xD, later], axis=2)
+    text = teacher.apply(variables, tokens_BxN, segments_BxN=segments_BxN, method="begin")
+    window = window_BxNxK.shape[2]
+    if window == 1:
+        return text.known.hidden
+    positions = consecutive(text_positions(tokens_BxN.shape, segments_BxN) + 1, window - 1)
+    prefix = Known(text.text_keys, Causal(segments_BxN))
+    later = teacher.apply(variables, window_BxNxK[..., :-1], None, None, positions, prefix, method="extend")
+    return jnp.concatenate([text.known.hidden, later.known.hidden], axis=2)
 
 
 def agreement(
@@ -82,11 +84,11 @@ def _agreement_sums(teacher, teacher_params, student, params, tokens_BxN, segmen
     def call(model, params, method, *args):
         return model.apply({"params": params}, *args, method=method)
 
-    hidden, _ = call(student, params, "begin", tokens_BxN, noise_BxNxK, tau_B, segments_BxN)
-    drawn_BxNxK = call(student, params, "draw", hidden, noise_BxNxK, tau_Bx1x1)
+    result = call(student, params, "begin", tokens_BxN, noise_BxNxK, tau_B, segments_BxN)
+    drawn_BxNxK = call(student, params, "draw", student.drawable(result), noise_BxNxK, tau_Bx1x1)
 
     def compare(logits, u, tau, drawn):
-        collision = jnp.square(jax.nn.softmax(logits / tau[..., None], axis=-1)).sum(-1)
+        collision = jnp.square(jax.nn.softmax(teacher.tempered(logits, tau), axis=-1)).sum(-1)
         return teacher.pick(logits, u, tau) == drawn, collision
 
     hidden = window_hidden(teacher, teacher_params, tokens_BxN, drawn_BxNxK, segments_BxN)
@@ -127,11 +129,12 @@ def _conditionals(teacher, params, contexts_CxN, blocks_AxT):
     def probabilities(hidden):
         return jax.nn.softmax(teacher.apply({"params": params}, hidden, method="logits")[..., :states])
 
-    hidden_CxNx1xD, prefix = teacher.apply({"params": params}, contexts_CxN, method="begin")
+    text = teacher.apply({"params": params}, contexts_CxN, method="begin")
     blocks_CxAxT = jnp.broadcast_to(blocks_AxT, (contexts, *blocks_AxT.shape))
     at_CxA = jnp.full(blocks_CxAxT.shape[:2], length)
-    later, _ = teacher.apply({"params": params}, blocks_CxAxT, None, None, prefix, at_CxA, at_CxA, method="extend")
-    return probabilities(hidden_CxNx1xD[:, -1, 0]), probabilities(later)
+    positions, prefix = consecutive(at_CxA, blocks_AxT.shape[1]), Known(text.text_keys, UpTo(at_CxA))
+    later = teacher.apply({"params": params}, blocks_CxAxT, None, None, positions, prefix, method="extend")
+    return probabilities(text.known.hidden[:, -1, 0]), probabilities(later.known.hidden)
 
 
 def student_counts(
@@ -152,9 +155,11 @@ def _windows_after(student, params, context_N, noise_AxK):
     """The blocks_AxK that the student emits after one context: A windows hang off the same prefix."""
     variables, tokens_1xN, tau_1 = {"params": params}, context_N[None], jnp.ones(1)
     no_noise, no_tokens = jnp.zeros((*tokens_1xN.shape, 0)), jnp.zeros((1, len(noise_AxK), 0), jnp.int32)
-    _, prefix = student.apply(variables, tokens_1xN, no_noise, tau_1, method="begin")
+    text = student.apply(variables, tokens_1xN, no_noise, tau_1, method="begin")
     at_1xA = jnp.full((1, len(noise_AxK)), len(context_N))
-    hidden, _ = student.apply(variables, no_tokens, noise_AxK[None], tau_1, prefix, at_1xA, at_1xA, method="extend")
+    positions, prefix = consecutive(at_1xA, noise_AxK.shape[1]), Known(text.text_keys, UpTo(at_1xA))
+    result = student.apply(variables, no_tokens, noise_AxK[None], tau_1, positions, prefix, method="extend")
+    hidden = student.drawable(result)
     return student.apply(variables, hidden, noise_AxK[None], tau_1[:, None, None], method="draw")[0]
 
 

@@ -59,6 +59,7 @@ def _under_teacher(teacher, params, tokens_BxN):
         return nll, -(jnp.exp(log_probs) * log_probs).sum(-1)
 
     variables = {"params": params}
-    hidden_BxNx1xD, _ = teacher.apply(variables, tokens_BxN[:, :-1], method="begin")
-    measured = teacher.apply(variables, nll_and_entropy, hidden_BxNx1xD, tokens_BxN[:, 1:, None], method="per_token")
+    hidden_BxNx1xD = teacher.apply(variables, tokens_BxN[:, :-1], method="begin").known.hidden
+    targets_BxNx1 = teacher.cfg.column_of(tokens_BxN[:, 1:, None])
+    measured = teacher.apply(variables, nll_and_entropy, hidden_BxNx1xD, targets_BxNx1, method="per_token")
     return jax.tree.map(lambda x: x[..., 0], measured)

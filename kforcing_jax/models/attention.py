@@ -9,7 +9,7 @@ each other. Training, rollout, prefill and decoding are all this function:
 | text (teacher, prefill)   | N | 1, the token itself        | the text      | `Causal`       | -             |
 | student in training       | N | 1 + K, token and window    | the text      | `Causal`       | -             |
 | rollout, later passes     | N | tokens, then noise         | the text      | `Causal`       | window tokens |
-| decoding                  | 1 | emitted tokens, then noise | the KV cache  | cached tokens  | -             |
+| decoding                  | 1 | emitted tokens, then noise | the KV cache  | `UpTo` length  | -             |
 
 A group shares its prefix, so the cost is A * G * S pairs at most, linear in G (the dense mask of the released code is
 quadratic). Over a text half of these pairs are in the future; how they are skipped is the choice of `implementation`:
@@ -23,17 +23,14 @@ quadratic). Over a text half of these pairs are in the future; how they are skip
 """
 
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from kforcing_jax.models import splash
-from kforcing_jax.models.keys import ATTENDED, KeyValue, Past
-from kforcing_jax.sharding import platform
-
-IMPLEMENTATIONS = ("auto", "dense", "blockwise", "splash", "cudnn")
+from kforcing_jax.models.keys import ATTENDED, Causal, KeyValue, Past, UpTo
+from kforcing_jax.sharding import current_mesh, platform
 
 # In shorter texts blocks save nothing (2 CPU cores; timings in benchmarks).
 _LEAST_BLOCKWISE_KEYS = 128
@@ -41,19 +38,14 @@ _MOST_BLOCKS = 8
 _LEAST_BLOCK = 32
 
 
-class Causal(NamedTuple):
-    """The anchors are the prefix's own positions: anchor a sees keys 0..a, of its segment where ids are given."""
-
-    segments_BxS: jax.Array | None = None
-
-
 def group_attention(
     q_BxAxGxHxC: jax.Array,
     own: KeyValue,
     prefix: KeyValue,
-    reach: Causal | jax.Array,
+    reach: Causal | UpTo,
     past: Past | None = None,
     implementation: str = "auto",
+    precision: str = "highest",
 ) -> jax.Array:
     """Attention output out_BxAxGxHxC.
 
@@ -62,29 +54,30 @@ def group_attention(
       own: keys and values (B, A, M, H, C) of the last M tokens of each group. M is G, or G - 1 where the first token
         of a group belongs to the prefix.
       prefix: keys and values (B, S, H, C) shared by all anchors of a row.
-      reach: which prefix keys an anchor sees: `Causal`, or how many, stop_BxA.
+      reach: which prefix keys an anchor sees.
       past: earlier tokens at the same anchors.
-      implementation: one of `IMPLEMENTATIONS`. `auto` chooses by platform and size; so does what cannot serve here.
+      implementation: one of `config.ATTENTIONS`. `auto` chooses by platform and size; so does what cannot serve here.
+      precision: of the products, as in `jax.lax.Precision`.
 
     Scores, softmax and its sums are f32 whatever the dtype of the queries. All implementations agree within rounding,
     in values and gradients.
     """
     implementation = choose_implementation(q_BxAxGxHxC, own, prefix, reach, past, implementation)
     if implementation == "splash":
-        out = splash.group_attention(q_BxAxGxHxC, own, prefix, reach.segments_BxS, past)
+        out = splash.group_attention(q_BxAxGxHxC, own, prefix, reach.segments_BxS, past, precision)
     elif implementation == "cudnn":
         out = _cudnn(q_BxAxGxHxC, prefix)
     elif implementation == "blockwise":
-        out = _blockwise(q_BxAxGxHxC, own, prefix, reach, past)
+        out = _blockwise(q_BxAxGxHxC, own, prefix, reach, past, precision)
     else:
-        out = _dense(q_BxAxGxHxC, own, prefix, reach, past)
+        out = _dense(q_BxAxGxHxC, own, prefix, reach, past, precision)
     return checkpoint_name(out, ATTENDED)
 
 
 def choose_implementation(q_BxAxGxHxC, own: KeyValue, prefix: KeyValue, reach, past, wanted: str = "auto") -> str:
     """The implementation for these shapes on the platform that is compiled for: the wanted one where it can serve."""
     length = prefix.key.shape[1]
-    if not isinstance(reach, Causal):
+    if isinstance(reach, UpTo):
         return "dense"
     bare_text = own.key.shape[2] == 0 and past is None and reach.segments_BxS is None
     serves = {
@@ -102,29 +95,31 @@ def choose_implementation(q_BxAxGxHxC, own: KeyValue, prefix: KeyValue, reach, p
     return "cudnn" if serves["cudnn"] else "blockwise"
 
 
-def _dense(q_BxAxGxHxC, own, prefix, reach, past, first=0):
+def _dense(q_BxAxGxHxC, own, prefix, reach, past, precision, first=0):
     """One softmax over all keys; the anchors of a causal reach are first, first + 1, ..."""
     group, members, prefix_length = q_BxAxGxHxC.shape[2], own.key.shape[2], prefix.key.shape[1]
+    einsum = functools.partial(jnp.einsum, precision=precision)
+    masked_scores = functools.partial(_masked_scores, precision=precision)
     seen_BxAxS = _seen(reach, first, q_BxAxGxHxC.shape[1], prefix_length)
     scores = [
-        _masked_scores("BAGHC,BSHC->BHAGS", q_BxAxGxHxC, prefix.key, seen_BxAxS[:, None, :, None, :]),
-        _masked_scores("BAGHC,BAMHC->BHAGM", q_BxAxGxHxC, own.key, _causal_in_group(group, members)),
+        masked_scores("BAGHC,BSHC->BHAGS", q_BxAxGxHxC, prefix.key, seen_BxAxS[:, None, :, None, :]),
+        masked_scores("BAGHC,BAMHC->BHAGM", q_BxAxGxHxC, own.key, _causal_in_group(group, members)),
     ]
     if past is not None:
         real_P = jnp.arange(past.tokens.key.shape[2]) < past.length
-        scores.append(_masked_scores("BAGHC,BAMHC->BHAGM", q_BxAxGxHxC, past.tokens.key, real_P))
+        scores.append(masked_scores("BAGHC,BAMHC->BHAGM", q_BxAxGxHxC, past.tokens.key, real_P))
 
     weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(q_BxAxGxHxC.dtype)
     to_prefix, to_own, to_past = jnp.split(weights, [prefix_length, prefix_length + members], axis=-1)
-    out = jnp.einsum("BHAGS,BSHC->BAGHC", to_prefix, prefix.value)
-    out += jnp.einsum("BHAGM,BAMHC->BAGHC", to_own, own.value)
+    out = einsum("BHAGS,BSHC->BAGHC", to_prefix, prefix.value)
+    out += einsum("BHAGM,BAMHC->BAGHC", to_own, own.value)
     if past is not None:
-        out += jnp.einsum("BHAGM,BAMHC->BAGHC", to_past, past.tokens.value)
+        out += einsum("BHAGM,BAMHC->BAGHC", to_past, past.tokens.value)
     return out
 
 
-def _masked_scores(equation, q, k, mask):
-    scores = jnp.einsum(equation, q, k, preferred_element_type=jnp.float32)
+def _masked_scores(equation, q, k, mask, precision):
+    scores = jnp.einsum(equation, q, k, precision=precision, preferred_element_type=jnp.float32)
     return jnp.where(mask, scores * q.shape[-1] ** -0.5, -jnp.inf)
 
 
@@ -136,8 +131,8 @@ def _causal_in_group(group, members):
 def _seen(reach, first, anchors, length):
     """Mask (B or 1, A, S) of the prefix keys that each anchor sees."""
     keys_S = jnp.arange(length)
-    if not isinstance(reach, Causal):
-        return keys_S < reach[..., None]
+    if isinstance(reach, UpTo):
+        return keys_S < reach.length_BxA[..., None]
     seen_1xAxS = (keys_S <= first + jnp.arange(anchors)[:, None])[None]
     if reach.segments_BxS is None:
         return seen_1xAxS
@@ -150,36 +145,36 @@ def block_length(length: int) -> int:
     return max(_LEAST_BLOCK, -(-length // _MOST_BLOCKS))
 
 
-def _blockwise(q_BxAxGxHxC, own, prefix, reach, past):
+def _blockwise(q_BxAxGxHxC, own, prefix, reach, past, precision):
     """Blocks of anchors against the keys up to the block's end, one after the other.
 
     The backward pass computes each block again, so that no more than one block's scores are alive.
     """
     segments, tokens, length = (reach.segments_BxS, *((None, None) if past is None else past))
-    return _blocks_in_turn(q_BxAxGxHxC, own, prefix, tokens, segments, length)
+    return _blocks_in_turn(precision, q_BxAxGxHxC, own, prefix, tokens, segments, length)
 
 
-@jax.custom_vjp
-def _blocks_in_turn(q_BxAxGxHxC, own, prefix, past_tokens, segments_BxS, past_length):
-    return _forward(q_BxAxGxHxC, own, prefix, past_tokens, segments_BxS, past_length)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=0)
+def _blocks_in_turn(precision, q_BxAxGxHxC, own, prefix, past_tokens, segments_BxS, past_length):
+    return _forward(precision, q_BxAxGxHxC, own, prefix, past_tokens, segments_BxS, past_length)[0]
 
 
-def _forward(*inputs):
+def _forward(precision, *inputs):
     outputs = []
     for start, end in _blocks(inputs[0].shape[1]):
         q, *keys = _of_block(start, end, *inputs[:4])
         if outputs:
             q = _after(outputs[-1], q)
-        outputs.append(_one_block(start, inputs[4:], q, *keys))
+        outputs.append(_one_block(precision, start, inputs[4:], q, *keys))
     return jnp.concatenate(outputs, axis=1), inputs
 
 
-def _backward(inputs, d_out):
+def _backward(precision, inputs, d_out):
     d_prefix, d_anchors = jax.tree.map(jnp.zeros_like, inputs[2]), []
     for start, end in _blocks(d_out.shape[1]):
         q, *keys = _of_block(start, end, *inputs[:4])
         q = _after(d_prefix.key, q)
-        _, pull_back = jax.vjp(functools.partial(_one_block, start, inputs[4:]), q, *keys)
+        _, pull_back = jax.vjp(functools.partial(_one_block, precision, start, inputs[4:]), q, *keys)
         d_q, d_own, d_keys, d_past = pull_back(d_out[:, start:end])
         d_prefix = jax.tree.map(lambda sums, new, end=end: sums.at[:, :end].add(new), d_prefix, d_keys)
         d_anchors.append((d_q, d_own, d_past))
@@ -202,10 +197,10 @@ def _of_block(start, end, q, own, prefix, past_tokens):
     return q, own, jax.tree.map(lambda kv: kv[:, :end], prefix), past_tokens
 
 
-def _one_block(start, segments_and_past_length, q, own, keys, past_tokens):
+def _one_block(precision, start, segments_and_past_length, q, own, keys, past_tokens):
     segments_BxS, past_length = segments_and_past_length
     past = None if past_tokens is None else Past(past_tokens, past_length)
-    return _dense(q, own, keys, Causal(segments_BxS), past, start)
+    return _dense(q, own, keys, Causal(segments_BxS), past, precision, start)
 
 
 def _after(done, next_input):
@@ -213,8 +208,10 @@ def _after(done, next_input):
 
     Blocks do not depend on each other, and XLA:CPU would work on all of them at once, every block's scores alive. It
     drops optimization barriers before it schedules, so there has to be a dependence in the values: a zero, unless
-    there is a NaN.
+    there is a NaN. Elsewhere nothing is needed, and on a mesh one number for all devices would cost a collective.
     """
+    if platform() != "cpu" or current_mesh().size > 1:
+        return next_input
     first = done.ravel()[0]
     return next_input + jnp.where(jnp.isnan(first), first, 0).astype(next_input.dtype)
 

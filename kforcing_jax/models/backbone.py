@@ -6,15 +6,16 @@ import functools
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from kforcing_jax.models.attention import IMPLEMENTATIONS, Causal, group_attention
-from kforcing_jax.models.keys import ATTENDED, KeyValue, Past
+from kforcing_jax.config import ATTENTIONS, PRECISIONS, REMATS
+from kforcing_jax.models.attention import group_attention
+from kforcing_jax.models.keys import ATTENDED, Causal, KeyValue, Known, Past, Text, UpTo
 from kforcing_jax.models.layers import LAYER_NORM_EPSILON, Output, rotary_angles, rotate
+from kforcing_jax.noise import CdfOrder
 from kforcing_jax.sharding import ROWS, constrain
 
-# What the backward pass of a block finds in memory, from least to most; the rest is computed again.
-#   blocks: the block's input. attention: also what attention gave, the dearest part to repeat on long texts.
-#   matmuls: also every product with a weight. nothing: everything is kept, nothing is repeated.
+# What the backward pass of a block finds in memory; `config.REMATS` says what each keeps.
 REMAT_POLICIES = {
     "blocks": jax.checkpoint_policies.nothing_saveable,
     "attention": jax.checkpoint_policies.save_only_these_names(ATTENDED),
@@ -28,11 +29,15 @@ REMAT_POLICIES = {
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Shape of a model. `mask_id` is the id that is never drawn (its logit is -1000).
+    """What a model is, but for its weights.
 
-    `dtype` is the compute dtype of the blocks; parameters, normalisation, logits and softmax are always f32.
-    `remat` is what the backward pass finds in memory, one of `REMAT_POLICIES`. `attention` is how attention over
-    a text is computed where that can be, one of `attention.IMPLEMENTATIONS`. Neither changes a result beyond rounding.
+    Attributes:
+      mask_id: the id that is never drawn (its logit is -1000).
+      dtype: compute dtype of the blocks; parameters, normalisation, noise features, logits and softmax are always f32.
+      precision: of every product of f32 numbers, wherever it is traced, one of `config.PRECISIONS`.
+      remat, attention: how the same is computed, see `config.REMATS` and `config.ATTENTIONS`.
+      cdf_order: how tokens lie on [0, 1) for inverse-CDF draws; None is vocabulary order. Column r of the output layer
+        belongs to token `cdf_order.tokens_V[r]`, so that draws need no permutation.
     """
 
     vocab_size: int
@@ -41,11 +46,13 @@ class ModelConfig:
     d_model: int
     num_heads: int
     dtype: str = "float32"
+    precision: str = "highest"
     remat: str = "blocks"
     attention: str = "auto"
+    cdf_order: CdfOrder | None = None
 
     def __post_init__(self):
-        for name, choices in (("remat", REMAT_POLICIES), ("attention", IMPLEMENTATIONS)):
+        for name, choices in (("remat", REMATS), ("attention", ATTENTIONS), ("precision", PRECISIONS)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"model.{name} = {getattr(self, name)!r} is not one of {', '.join(choices)}")
         if self.d_model % self.num_heads:
@@ -56,10 +63,24 @@ class ModelConfig:
             )
         if not 0 <= self.mask_id < self.vocab_size:
             raise ValueError(f"model.mask_id = {self.mask_id} is not in [0, {self.vocab_size})")
+        if self.cdf_order is not None and len(self.cdf_order.tokens_V) != self.vocab_size:
+            raise ValueError(f"cdf_order has {len(self.cdf_order.tokens_V)} ids, the vocabulary {self.vocab_size}")
 
     @property
     def head_width(self) -> int:
         return self.d_model // self.num_heads
+
+    def column_of(self, tokens):
+        """The columns of the output layer (ranks in the CDF's order) of tokens."""
+        return tokens if self.cdf_order is None else _look_up(self.cdf_order.ranks_V, tokens)
+
+    def token_at(self, columns):
+        """The inverse of `column_of`."""
+        return columns if self.cdf_order is None else _look_up(self.cdf_order.tokens_V, columns)
+
+
+def _look_up(table_V, index):
+    return table_V[index] if isinstance(index, (int, np.ndarray)) else jnp.asarray(table_V)[index]
 
 
 class Block(nn.Module):
@@ -72,9 +93,9 @@ class Block(nn.Module):
     cfg: ModelConfig
 
     @nn.compact
-    def __call__(self, x_BxAxGxD, prefix: KeyValue | None, past: KeyValue | None, where: "Where"):
+    def __call__(self, x_BxAxGxD, known: KeyValue | None, past: KeyValue | None, where: "Where"):
         cfg = self.cfg
-        dense = functools.partial(nn.DenseGeneral, dtype=cfg.dtype)
+        dense = functools.partial(nn.DenseGeneral, dtype=cfg.dtype, precision=cfg.precision)
         norm = functools.partial(nn.LayerNorm, epsilon=LAYER_NORM_EPSILON, use_bias=False)
 
         h = norm(name="attn_norm")(x_BxAxGxD).astype(cfg.dtype)
@@ -83,12 +104,9 @@ class Block(nn.Module):
         q, k, v = (qkv[..., i, :, :] for i in range(3))
         cos, sin = where.angles
         q, keys = rotate(q, cos, sin), KeyValue(rotate(k, cos, sin), v)
-        own = keys
-        if prefix is None:
-            # The first token of every group is the text itself, and the text is the prefix.
-            prefix, own = (jax.tree.map(lambda kv, at=at: kv[:, :, at], keys) for at in (0, slice(1, None)))
+        prefix, own = (known, keys) if known is not None else _text_and_windows(keys)
         past = None if past is None else Past(past, where.past_length)
-        attended = group_attention(q, own, prefix, where.reach, past, cfg.attention)
+        attended = group_attention(q, own, prefix, where.reach, past, cfg.attention, cfg.precision)
         attended = constrain(attended, ROWS, None, None, "tensor")
         x_BxAxGxD += constrain(dense(cfg.d_model, axis=(-2, -1), use_bias=False, name="attn_out")(attended), ROWS)
 
@@ -98,13 +116,18 @@ class Block(nn.Module):
         return x_BxAxGxD, keys
 
 
+def _text_and_windows(keys: KeyValue) -> tuple[KeyValue, KeyValue]:
+    """Of groups that begin with the text itself: the text is the prefix, the rest the groups' own."""
+    return tuple(jax.tree.map(lambda kv, at=at: kv[:, :, at], keys) for at in (0, slice(1, None)))
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Where:
     """Where the groups of one pass sit: rotary angles, which prefix keys they see, and real past tokens (or None)."""
 
     angles: tuple[jax.Array, jax.Array]
-    reach: Causal | jax.Array
+    reach: Causal | UpTo
     past_length: jax.Array | None
 
 
@@ -124,36 +147,31 @@ class Backbone(nn.Module):
             length=cfg.num_layers,
         )(cfg)
         self.final_norm = nn.LayerNorm(epsilon=LAYER_NORM_EPSILON, use_bias=False)
-        self.output = Output(cfg.d_model, cfg.vocab_size, cfg.mask_id)
+        self.output = Output(cfg.d_model, cfg.vocab_size, int(cfg.column_of(cfg.mask_id)), cfg.precision)
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         return constrain(self.embedding(tokens), ROWS)
 
     def __call__(
-        self,
-        x_BxAxGxD: jax.Array,
-        positions_BxAxG: jax.Array,
-        reach: Causal | jax.Array,
-        prefix: KeyValue | None = None,
-        past: Past | None = None,
+        self, x_BxAxGxD: jax.Array, positions_BxAxG: jax.Array, prefix: Text | Known, past: Past | None = None
     ) -> tuple[jax.Array, KeyValue]:
         """Runs the blocks over groups that hang off a prefix.
 
         Args:
           x_BxAxGxD: embedded tokens and noise.
           positions_BxAxG: absolute positions.
-          reach: which prefix tokens each group sees, as in `group_attention`.
-          prefix: keys and values (L, B, S, H, C). None: the first token of each group is the text itself.
+          prefix: what the groups hang off.
           past: earlier tokens at the same anchors, (L, B, A, P, H, C).
 
         Returns:
           x_BxAxGxD after the final normalisation, f32: the input of the output layer. And the keys and values
           (L, B, A, G, H, C) of these tokens.
         """
+        known, reach = (None, Causal(prefix.segments_BxN)) if isinstance(prefix, Text) else prefix
         where = Where(
             angles=rotary_angles(positions_BxAxG, self.cfg.head_width),
             reach=reach,
             past_length=None if past is None else past.length,
         )
-        x_BxAxGxD, keys = self.blocks(x_BxAxGxD, prefix, None if past is None else past.tokens, where)
+        x_BxAxGxD, keys = self.blocks(x_BxAxGxD, known, None if past is None else past.tokens, where)
         return self.final_norm(x_BxAxGxD.astype(jnp.float32)), keys

@@ -1,4 +1,4 @@
-"""What attention works on, shared by its implementations."""
+"""What groups of tokens see: keys and values, and how far an anchor reaches into a prefix."""
 
 from typing import NamedTuple
 
@@ -20,3 +20,28 @@ class Past(NamedTuple):
 
     tokens: KeyValue
     length: jax.Array
+
+
+class Causal(NamedTuple):
+    """The anchors are the prefix's own positions: anchor a sees keys 0..a, of its segment where ids are given."""
+
+    segments_BxS: jax.Array | None = None
+
+
+class UpTo(NamedTuple):
+    """Every anchor sees the first `length_BxA` keys of the prefix: of a cache with room after them."""
+
+    length_BxA: jax.Array
+
+
+class Text(NamedTuple):
+    """The prefix is being read: the first token of every group is the text itself, and groups see their segment."""
+
+    segments_BxN: jax.Array | None = None
+
+
+class Known(NamedTuple):
+    """The prefix was read before: its keys and values (L, B, S, H, C), and which of them each anchor sees."""
+
+    keys: KeyValue
+    reach: Causal | UpTo

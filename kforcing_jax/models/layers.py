@@ -39,14 +39,17 @@ class NoiseEncoder(nn.Module):
     """Embeds a uniform and a temperature as one token of width D: e(u, tau). Always f32."""
 
     d_model: int
+    precision: str
 
     @nn.compact
     def __call__(self, u_x: jax.Array, tau_x: jax.Array) -> jax.Array:
+        def dense(name, width, x):
+            return constrain(nn.Dense(width, precision=self.precision, name=name)(x), ROWS)
+
         features_xF = jnp.concatenate([fourier_features(u_x, self.d_model), fourier_features(tau_x, self.d_model)], -1)
-        x_xD = constrain(nn.Dense(self.d_model, name="project")(features_xF), ROWS)
+        x_xD = dense("project", self.d_model, features_xF)
         h = nn.LayerNorm(epsilon=LAYER_NORM_EPSILON, name="norm")(x_xD)
-        h = constrain(nn.Dense(4 * self.d_model, name="mlp_in")(h), ROWS)
-        return x_xD + constrain(nn.Dense(self.d_model, name="mlp_out")(exact_gelu(h)), ROWS)
+        return x_xD + dense("mlp_out", self.d_model, exact_gelu(dense("mlp_in", 4 * self.d_model, h)))
 
 
 @jax.custom_vjp
@@ -72,19 +75,21 @@ def fourier_features(value_x: jax.Array, width: int) -> jax.Array:
 
 
 class Output(nn.Module):
-    """The output layer: hidden states to f32 logits, a few positions at a time."""
+    """The output layer: hidden states to f32 logits, a few positions at a time. One column is the mask's."""
 
     d_model: int
     vocab_size: int
-    mask_id: int
+    mask_column: int
+    precision: str
 
     def setup(self):
-        self.kernel = self.param("kernel", nn.initializers.lecun_normal(), (self.d_model, self.vocab_size), jnp.float32)
+        shape = (self.d_model, self.vocab_size)
+        self.kernel = self.param("kernel", nn.initializers.lecun_normal(), shape, jnp.float32)
         self.bias = self.param("bias", nn.initializers.zeros_init(), (self.vocab_size,), jnp.float32)
 
     def __call__(self, x_xD: jax.Array) -> jax.Array:
-        """logits_xV, the mask id at -1000."""
-        return _logits(x_xD, self.kernel, self.bias, self.mask_id)
+        """logits_xV, the mask at -1000."""
+        return self._logits(x_xD, self.kernel, self.bias)
 
     def per_token(self, function, x_BxAxGxD: jax.Array, *arrays_BxAxG: jax.Array):
         """function(logits_BxAxGxV, *arrays_BxAxG), which works on every token by itself, over chunks of anchors.
@@ -99,31 +104,43 @@ class Output(nn.Module):
             x_BxAxGxD, *arrays_BxAxG = x_and_arrays
             # The vocabulary is never split: a tensor axis takes positions here.
             x_BxAxGxD = constrain(x_BxAxGxD, ROWS, "tensor")
-            return function(_logits(x_BxAxGxD, kernel_DxV, bias_V, self.mask_id), *arrays_BxAxG)
+            return function(self._logits(x_BxAxGxD, kernel_DxV, bias_V), *arrays_BxAxG)
 
         shape = x_BxAxGxD.shape[:3]
         inputs = (x_BxAxGxD, *(jnp.broadcast_to(array, shape) for array in arrays_BxAxG))
-        chunks = num_chunks(shape, self.vocab_size)
-        if chunks == 1:
+        size = chunk_size(shape, self.vocab_size)
+        if size == shape[1]:
             return one_chunk(inputs)
-        outputs = jax.lax.map(jax.checkpoint(one_chunk, prevent_cse=False), _split_anchors(inputs, chunks))
-        return jax.tree.map(lambda out: jnp.moveaxis(out, 0, 1).reshape(shape), outputs)
+        outputs = jax.lax.map(jax.checkpoint(one_chunk, prevent_cse=False), _split_anchors(inputs, size))
+        return jax.tree.map(lambda out: _join_anchors(out, shape[1]), outputs)
+
+    def _logits(self, x_xD, kernel_DxV, bias_V):
+        logits_xV = jnp.dot(x_xD, kernel_DxV, precision=self.precision) + bias_V
+        return logits_xV.at[..., self.mask_column].set(MASK_LOGIT)
 
 
-def num_chunks(shape_BxAxG: tuple[int, int, int], vocab_size: int) -> int:
-    """The least divisor of A that keeps the logits of A / divisor anchors within `_MOST_LOGITS` per device."""
+def chunk_size(shape_BxAxG: tuple[int, int, int], vocab_size: int) -> int:
+    """How many of A anchors to work on at a time, so that their logits stay within `_MOST_LOGITS` per device.
+
+    As even as whole numbers allow: the last chunk lacks fewer anchors than there are chunks.
+    """
     batch, anchors, group = shape_BxAxG
     per_anchor = -(-batch // row_shards()) * group * vocab_size
-    divisors = (n for n in range(1, anchors + 1) if anchors % n == 0)
-    return next((n for n in divisors if anchors // n * per_anchor <= _MOST_LOGITS), max(anchors, 1))
+    chunks = -(-anchors // max(_MOST_LOGITS // max(per_anchor, 1), 1))
+    return -(-anchors // max(chunks, 1))
 
 
-def _split_anchors(tree, chunks):
-    """(B, A, ...) to (chunks, B, A / chunks, ...)."""
-    return jax.tree.map(
-        lambda x: jnp.moveaxis(x.reshape(x.shape[0], chunks, x.shape[1] // chunks, *x.shape[2:]), 1, 0), tree
-    )
+def _split_anchors(tree, size):
+    """(B, A, ...) to (chunks, B, size, ...), padded with zeros."""
+
+    def split(x):
+        x = jnp.pad(x, [(0, 0), (0, -x.shape[1] % size)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(x.shape[0], -1, size, *x.shape[2:]), 1, 0)
+
+    return jax.tree.map(split, tree)
 
 
-def _logits(x_xD, kernel_DxV, bias_V, mask_id):
-    return (jnp.dot(x_xD, kernel_DxV) + bias_V).at[..., mask_id].set(MASK_LOGIT)
+def _join_anchors(x_IxBxAxG, anchors):
+    """The inverse of `_split_anchors`."""
+    x_BxIxAxG = jnp.moveaxis(x_IxBxAxG, 0, 1)
+    return x_BxIxAxG.reshape(x_BxIxAxG.shape[0], -1, x_BxIxAxG.shape[3])[:, :anchors]

@@ -10,6 +10,8 @@ no gradient of a log-sum-exp is needed (ring attention uses the same identity). 
 this: `_splash_attention_bwd` is called by its private name, here and nowhere else.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -50,11 +52,18 @@ def pairs(length: int, group: int) -> int:
 
 
 def group_attention(
-    q_BxNxGxHxC: jax.Array, own: KeyValue, text: KeyValue, segments_BxN: jax.Array | None, past: Past | None
+    q_BxNxGxHxC: jax.Array,
+    own: KeyValue,
+    text: KeyValue,
+    segments_BxN: jax.Array | None,
+    past: Past | None,
+    precision: str,
 ) -> jax.Array:
     """`attention.group_attention` over a text, with a `Causal` reach."""
     beside, seen_GxM = _beside(q_BxNxGxHxC.shape[2], own, past)
-    return _merged_attention(q_BxNxGxHxC * q_BxNxGxHxC.shape[-1] ** -0.5, text, beside, seen_GxM, segments_BxN)
+    return _merged_attention(
+        precision, q_BxNxGxHxC * q_BxNxGxHxC.shape[-1] ** -0.5, text, beside, seen_GxM, segments_BxN
+    )
 
 
 def _beside(group, own, past):
@@ -69,13 +78,15 @@ def _beside(group, own, past):
     return together, jnp.concatenate([real_GxP, causal_GxM], axis=1)
 
 
-@jax.custom_vjp
-def _merged_attention(q, text, beside, seen_GxM, segments_BxN):
-    return _forward(q, text, beside, seen_GxM, segments_BxN)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=0)
+def _merged_attention(precision, q, text, beside, seen_GxM, segments_BxN):
+    return _forward(precision, q, text, beside, seen_GxM, segments_BxN)[0]
 
 
-def _forward(q, text, beside, seen_GxM, segments_BxN):
-    out, lse = _over_text(q, text, segments_BxN)
+def _forward(precision, q, text, beside, seen_GxM, segments_BxN):
+    # The kernels take the precision of their products from the context in which they are traced.
+    with jax.default_matmul_precision(precision):
+        out, lse = _over_text(q, text, segments_BxN)
     if beside.key.shape[2]:
         out, lse = _merge(out, lse, _scores(q, beside.key, seen_GxM), beside.value)
     # The backward pass starts from these two, so a policy that keeps them spares the kernel a second run.
@@ -91,9 +102,10 @@ def _merge(out, lse, scores, values):
     return merged.astype(out.dtype), merged_lse
 
 
-def _backward(residuals, d_out):
+def _backward(precision, residuals, d_out):
     q, text, beside, seen_GxM, segments_BxN, out, lse = residuals
-    d_q, d_text = _over_text_gradients(q, text, segments_BxN, out, lse, d_out)
+    with jax.default_matmul_precision(precision):
+        d_q, d_text = _over_text_gradients(q, text, segments_BxN, out, lse, d_out)
     if beside.key.shape[2]:
         d_q_beside, d_beside = _beside_gradients(q, beside, seen_GxM, out, lse, d_out)
         d_q = (d_q.astype(jnp.float32) + d_q_beside).astype(q.dtype)

@@ -6,6 +6,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from kforcing_jax.models.lm import text_positions
+from kforcing_jax.noise import argmax
+
 # A batch in which nothing carries loss has loss 0, not NaN.
 _LEAST_WEIGHT = 1e-9
 
@@ -27,9 +30,9 @@ def weighted_mean(values: jax.Array, weights: jax.Array) -> Mean:
 
 
 def loss_and_agreement(logits_xV: jax.Array, targets_x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Of every token: cross entropy (nats), and whether the argmax is the target."""
+    """Of every token: cross entropy (nats), and whether the argmax is the target, which is a column of the logits."""
     loss_x = optax.softmax_cross_entropy_with_integer_labels(logits_xV, targets_x)
-    return loss_x, jnp.argmax(logits_xV, axis=-1) == targets_x
+    return loss_x, argmax(logits_xV) == targets_x
 
 
 def next_token_weights(tokens_BxN: jax.Array, segments_BxN: jax.Array | None) -> jax.Array:
@@ -41,29 +44,34 @@ def next_token_weights(tokens_BxN: jax.Array, segments_BxN: jax.Array | None) ->
 
 
 def window_weights(
-    window_BxNxK: jax.Array, tokens_BxN: jax.Array, segments_BxN: jax.Array | None, eos_id: int | None
+    window_BxNxK: jax.Array,
+    tokens_BxN: jax.Array,
+    segments_BxN: jax.Array | None,
+    eos_id: int | None,
+    skip_after_eos: bool = True,
 ) -> jax.Array:
     """Which tokens of the window after every position carry loss: weights_BxNxK, f32.
 
-    Not those after the first EOS of a window (None: there is no EOS), for what a teacher writes there is the beginning
-    of another document, and nobody will decode it. In rows of several segments, no window in the padding or after the
-    EOS that ends a segment: the teacher has never seen what follows.
+    Those that a teacher has learnt to draw, and that are decoded:
+
+    - at positions below N, beyond which nothing was trained;
+    - up to the first EOS of a window, unless not `skip_after_eos`: what a teacher writes there is the beginning of
+      another document;
+    - in rows of several segments, of no window in the padding or after the EOS that ends a segment.
+
+    `eos_id` is None where there is no EOS.
     """
-    weights_BxNxK = _up_to_eos(window_BxNxK, eos_id)
-    if segments_BxN is None:
-        return weights_BxNxK
-    carries_BxN = segments_BxN > 0
-    if eos_id is not None:
-        carries_BxN &= tokens_BxN != eos_id
-    return weights_BxNxK * carries_BxN[..., None]
-
-
-def _up_to_eos(window_BxNxK, eos_id):
-    if eos_id is None:
-        return jnp.ones(window_BxNxK.shape)
-    is_eos = window_BxNxK == eos_id
-    eos_before_BxNxK = jnp.cumsum(is_eos, axis=-1) - is_eos
-    return (eos_before_BxNxK == 0).astype(jnp.float32)
+    length, window = window_BxNxK.shape[1:]
+    position_BxNxK = text_positions(tokens_BxN.shape, segments_BxN)[..., None] + 1 + jnp.arange(window)
+    carries_BxNxK = position_BxNxK < length
+    if eos_id is not None and skip_after_eos:
+        is_eos = window_BxNxK == eos_id
+        carries_BxNxK &= (jnp.cumsum(is_eos, axis=-1) - is_eos) == 0
+    if segments_BxN is not None:
+        carries_BxNxK &= (segments_BxN > 0)[..., None]
+        if eos_id is not None:
+            carries_BxNxK &= (tokens_BxN != eos_id)[..., None]
+    return carries_BxNxK.astype(jnp.float32)
 
 
 def window_metrics(

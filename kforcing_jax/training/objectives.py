@@ -56,8 +56,9 @@ def language_modelling(model: CausalLM) -> Objective:
         del teacher_params
         tokens_BxN, segments_BxN = inputs.batch
         variables = {"params": params}
-        hidden_BxNx1xD, _ = model.apply(variables, tokens_BxN, segments_BxN=segments_BxN, method="begin")
-        targets_BxNx1 = jnp.roll(tokens_BxN, -1, axis=1)[..., None]
+        result = model.apply(variables, tokens_BxN, segments_BxN=segments_BxN, method="begin")
+        targets_BxNx1 = model.cfg.column_of(jnp.roll(tokens_BxN, -1, axis=1)[..., None])
+        hidden_BxNx1xD = result.known.hidden
         loss_BxNx1, _ = model.apply(variables, loss_and_agreement, hidden_BxNx1xD, targets_BxNx1, method="per_token")
         return weighted_mean(loss_BxNx1[..., 0], next_token_weights(tokens_BxN, segments_BxN)), {}
 
@@ -83,12 +84,11 @@ def distillation(
         (tokens_BxN, segments_BxN), noise_BxNxK, tau_B = inputs
         targets_BxNxK = rollout(teacher, teacher_params, tokens_BxN, noise_BxNxK, tau_B, chunk, segments_BxN)
         targets_BxNxK = jax.lax.stop_gradient(targets_BxNxK)
-        weights_BxNxK = window_weights(
-            targets_BxNxK, tokens_BxN, segments_BxN, eos_id if stage.skip_after_eos else None
-        )
+        weights_BxNxK = window_weights(targets_BxNxK, tokens_BxN, segments_BxN, eos_id, stage.skip_after_eos)
         variables = {"params": params}
-        hidden, _ = student.apply(variables, tokens_BxN, noise_BxNxK, tau_B, segments_BxN, method="begin")
-        per_token = student.apply(variables, loss_and_agreement, hidden, targets_BxNxK, method="per_token")
+        result = student.apply(variables, tokens_BxN, noise_BxNxK, tau_B, segments_BxN, method="begin")
+        columns_BxNxK = student.cfg.column_of(targets_BxNxK)
+        per_token = student.apply(variables, loss_and_agreement, result.noise.hidden, columns_BxNxK, method="per_token")
         return window_metrics(*per_token, weights_BxNxK)
 
     return Objective(draw_inputs, losses)

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from kforcing_jax.config import Config
 from kforcing_jax.models import CausalLM, ModelConfig, PushForwardLM
+from kforcing_jax.noise import CdfOrder
 from kforcing_jax.training.objectives import Objective, distillation, language_modelling
 
 
@@ -33,10 +34,28 @@ def predecessors(config: Config, name: str) -> tuple[str | None, str | None]:
     return ("ar" if stage.teacher == "ar" else origin), origin
 
 
-def stage_model(config: Config, name: str, vocabulary: Vocabulary, dtype: str = "float32") -> CausalLM | PushForwardLM:
-    """The model of a stage, whose blocks compute in `dtype`; parameters are f32 in any case."""
-    shape = dataclasses.asdict(config.model)
-    cfg = ModelConfig(vocab_size=vocabulary.vocab_size, mask_id=vocabulary.mask_id, dtype=dtype, **shape)
+def cdf_order(config: Config, vocab_size: int) -> CdfOrder | None:
+    """The order of tokens on [0, 1) in a run that begins; weights keep theirs (None: vocabulary order)."""
+    return CdfOrder.shuffled(vocab_size, config.seed) if config.model.cdf_order == "shuffled" else None
+
+
+def stage_model(
+    config: Config,
+    name: str,
+    vocabulary: Vocabulary,
+    dtype: str = "float32",
+    order: CdfOrder | None = None,
+) -> CausalLM | PushForwardLM:
+    """The model of a stage, whose blocks compute in `dtype`; parameters are f32 in any case.
+
+    `order` is the `cdf_order` of its weights; by default that of the configuration. Where blocks compute in half
+    precision, no product has to be better than the hardware's usual.
+    """
+    fields = dataclasses.asdict(config.model) | {"dtype": dtype}
+    fields["cdf_order"] = order or cdf_order(config, vocabulary.vocab_size)
+    if dtype != "float32":
+        fields["precision"] = "default"
+    cfg = ModelConfig(vocab_size=vocabulary.vocab_size, mask_id=vocabulary.mask_id, **fields)
     return PushForwardLM(cfg) if config.stages[name].window else CausalLM(cfg)
 
 

@@ -3,9 +3,9 @@
 import jax
 import jax.numpy as jnp
 
-from kforcing_jax.models.attention import Causal
-from kforcing_jax.models.keys import KeyValue, Past
-from kforcing_jax.models.lm import text_positions
+from kforcing_jax.models import CausalLM
+from kforcing_jax.models.keys import Causal, KeyValue, Known, Past
+from kforcing_jax.models.lm import consecutive, text_positions
 
 
 def rollout(model, params, tokens_BxN, noise_BxNxK, tau_B, chunk: int, segments_BxN=None):
@@ -32,36 +32,32 @@ def rollout(model, params, tokens_BxN, noise_BxNxK, tau_B, chunk: int, segments_
     def call(method, *args):
         return model.apply({"params": params}, *args, method=method)
 
-    def draw(hidden, noise_BxNxC):
-        return call("draw", hidden, noise_BxNxC, tau_Bx1x1)
+    def draw(result, noise_BxNxC):
+        return call("draw", model.drawable(result), noise_BxNxC, tau_Bx1x1)
 
-    hidden, prefix = call("begin", tokens_BxN, noise_IxBxNxC[0], tau_B, segments_BxN)
-    first_chunk = draw(hidden, noise_IxBxNxC[0])
+    text = call("begin", tokens_BxN, noise_IxBxNxC[0], tau_B, segments_BxN)
+    first_chunk = draw(text, noise_IxBxNxC[0])
     if window == chunk:
         return first_chunk
 
+    prefix = Known(text.text_keys, Causal(segments_BxN))
     next_position_BxN = text_positions((batch, length), segments_BxN) + 1
+    group = chunk if isinstance(model, CausalLM) else 2 * chunk
 
     def one_pass(carry, step_and_noise):
         tokens_BxNxC, cache = carry
         step, noise_BxNxC = step_and_noise
         done = step * chunk
-        hidden, own = call(
-            "extend",
-            tokens_BxNxC,
-            noise_BxNxC,
-            tau_B,
-            prefix,
-            Causal(segments_BxN),
-            next_position_BxN + done,
-            Past(cache, done),
+        positions_BxNxG = consecutive(next_position_BxN + done, group)
+        result = call("extend", tokens_BxNxC, noise_BxNxC, tau_B, positions_BxNxG, prefix, Past(cache, done))
+        cache = jax.tree.map(
+            lambda kept, new: jax.lax.dynamic_update_slice_in_dim(kept, new, done, axis=3), cache, result.known.keys
         )
-        cache = jax.tree.map(lambda kept, new: jax.lax.dynamic_update_slice_in_dim(kept, new, done, axis=3), cache, own)
-        tokens_BxNxC = draw(hidden, noise_BxNxC)
+        tokens_BxNxC = draw(result, noise_BxNxC)
         return (tokens_BxNxC, cache), tokens_BxNxC
 
     later_passes = window // chunk - 1
-    carry = (first_chunk, _empty_cache(prefix, later_passes * chunk))
+    carry = (first_chunk, _empty_cache(prefix.keys, later_passes * chunk))
     _, later_chunks = jax.lax.scan(one_pass, carry, (jnp.arange(later_passes), noise_IxBxNxC[1:]))
     chunks_IxBxNxC = jnp.concatenate([first_chunk[None], later_chunks])
     return jnp.moveaxis(chunks_IxBxNxC, 0, 2).reshape(batch, length, window)

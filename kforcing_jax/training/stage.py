@@ -17,6 +17,7 @@ from kforcing_jax.training.interruption import Interruption
 from kforcing_jax.training.objectives import Objective
 from kforcing_jax.training.optimizer import make_optimizer
 from kforcing_jax.training.progress import StageLog
+from kforcing_jax.training.records import weights_digest
 from kforcing_jax.training.step import TrainState, init_state, train_step
 
 _LOG = python_logging.getLogger("kforcing_jax")
@@ -34,24 +35,21 @@ class Stage:
     batches: Callable[[int], Iterator[Batch]]  # first step -> this process's rows: the data's state is the step
     tokens_per_step: float  # useful ones, of all processes
     key: jax.Array
+    made_from: dict = dataclasses.field(default_factory=dict)  # kept with every checkpoint, see training.records
 
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
-    """Steps up to `last_step` in one precision: one compiled program.
-
-    `dtype` is what the blocks compute in; `precision` is that of matmuls (TPUs multiply f32 in bf16 by default).
-    """
+    """Steps up to `last_step` whose blocks compute in `dtype`: one compiled program."""
 
     dtype: str
-    precision: str | None
     last_step: int
 
 
 def precision_phases(config: StageConfig) -> list[Phase]:
-    """bf16 for the first part of the steps where the stage asks for it, then f32 at the highest matmul precision."""
+    """bf16 for the first part of the steps where the stage asks for it, then f32 at the precision of the model."""
     low = round(config.steps * config.bfloat16_fraction)
-    phases = [Phase("bfloat16", None, low), Phase("float32", "highest", config.steps)]
+    phases = [Phase("bfloat16", low), Phase("float32", config.steps)]
     return [phase for phase, start in zip(phases, (0, low), strict=True) if phase.last_step > start]
 
 
@@ -67,7 +65,6 @@ def compiled_step(config: StageConfig, objective: Callable[[str], Objective], ph
         make_optimizer(config),
         config.ema_decay,
         config.accumulation,
-        phase.precision,
     )
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(shardings.step.mesh)))
 
@@ -90,7 +87,7 @@ def train(stage: Stage, mesh: Mesh, checkpoints: StageCheckpoints, metrics_path:
     first, state, seconds_before = _first_state(stage, mesh, checkpoints)
     if first:
         _LOG.info(f"{stage.name:<11} goes on from step {first}/{steps}")
-    log = StageLog(metrics_path, stage.name, steps, stage.tokens_per_step, seconds_before)
+    log = StageLog(metrics_path, stage.name, first, steps, stage.tokens_per_step, seconds_before)
     batches = stage.batches(first)
     key = jax.device_put(stage.key, replicated(mesh))
     with Interruption() as interruption:
@@ -105,18 +102,23 @@ def train(stage: Stage, mesh: Mesh, checkpoints: StageCheckpoints, metrics_path:
                     log.report(step)
                 if step % logging.checkpoint_every == 0 or step == steps or stops:
                     log.check()
-                    checkpoints.save(state, step, log.seconds)
+                    checkpoints.save(state, step, _progress(stage, state, step, log.seconds))
                 if stops:
                     raise KeyboardInterrupt
             first = max(first, phase.last_step)
 
 
+def _progress(stage, state, step, seconds):
+    progress = {"seconds": seconds, "made_from": stage.made_from}
+    return progress | ({"weights": weights_digest(state.ema)} if step == stage.config.steps else {})
+
+
 def _first_state(stage, mesh, checkpoints):
-    """(steps done, state, seconds they took), from the newest checkpoint or from the initial parameters."""
+    """(steps done, state, seconds they took), from the newest good checkpoint or from the initial parameters."""
     abstract = abstract_state(stage.initial_params, stage.config, mesh)
-    first = checkpoints.latest_step or 0
-    if first:
-        return first, *checkpoints.restore(abstract)
+    if checkpoints.latest_step:
+        state, progress = checkpoints.restore(abstract)
+        return int(state.step), state, progress["seconds"]
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     init = jax.jit(lambda params: init_state(params, make_optimizer(stage.config)), out_shardings=shardings)
-    return first, init(stage.initial_params), 0.0
+    return 0, init(stage.initial_params), 0.0

@@ -33,7 +33,6 @@ def train_step(
     optimizer: optax.GradientTransformation,
     ema_decay: float,
     accumulation: int,
-    precision: str | None,
     state: TrainState,
     teacher_params: dict,
     batch: Batch,
@@ -44,10 +43,8 @@ def train_step(
     Randomness is a function of (key, state.step), so a resumed run repeats an uninterrupted one exactly. The batch is
     worked off in `accumulation` parts, which changes memory and nothing else.
     """
-    # Around the gradient as a whole: a custom backward pass is traced after the forward pass has returned.
-    with jax.default_matmul_precision(precision):
-        inputs = objective.draw_inputs(batch, jax.random.fold_in(key, state.step))
-        grads, loss, metrics = _gradients(objective, state.params, teacher_params, inputs, accumulation)
+    inputs = objective.draw_inputs(batch, jax.random.fold_in(key, state.step))
+    grads, loss, metrics = _gradients(objective, state.params, teacher_params, inputs, accumulation)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     new_state = TrainState(

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from dense_mask import mask_attention
 
-from kforcing_jax.models.attention import Causal, group_attention
-from kforcing_jax.models.keys import KeyValue
+from kforcing_jax.models.attention import group_attention
+from kforcing_jax.models.keys import Causal, KeyValue
 
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "train_step.py"
 SMALL = ("--lengths=32", "--ks=1,2", "--tokens=64", "--num_layers=1", "--d_model=32", "--num_heads=2", "--repeats=1")

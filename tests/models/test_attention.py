@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kforcing_jax.models.attention import Causal, block_length, choose_implementation, group_attention
-from kforcing_jax.models.keys import KeyValue, Past
+from kforcing_jax.models.attention import block_length, choose_implementation, group_attention
+from kforcing_jax.models.keys import Causal, KeyValue, Past, UpTo
 
 
 def dense_attention(q_BxTxHxC, k_BxUxHxC, v_BxUxHxC, mask_BxTxU):
@@ -121,7 +121,7 @@ def test_a_past_at_every_position_equals_a_dense_mask(rng, implementation):
         (1000, Causal(), "splash", "blockwise"),
         (1024, Causal(), "cudnn", "blockwise"),
         (1, Causal(), "splash", "dense"),
-        (1024, jnp.zeros((1, 1024), int), "splash", "dense"),
+        (1024, UpTo(jnp.zeros((1, 1024), int)), "splash", "dense"),
     ],
 )
 def test_the_implementation_follows_the_wish_the_reach_and_the_length(length, reach, wanted, chosen):
@@ -210,7 +210,7 @@ def test_groups_over_a_cache_and_a_past_equal_a_dense_mask(
 
     def ours(q, k, v, prefix_k, prefix_v, *past):
         past = Past(KeyValue(*past), jnp.int32(past_length)) if past else None
-        return group_attention(q, KeyValue(k, v), KeyValue(prefix_k, prefix_v), jnp.asarray(stop), past)
+        return group_attention(q, KeyValue(k, v), KeyValue(prefix_k, prefix_v), UpTo(jnp.asarray(stop)), past)
 
     def dense(q, k, v, prefix_k, prefix_v, *past):
         past_k, past_v = past or [jnp.zeros(past_shape)] * 2
@@ -231,7 +231,7 @@ def test_what_lies_beyond_stop_and_beyond_the_past_changes_nothing(rng):
     def attend(garbage):
         cache = KeyValue(prefix_k.at[:, 3:].set(garbage), prefix_v.at[:, 3:].set(garbage))
         unreal = KeyValue(past_k.at[:, :, 1:].set(garbage), past_v.at[:, :, 1:].set(garbage))
-        return group_attention(q, KeyValue(k, v), cache, stop, Past(unreal, jnp.int32(1)))
+        return group_attention(q, KeyValue(k, v), cache, UpTo(stop), Past(unreal, jnp.int32(1)))
 
     np.testing.assert_array_equal(attend(0.0), attend(1e6))
 
@@ -243,5 +243,5 @@ def test_scores_of_half_precision_queries_are_computed_in_f32():
     keys = jnp.array([[16.0, 0.0], [16.0, 0.5]], jnp.bfloat16).reshape(1, 2, 1, 2)
     values = jnp.array([[0.0, 0.0], [1.0, 1.0]], jnp.bfloat16).reshape(1, 2, 1, 2)
     nothing = jnp.full((1, 1, 1, 1, 2), -16.0, jnp.bfloat16)
-    out = group_attention(q, KeyValue(nothing, 0 * nothing), KeyValue(keys, values), jnp.array([[2]]))
+    out = group_attention(q, KeyValue(nothing, 0 * nothing), KeyValue(keys, values), UpTo(jnp.array([[2]])))
     np.testing.assert_allclose(out[0, 0, 0, 0].astype(jnp.float32), 1 / (1 + np.exp(-0.5 / scale)), rtol=2**-8)

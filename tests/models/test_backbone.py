@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from kforcing_jax.models import CausalLM, PushForwardLM, backbone, init_params, layers
-from kforcing_jax.models.attention import Causal
 from kforcing_jax.models.backbone import Backbone, ModelConfig
+from kforcing_jax.models.keys import Text
 from kforcing_jax.models.layers import rotary_angles, rotate
 from kforcing_jax.training.losses import loss_and_agreement
 
@@ -48,12 +48,12 @@ def test_angles_are_f32_whatever_the_dtype_of_the_queries():
 def test_moving_a_whole_text_changes_nothing(rng, tiny_config):
     backbone = Backbone(tiny_config)
     x = jnp.asarray(rng.normal(size=(1, 4, 1, tiny_config.d_model)), jnp.float32)
-    reach, positions = Causal(), jnp.arange(4)[None, :, None]
-    variables = jax.jit(backbone.init)(jax.random.key(0), x, positions, reach)
+    text, positions = Text(), jnp.arange(4)[None, :, None]
+    variables = jax.jit(backbone.init)(jax.random.key(0), x, positions, text)
     apply = jax.jit(backbone.apply)
-    here, _ = apply(variables, x, positions, reach)
-    far, _ = apply(variables, x, positions + 300, reach)
-    stretched, _ = apply(variables, x, positions * 3, reach)
+    here, _ = apply(variables, x, positions, text)
+    far, _ = apply(variables, x, positions + 300, text)
+    stretched, _ = apply(variables, x, positions * 3, text)
     np.testing.assert_allclose(far, here, atol=1e-4)
     assert jnp.abs(stretched - here).max() > 1e-2
 
@@ -123,18 +123,19 @@ def per_token_and_plain(model_and_params, rng):
 @pytest.mark.parametrize("kind", ["causal_lm", "push_forward_lm"])
 def test_a_few_positions_at_a_time_give_what_all_logits_give(request, rng, small_chunks, kind):
     model = request.getfixturevalue(kind)
-    assert layers.num_chunks((2, 6, 3), model[0].cfg.vocab_size) == 3
+    assert layers.chunk_size((2, 6, 3), model[0].cfg.vocab_size) == 2
     (chunked, plain), (drawn, picked) = per_token_and_plain(model, rng)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-5), chunked, plain)
     np.testing.assert_array_equal(drawn, picked)
 
 
-@pytest.mark.parametrize("anchors", [1, 7, 96, 1024])
-def test_chunks_divide_the_anchors_and_stay_within_the_limit(anchors):
+@pytest.mark.parametrize("anchors", [1, 7, 96, 1021, 1024])
+def test_chunks_stay_within_the_limit_and_are_as_few_as_it_allows(anchors):
+    """Also of a prime number of anchors, which only chunks of one divide."""
     for group, vocabulary in ((1, 13), (4, 50_258)):
-        chunks = layers.num_chunks((8, anchors, group), vocabulary)
-        assert anchors % chunks == 0
-        assert anchors // chunks * 8 * group * vocabulary <= layers._MOST_LOGITS or chunks == anchors
+        size, per_anchor = layers.chunk_size((8, anchors, group), vocabulary), 8 * group * vocabulary
+        assert size * per_anchor <= layers._MOST_LOGITS
+        assert -(-anchors // size) == -(-anchors // (layers._MOST_LOGITS // per_anchor))
 
 
 def test_memory_of_the_loss_does_not_grow_with_all_logits(tiny_config):

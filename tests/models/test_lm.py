@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from kforcing_jax.models import CausalLM, PushForwardLM
-from kforcing_jax.models.keys import KeyValue, Past
+from kforcing_jax.models.keys import KeyValue, Known, Past, UpTo
 from kforcing_jax.models.layers import exact_gelu, fourier_features
-from kforcing_jax.models.lm import text_positions
+from kforcing_jax.models.lm import consecutive, text_positions
+from kforcing_jax.noise import CdfOrder
 
 BATCH, LENGTH, WINDOW = 2, 6, 3
 TAU = jnp.array([0.7, 1.0])
@@ -26,14 +27,18 @@ def call(model, params, method, *args):
 
 def begin(model_and_params, *args):
     """(logits, keys and values)"""
-    hidden, kept = call(*model_and_params, "begin", *args)
-    return call(*model_and_params, "logits", hidden), kept
+    result = call(*model_and_params, "begin", *args)
+    return call(*model_and_params, "logits", model_and_params[0].drawable(result)), result.text_keys
 
 
-def extend(model_and_params, *args):
-    """(logits, keys and values)"""
-    hidden, kept = call(*model_and_params, "extend", *args)
-    return call(*model_and_params, "logits", hidden), kept
+def extend(model_and_params, tokens, noise, tau, keys, length, first, past=None):
+    """(logits of the rows that tokens are drawn from, or of all known ones of a teacher; keys and values)"""
+    model, _ = model_and_params
+    is_teacher = isinstance(model, CausalLM)
+    positions = consecutive(first, tokens.shape[2] + (0 if is_teacher else noise.shape[2]))
+    result = call(*model_and_params, "extend", tokens, noise, tau, positions, Known(keys, UpTo(length)), past)
+    hidden = result.known.hidden if is_teacher else result.noise.hidden
+    return call(*model_and_params, "logits", hidden), result.known.keys
 
 
 def first_slots(kept, count):
@@ -215,10 +220,82 @@ def test_a_causal_lm_never_draws_the_mask_however_hot(tiny_config, mask_id):
     np.testing.assert_allclose(np.delete(drawn, mask_id), 333, atol=1)
 
 
-def test_a_push_forward_lm_draws_the_argmax_whatever_the_noise(rng, tiny_config):
-    logits = jnp.asarray(rng.normal(size=(3, 4, 13)), jnp.float32)
-    tokens = PushForwardLM(tiny_config).pick(logits, rng.random((3, 4)), jnp.full((3, 1), 0.3))
-    np.testing.assert_array_equal(tokens, logits.argmax(-1))
+@pytest.mark.parametrize("mask_logit", [-1000.0, 1000.0])
+def test_a_push_forward_lm_draws_the_argmax_but_for_the_mask_whatever_the_noise(rng, tiny_config, mask_logit):
+    logits = rng.normal(size=(3, 4, 13)).astype(np.float32) - 2000
+    expected = np.where(np.arange(13) == tiny_config.mask_id, -np.inf, logits).argmax(-1)
+    logits[..., tiny_config.mask_id] = mask_logit
+    tokens = PushForwardLM(tiny_config).pick(jnp.asarray(logits), rng.random((3, 4)), jnp.full((3, 1), 0.3))
+    np.testing.assert_array_equal(tokens, expected)
+
+
+def test_a_temperature_near_zero_draws_the_likeliest_token(rng, causal_lm):
+    model, _ = causal_lm
+    logits = jnp.asarray(rng.normal(size=(50, 13)), jnp.float32).at[:, model.cfg.mask_id].set(-1000.0)
+    drawn = model.pick(logits, jnp.asarray(rng.random(50), jnp.float32), jnp.full(50, 1e-6))
+    np.testing.assert_array_equal(drawn, logits.argmax(-1))
+
+
+# How tokens lie on [0, 1) is a property of the model: columns of its output layer lie in that order.
+
+
+def in_order(model_and_params, order):
+    """The same model, whose tokens lie in another order: the output layer's columns are permuted with them."""
+    model, params = model_and_params
+    output = jax.tree.map(lambda leaf: leaf[..., order.tokens_V], params["backbone"]["output"])
+    cfg = dataclasses.replace(model.cfg, cdf_order=order)
+    return type(model)(cfg), params | {"backbone": params["backbone"] | {"output": output}}
+
+
+ORDER = CdfOrder.shuffled(13, seed=5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_order_of_the_cdf_changes_no_logits(request, kind, text, noise):
+    model = request.getfixturevalue(kind)
+    expected, _ = begin(model, text, noise, TAU)
+    np.testing.assert_allclose(begin(in_order(model, ORDER), text, noise, TAU)[0], expected, atol=TOLERANCE)
+
+
+def test_a_teacher_draws_by_the_inverse_cdf_in_its_own_order(causal_lm, text, noise):
+    model, params = in_order(causal_lm, ORDER)
+    hidden = call(model, params, "begin", text).known.hidden
+    drawn = call(model, params, "draw", hidden, noise[..., :1], TAU[:, None, None])[..., 0]
+    logits = np.asarray(call(model, params, "logits", hidden), np.float64)[:, :, 0] / np.asarray(TAU)[:, None, None]
+    weights = np.exp(logits - logits.max(axis=-1, keepdims=True))[..., ORDER.tokens_V]
+    cdf = weights.cumsum(axis=-1) / weights.sum(axis=-1, keepdims=True)
+    np.testing.assert_array_equal(drawn, ORDER.tokens_V[(cdf <= np.asarray(noise)[..., :1]).sum(axis=-1)])
+
+
+def test_noise_inversion_and_draws_agree_on_the_order(causal_lm, text):
+    model, params = in_order(causal_lm, ORDER)
+    text = jnp.where(text == model.cfg.mask_id, 0, text)
+    logits = call(model, params, "__call__", text)
+    u = model.invert_noise(logits, text, jax.random.key(0))
+    hidden = call(model, params, "begin", text).known.hidden
+    drawn = call(model, params, "draw", hidden[:, :-1], u[..., None], jnp.ones((BATCH, 1, 1)))[..., 0]
+    np.testing.assert_array_equal(drawn, text[:, 1:])
+
+
+def test_a_student_emits_the_same_tokens_in_any_order(push_forward_lm, text, noise):
+    def drawn(model, params):
+        hidden = call(model, params, "begin", text, noise, TAU).noise.hidden
+        return call(model, params, "draw", hidden, noise, TAU[:, None, None])
+
+    np.testing.assert_array_equal(drawn(*in_order(push_forward_lm, ORDER)), drawn(*push_forward_lm))
+
+
+def test_what_is_no_order_of_the_vocabulary_is_refused(tiny_config):
+    with pytest.raises(ValueError, match="ids 0 to 2, each once"):
+        CdfOrder([0, 1, 1])
+    with pytest.raises(ValueError, match="cdf_order has 3 ids, the vocabulary 13"):
+        dataclasses.replace(tiny_config, cdf_order=CdfOrder([2, 0, 1]))
+
+
+def test_shuffled_orders_are_the_same_everywhere_and_equal_ones_are_one_static_argument():
+    assert CdfOrder.shuffled(6, seed=0).tokens_V.tolist() == [5, 2, 1, 3, 4, 0]
+    assert CdfOrder.shuffled(6, 0) == CdfOrder([5, 2, 1, 3, 4, 0]) != CdfOrder.shuffled(6, 1)
+    assert hash(CdfOrder.shuffled(6, 0)) == hash(CdfOrder([5, 2, 1, 3, 4, 0]))
 
 
 def test_noise_features_are_cosines_then_sines_from_the_highest_frequency():

@@ -12,6 +12,8 @@ from kforcing_jax import noise
 from kforcing_jax.decoding import generate
 from kforcing_jax.interop import official
 from kforcing_jax.models import CausalLM, PushForwardLM
+from kforcing_jax.models.keys import Known, UpTo
+from kforcing_jax.models.lm import consecutive
 from kforcing_jax.training.losses import loss_and_agreement
 from kforcing_jax.training.rollout import rollout
 
@@ -41,7 +43,7 @@ def run(name, method, *args):
     """What a method gives, hidden states turned into logits."""
     model, params = released(name)
     out = _apply(model, method, params, *args)
-    return out if method == "__call__" else (_apply(model, "logits", params, out[0]), out[1])
+    return out if method == "__call__" else (_apply(model, "logits", params, model.drawable(out)), out.text_keys)
 
 
 def tokens():
@@ -74,9 +76,15 @@ def test_teacher_logits_and_log_probs():
 def test_a_teacher_step_on_a_cache():
     step = tokens().shape[1] // 2
     _, prefix = run("ar", "begin", tokens()[:, :step])
-    at = jnp.full((len(tokens()), 1), step)
-    logits, _ = run("ar", "extend", tokens()[:, step][:, None, None], None, None, prefix, at, at)
+    at, known = at_the_end_of(prefix, 1)
+    logits, _ = run("ar", "extend", tokens()[:, step][:, None, None], None, None, at, known)
     assert_logits_equal(jax.nn.log_softmax(logits)[:, 0], "ar/cached_step_log_probs")
+
+
+def at_the_end_of(keys, group):
+    """(positions of a group after all keys, what it sees)"""
+    length_BxA = jnp.full((len(tokens()), 1), keys.key.shape[2])
+    return consecutive(length_BxA, group), Known(keys, UpTo(length_BxA))
 
 
 @pytest.mark.parametrize("k", _WINDOWS)
@@ -102,8 +110,8 @@ def test_student_prefill_and_a_step_on_its_cache(k):
     prefill_logits, prefix = run(name, "begin", tokens()[:, :length], u[:, :length], ones())
     assert_logits_equal(prefill_logits[:, -1], f"pflm{k}/prefill_logits")
 
-    at = jnp.full((len(tokens()), 1), length)
-    step_logits, _ = run(name, "extend", tokens()[:, None, length:], u[:, -1:], ones(), prefix, at, at)
+    at, known = at_the_end_of(prefix, 3 + k)
+    step_logits, _ = run(name, "extend", tokens()[:, None, length:], u[:, -1:], ones(), at, known)
     assert_logits_equal(step_logits[:, 0], f"pflm{k}/cached_step_logits")
 
 

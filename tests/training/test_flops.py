@@ -32,7 +32,7 @@ def compiled_flops(config, name):
     tokens = jax.ShapeDtypeStruct((stage.batch_size, config.data.seq_len), "int32", sharding=batch_sharding(mesh))
     key = abstract_on(jax.eval_shape(lambda: jax.random.key(0)), replicated(mesh))
     objective = functools.partial(stage_objective, config, name, VOCABULARY)
-    step = compiled_step(stage, objective, Phase("float32", None, 1), state)
+    step = compiled_step(stage, objective, Phase("float32", 1), state)
     lowered = step.lower(state, abstract_params(teacher) if teacher else {}, Batch(tokens), key)
     return hlo.analyse(lowered.compile().as_text()).flops
 

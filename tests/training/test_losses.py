@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from kforcing_jax.training.losses import (
     loss_and_agreement,
@@ -15,21 +16,35 @@ from kforcing_jax.training.losses import (
 EOS = 0
 
 
+def weights_of(windows, length, eos_id, segments=None, tokens=None, skip_after_eos=True):
+    """Weights of the windows of a row of `length` tokens; those that are not given are 3, 3, ..."""
+    windows = np.array(windows)
+    padded = np.full((1, length, windows.shape[1]), 3)
+    padded[0, : len(windows)] = windows
+    tokens = np.ones((1, length), int) if tokens is None else np.array([tokens])
+    segments = None if segments is None else jnp.array([segments])
+    return window_weights(jnp.asarray(padded), jnp.asarray(tokens), segments, eos_id, skip_after_eos)[0]
+
+
 def test_tokens_after_the_first_eos_of_a_window_carry_no_weight():
-    targets = jnp.array([[[3, EOS, 5, EOS], [EOS, 1, 1, 1], [1, 2, 3, 4]]])
-    expected = [[[1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 1]]]
-    assert window_weights(targets, jnp.ones((1, 3), int), None, EOS).tolist() == expected
+    weights = weights_of([[3, EOS, 5, EOS], [EOS, 1, 1, 1], [1, 2, 3, 4]], 9, EOS)
+    assert weights[:3].tolist() == [[1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 1]]
 
 
-def test_without_an_eos_every_offset_carries_weight():
-    assert window_weights(jnp.array([[[3, EOS, 5]]]), jnp.ones((1, 1), int), None, None).tolist() == [[[1, 1, 1]]]
+@pytest.mark.parametrize("eos_id, skip", [(None, True), (EOS, False)])
+def test_without_an_eos_or_the_rule_every_offset_carries_weight(eos_id, skip):
+    assert weights_of([[3, EOS, 5]], 4, eos_id, skip_after_eos=skip)[0].tolist() == [1, 1, 1]
 
 
-def test_no_window_hangs_off_padding_or_off_the_end_of_a_segment():
-    tokens = jnp.array([[4, 5, EOS, 6, 7, EOS]])
-    segments = jnp.array([[1, 1, 1, 2, 2, 0]])
-    weights = window_weights(jnp.full((1, 6, 2), 3), tokens, segments, EOS)
-    assert weights[0, :, 0].tolist() == [1, 1, 0, 1, 1, 0]
+def test_tokens_beyond_the_longest_text_carry_no_weight():
+    """No teacher has learnt what follows the last position, and nobody decodes there."""
+    assert weights_of([[3, 3, 3]], 4, EOS).tolist() == [[1, 1, 1], [1, 1, 0], [1, 0, 0], [0, 0, 0]]
+
+
+@pytest.mark.parametrize("skip", [True, False])
+def test_no_window_hangs_off_padding_or_off_the_end_of_a_segment(skip):
+    tokens, segments = [4, 5, EOS, 6, 7, EOS], [1, 1, 1, 2, 2, 0]
+    assert weights_of([[3, 3]], 6, EOS, segments, tokens, skip)[:, 0].tolist() == [1, 1, 0, 1, 1, 0]
 
 
 def test_next_tokens_count_within_a_segment_only():

@@ -52,7 +52,7 @@ def run_steps(mesh, name="k2", accumulation=1, segmented=False, steps=2):
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     state = jax.jit(lambda p: init_state(p, make_optimizer(stage)), out_shardings=shardings)(params)
     objective = functools.partial(stage_objective, CONFIG, name, VOCABULARY)
-    step = compiled_step(stage, objective, Phase("float32", "highest", steps), state)
+    step = compiled_step(stage, objective, Phase("float32", steps), state)
     key = jax.device_put(jax.random.key(3), replicated(mesh))
     with jax.set_mesh(mesh):
         for _ in range(steps):

@@ -113,12 +113,12 @@ def test_two_precisions_are_two_programs_and_f32_comes_last(tmp_path, monkeypatc
 
 
 def test_precision_phases_split_the_steps():
-    assert precision_phases(StageConfig(steps=10)) == [Phase("float32", "highest", 10)]
+    assert precision_phases(StageConfig(steps=10)) == [Phase("float32", 10)]
     assert precision_phases(StageConfig(steps=10, bfloat16_fraction=0.8)) == [
-        Phase("bfloat16", None, 8),
-        Phase("float32", "highest", 10),
+        Phase("bfloat16", 8),
+        Phase("float32", 10),
     ]
-    assert precision_phases(StageConfig(steps=10, bfloat16_fraction=1.0)) == [Phase("bfloat16", None, 10)]
+    assert precision_phases(StageConfig(steps=10, bfloat16_fraction=1.0)) == [Phase("bfloat16", 10)]
 
 
 @pytest.mark.parametrize("poisoned", [1, 4, 6, 7])

@@ -6,14 +6,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from micro import micro_config
+from micro import micro_config, micro_config_dict
 
-from kforcing_jax.config import MeshConfig
+from kforcing_jax.config import MeshConfig, parse
 from kforcing_jax.data.packing import Batch
+from kforcing_jax.decoding.generate import _decode
+from kforcing_jax.evaluation.fidelity import _agreement_sums, _conditionals, _windows_after
+from kforcing_jax.evaluation.samples import _under_teacher
 from kforcing_jax.models import init_params
 from kforcing_jax.sharding import make_mesh, parameter_shardings
 from kforcing_jax.training.objectives import mean_loss
 from kforcing_jax.training.recipes import Vocabulary, predecessors, stage_model, stage_objective
+from kforcing_jax.training.rollout import rollout
 from kforcing_jax.training.stage import abstract_state, compiled_step, init_state, make_optimizer, precision_phases
 
 VOCABULARY = Vocabulary(vocab_size=13, mask_id=12, eos_id=11)
@@ -75,6 +79,51 @@ def test_the_last_phase_multiplies_f32_at_the_highest_precision(name, implementa
     for equation in traced_matmuls(config_with(implementation, seq_len), name, -1):
         assert precise(equation), equation
         assert all(operand.aval.dtype == jnp.float32 for operand in equation.invars)
+
+
+TOKENS = jnp.zeros((2, 8), jnp.int32)
+
+
+def traced_programs():
+    """What is traced outside the training step: (name, function of two models' parameters)."""
+    config = config_with("dense")
+    teacher, student = (stage_model(config, name, VOCABULARY) for name in ("ar", "k2"))
+    tau, u, key = jnp.ones(2), jnp.zeros((2, 8, 2)), jax.random.key(0)
+    decode_args = (TOKENS, jnp.full(2, 8), jnp.zeros((2, 4)), tau, jnp.float32(0), jnp.int32(11))
+    for k, model in ((1, teacher), (2, student)):
+        yield f"decoding k={k}", lambda t, s, k=k, m=model: _decode(
+            m, t if k == 1 else s, *decode_args, k=k, penalised=False
+        )
+    yield "rollout", lambda t, s: rollout(student, s, TOKENS, jnp.zeros((2, 8, 4)), tau, 2)
+    yield "agreement", lambda t, s: _agreement_sums(teacher, t, student, s, TOKENS, None, u, tau, 11)
+    yield "samples", lambda t, s: _under_teacher(teacher, t, TOKENS)
+    yield "joint", lambda t, s: _conditionals(teacher, t, TOKENS, jnp.zeros((5, 1), jnp.int32))
+    yield "windows", lambda t, s: _windows_after(student, s, TOKENS[0], jnp.zeros((3, 2)))
+    for name in ("ar", "k2"):
+        objective = stage_objective(config, name, VOCABULARY)
+        yield f"validation of {name}", lambda t, s, o=objective, n=name: mean_loss(
+            o, t if n == "ar" else s, s, Batch(TOKENS[None]), key
+        )
+
+
+@pytest.mark.parametrize("name, program", traced_programs(), ids=lambda x: x if isinstance(x, str) else "")
+def test_everything_else_multiplies_f32_at_the_highest_precision_too(name, program):
+    """Decoding and prefill, rollout, evaluation, validation: TPUs and GPUs would take less by default."""
+    config = config_with("dense")
+    params = [
+        jax.eval_shape(functools.partial(init_params, stage_model(config, stage, VOCABULARY)), jax.random.key(0))
+        for stage in ("ar", "k2")
+    ]
+    found = list(matmuls(jax.jit(program).trace(*params).jaxpr.jaxpr))
+    assert found and all(map(precise, found))
+
+
+def test_the_precision_of_f32_products_is_a_field_of_the_model():
+    raw = micro_config_dict()
+    raw.model.precision = "high"
+    config = parse(raw)
+    assert stage_model(config, "k2", VOCABULARY).cfg.precision == "high"
+    assert stage_model(config, "k2", VOCABULARY, "bfloat16").cfg.precision == "default"
 
 
 @pytest.mark.parametrize("implementation, seq_len", [("dense", 8), ("splash", 128)])
