@@ -56,22 +56,23 @@ def note_of(config, stage: str, tokenizer) -> dict:
 
 def check_output(output: str | None) -> Path:
     """The path to write. Raises ConfigError when it is already clear that nothing can be written there."""
+    from kforcing_jax.data.places import expanded
     from kforcing_jax.interop.tensor_files import check_writable_format
 
     if not output:
         raise ConfigError("--output is missing, for example --output=model.safetensors")
-    path = os.path.expanduser(output)
-    folder = os.path.dirname(path) or "."
-    if os.path.isdir(path) or path.endswith(os.sep):
+    path = expanded(output)
+    folder = path.parent
+    if path.is_dir() or output.endswith(os.sep):
         raise ConfigError(f"--output={output} is a directory; name a file in it")
-    if os.path.exists(path) and not os.path.isfile(path):
+    if path.exists() and not path.is_file():
         raise ConfigError(f"--output={output} is there, and is not a file")
-    if not os.path.isdir(folder):
+    if not folder.is_dir():
         raise ConfigError(f"--output={output}: there is no directory {folder}")
     if not os.access(folder, os.W_OK):
         raise ConfigError(f"--output={output}: the directory {folder} is not writable")
     check_writable_format(path)
-    return Path(path)
+    return path
 
 
 def choose_stage(finished: list[str], stage: str | None) -> str:

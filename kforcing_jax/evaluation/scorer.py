@@ -4,7 +4,6 @@ Low perplexity alone is no evidence: repetitive text has it. `intervals.py` has 
 Needs `pip install -e ".[scorer]"`: torch and transformers. Nothing is ever downloaded.
 """
 
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -12,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import tokenizers as hf
 
+from kforcing_jax.data.places import expanded
 from kforcing_jax.errors import DataError
 
 _LOCAL = {"local_files_only": True, "trust_remote_code": False}
@@ -54,7 +54,7 @@ class Scorer(NamedTuple):
         Raises:
           DataError: torch or transformers is not installed, or the folder holds no causal LM with its tokenizer.
         """
-        path = Path(os.path.expanduser(path))
+        path = expanded(path)
         if not (path / "config.json").is_file():
             missing = "no config.json in it" if path.is_dir() else "no such folder"
             raise _unusable(path, f"{missing}; {_CAUSAL_LM_NEEDED}, nothing is downloaded")

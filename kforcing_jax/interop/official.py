@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -20,6 +21,7 @@ from kforcing_jax.interop import tensor_files
 from kforcing_jax.interop.torch_zip import CheckpointFormatError, StoredTensor, describe
 from kforcing_jax.models import CausalLM, ModelConfig, PushForwardLM
 from kforcing_jax.models.layers import ROPE_BASE, rotary_frequencies
+from kforcing_jax.noise import CdfOrder
 
 _WEIGHTS = ("state_dict", "ema")
 
@@ -89,9 +91,16 @@ def load(path: str | Path, mask_id: int | None = None, weights: str = "state_dic
         or no averaged weights where they are asked for. One line that begins with the path.
     """
     with tensor_files.opened(path) as content:
-        return from_state_dict(
-            _model_tensors(content, weights), _note(content).get("mask_id") if mask_id is None else mask_id
-        )
+        note = _note(content)
+        tensors = _model_tensors(content, weights)
+        model, params = from_state_dict(tensors, note.get("mask_id") if mask_id is None else mask_id)
+        if "cdf_order" not in note:
+            return model, params
+        if len(note["cdf_order"]) != model.cfg.vocab_size:
+            raise CheckpointFormatError(
+                f"cdf_order has {len(note['cdf_order'])} ids, its vocabulary {model.cfg.vocab_size}"
+            )
+        return in_order(model, params, CdfOrder(note["cdf_order"]))
 
 
 def read_note(path: str | Path) -> dict:
@@ -100,8 +109,24 @@ def read_note(path: str | Path) -> dict:
         return _note(content)
 
 
+def in_order(model: CausalLM | PushForwardLM, params: dict, order: CdfOrder | None):
+    """(model, params) of the same function with another `cdf_order`, which moves the columns of the output layer.
+
+    A student computes the same, and decodes as it was trained, only in its own order.
+    """
+    tokens_V = np.arange(model.cfg.vocab_size) if order is None else order.tokens_V
+    columns_V = model.cfg.column_of(tokens_V)
+    backbone = params["backbone"]
+    output = jax.tree.map(lambda leaf: leaf[..., columns_V], backbone["output"])
+    model = type(model)(dataclasses.replace(model.cfg, cdf_order=order))
+    return model, params | {"backbone": backbone | {"output": output}}
+
+
 def from_state_dict(state: dict[str, np.ndarray | StoredTensor], mask_id: int | None = None):
-    """Converts released tensors, with or without the `backbone.` prefix: (model, params). Raises like `load`."""
+    """Converts released tensors, with or without the `backbone.` prefix: (model, params) in vocabulary order.
+
+    Raises like `load`.
+    """
     tensors = _Tensors({name.removeprefix(_PREFIX): tensor for name, tensor in _of_model(state).items()})
     is_student = any(name.startswith("noise_encoder.") for name in tensors.by_name)
     model = (PushForwardLM if is_student else CausalLM)(_config(tensors, mask_id))
@@ -115,6 +140,7 @@ def from_state_dict(state: dict[str, np.ndarray | StoredTensor], mask_id: int | 
 
 def to_state_dict(model: CausalLM | PushForwardLM, params: dict) -> dict[str, np.ndarray]:
     """The inverse of `from_state_dict`: f32 tensors with the names, the order and the shapes of the released files."""
+    model, params = in_order(model, params, None)
     before, block, after = _layout(model)
     leaves = {path: np.asarray(leaf, np.float32) for path, leaf in flatten_dict(params).items()}
     state = {weight.name: weight.released(leaves[weight.path]) for weight in before}
@@ -128,14 +154,16 @@ def to_state_dict(model: CausalLM | PushForwardLM, params: dict) -> dict[str, np
 def save(path: str | Path, model: CausalLM | PushForwardLM, params: dict, **note: object):
     """Writes a `.ckpt` (or `.pt`) that the released code loads, or a `.safetensors`; `load` reads both.
 
-    `note` has entries of `NOTES`; those that are None are left out, and mask_id is that of the model.
+    `note` has entries of `NOTES`; those that are None are left out. mask_id and cdf_order are those of the model.
 
     Raises:
       ConfigError: another ending, or one that needs torch, which is not installed.
       RunError: it cannot be written; nothing is left behind.
       ValueError: an entry that is not in `NOTES`, or not what it should be.
     """
-    note = {name: value for name, value in note.items() if value is not None} | {"mask_id": model.cfg.mask_id}
+    order = model.cfg.cdf_order
+    note |= {"mask_id": model.cfg.mask_id, "cdf_order": order and order.tokens_V.tolist()}
+    note = {name: value for name, value in note.items() if value is not None}
     _check_note(note)
     tensor_files.write(path, to_state_dict(model, params), note)
 

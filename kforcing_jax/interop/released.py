@@ -114,7 +114,7 @@ def _check_vocabulary(path, name, tokenizer, cfg, note):
 
 
 def open_teacher(path: str | Path, student: Released) -> Released:
-    """The released AR model that a student's tokens are compared with.
+    """The released AR model that a student's tokens are compared with, in the student's order of tokens on [0, 1).
 
     Raises:
       CheckpointFormatError: as `official.load`.
@@ -128,6 +128,7 @@ def open_teacher(path: str | Path, student: Released) -> Released:
         raise DataError(f"teacher {path} has {model.cfg.vocab_size} ids, its student {student.model.cfg.vocab_size}")
     if len({each["vocabulary"] for each in (note, student.note) if "vocabulary" in each}) > 1:
         raise DataError(f"teacher {path} was trained with another vocabulary than the student, of the same size")
+    model, params = official.in_order(model, params, student.model.cfg.cdf_order)
     return Released(model, params, student.tokenizer, student.release, note)
 
 
@@ -157,7 +158,7 @@ def load_for(path: str | Path, model: CausalLM, tokenizer: Tokenizer | None = No
             raise RunError(
                 f"stages.ar.checkpoint = {str(path)!r} has {name} = {said[name]}, the tokenizer of the data {value}"
             )
-    return params
+    return official.in_order(loaded, params, model.cfg.cdf_order)[1]
 
 
 def _check_teacher(path, loaded, sizes):

@@ -3,13 +3,13 @@
 import contextlib
 import importlib.util
 import json
-import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
+from kforcing_jax.data.places import expanded
 from kforcing_jax.data.whole_file import whole_file
 from kforcing_jax.errors import ConfigError, RunError
 from kforcing_jax.interop import torch_zip
@@ -29,7 +29,7 @@ def opened(path: str | Path) -> Iterator[object]:
       CheckpointFormatError: as `torch_zip.opened`. Its message, and that of any CheckpointFormatError raised while the
         file is open, is one line that begins with the path.
     """
-    file = Path(os.path.expanduser(path))
+    file = expanded(path)
     try:
         with (_opened_safetensors if _is_safetensors(file) else torch_zip.opened)(file) as content:
             yield content
@@ -54,7 +54,7 @@ def write(path: str | Path, state: dict[str, np.ndarray], note: dict):
       RunError: it cannot be written.
     """
     check_writable_format(path)
-    path = Path(os.path.expanduser(path))
+    path = expanded(path)
     try:
         with whole_file(path) as temporary:
             _WRITERS[path.suffix](temporary, {name: np.ascontiguousarray(array) for name, array in state.items()}, note)

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_cli import CONFIG, call, refused
+from commands import refused, run_command
+from micro import CONFIG_FILE
 
 from kforcing_jax.interop import official
 from kforcing_jax.models import CausalLM, PushForwardLM
@@ -18,9 +19,9 @@ from kforcing_jax.workdir import Workdir
 def run(tmp_path_factory):
     """The directory of a finished micro run."""
     folder = tmp_path_factory.mktemp("export")
-    (folder / "config.py").write_text(CONFIG)
-    done = call("main", f"--config={folder / 'config.py'}", f"--workdir={folder / 'run'}")
-    assert done.returncode == 0, done.stderr
+    (folder / "config.py").write_text(CONFIG_FILE)
+    done = run_command("main", f"--config={folder / 'config.py'}", f"--workdir={folder / 'run'}")
+    assert done.status == 0, done.err
     return folder / "run"
 
 
@@ -38,8 +39,8 @@ def logits_of(model, params):
 )
 def test_a_finished_stage_is_written_as_a_file_that_loads_as_the_same_model(run, tmp_path, flags, stage, kind):
     output = tmp_path / "model.safetensors"
-    out = call("export", f"--workdir={run}", *flags, f"--output={output}")
-    assert out.returncode == 0, out.stderr
+    out = run_command("export", f"--workdir={run}", *flags, f"--output={output}")
+    assert out.status == 0, out.err
     workdir = Workdir.open(run)
     model, params = load_stage(workdir, stage, workdir.tokenizer())
     loaded_model, loaded = official.load(output)
@@ -50,22 +51,22 @@ def test_a_finished_stage_is_written_as_a_file_that_loads_as_the_same_model(run,
     assert said.get("window") == (config.stages[stage].window or None)
     np.testing.assert_array_equal(logits_of(loaded_model, loaded), logits_of(model, params))
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
-    assert out.stdout == f"{output}: {kind.__name__} of stage {stage}, {size:,} parameters, vocabulary of 5\n"
+    assert out.out == f"{output}: {kind.__name__} of stage {stage}, {size:,} parameters, vocabulary of 5\n"
     assert list(tmp_path.iterdir()) == [output]
 
 
 def test_what_there_is_no_stage_or_run_for_is_refused_and_nothing_is_written(run, tmp_path):
     output = f"--output={tmp_path / 'model.ckpt'}"
-    unfinished = call("export", f"--workdir={run}", "--stage=k8", output)
+    unfinished = run_command("export", f"--workdir={run}", "--stage=k8", output)
     refused(unfinished, "--stage=k8 is not a finished stage of this run; finished: ar, k1, k2")
-    refused(call("export", f"--workdir={tmp_path}", output), f"{tmp_path} is not a run directory")
-    refused(call("export", output), "--workdir is missing")
+    refused(run_command("export", f"--workdir={tmp_path}", output), f"{tmp_path} is not a run directory")
+    refused(run_command("export", output), "--workdir is missing")
     assert not list(tmp_path.iterdir())
 
 
 def test_a_run_without_a_finished_stage_has_nothing_to_write(run, tmp_path):
     (tmp_path / "config.json").write_bytes((run / "config.json").read_bytes())
-    out = call("export", f"--workdir={tmp_path}", f"--output={tmp_path / 'model.ckpt'}")
+    out = run_command("export", f"--workdir={tmp_path}", f"--output={tmp_path / 'model.ckpt'}")
     refused(out, "this run has no finished stage; run kforcing_jax.main on it again")
 
 
@@ -85,7 +86,7 @@ def test_an_output_that_cannot_be_is_refused_before_the_run_is_looked_at(tmp_pat
     """There is no such run either, and that is not what is reported."""
     (tmp_path / "file").touch()
     output = output and os.path.join(tmp_path, output)
-    out = call("export", f"--workdir={tmp_path / 'no_run'}", f"--output={output}")
+    out = run_command("export", f"--workdir={tmp_path / 'no_run'}", f"--output={output}")
     refused(out, says.format(folder=tmp_path))
 
 
@@ -93,10 +94,10 @@ def test_a_directory_that_is_not_writable_is_refused(tmp_path):
     tmp_path.chmod(0o500)
     if os.access(tmp_path, os.W_OK):
         pytest.skip("may write everywhere")
-    out = call("export", f"--workdir={tmp_path}", f"--output={tmp_path / 'model.ckpt'}")
+    out = run_command("export", f"--workdir={tmp_path}", f"--output={tmp_path / 'model.ckpt'}")
     refused(out, f"the directory {tmp_path} is not writable")
 
 
 def test_what_only_the_file_system_refuses_is_reported_in_one_line(run):
-    out = call("export", f"--workdir={run}", f"--output={run / ('x' * 300)}.safetensors")
+    out = run_command("export", f"--workdir={run}", f"--output={run / ('x' * 300)}.safetensors")
     refused(out, "cannot be written: File name too long")

@@ -1,6 +1,7 @@
 """Released checkpoints: read exactly, full ones too, written so that the released code loads them, or refused."""
 
 import collections
+import functools
 import re
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from interop.archives import Object, described, released_tensors, write_checkpoi
 
 from kforcing_jax.interop import official
 from kforcing_jax.models import CausalLM, ModelConfig, PushForwardLM, init_params
+from kforcing_jax.noise import CdfOrder
 
 PARITY = Path(__file__).parents[1] / "parity"
 
@@ -305,9 +307,10 @@ def test_to_state_dict_gives_back_what_from_state_dict_took(name):
         np.testing.assert_array_equal(state[key], array, err_msg=key)
 
 
+@functools.cache
 def our_model(kind, mask_id=96):
     model = kind(ModelConfig(vocab_size=97, mask_id=mask_id, num_layers=3, d_model=24, num_heads=2))
-    return model, init_params(model, jax.random.key(1))
+    return model, jax.jit(init_params, static_argnums=0)(model, jax.random.key(1))
 
 
 FORMATS = ["ckpt", "pt", "safetensors"]
@@ -329,16 +332,15 @@ NOTE = dict(
     window=2,
     tau_min=0.5,
     tau_max=1.0,
-    cdf_order=list(range(96, -1, -1)),
 )
 
 
 @pytest.mark.parametrize("kind", [CausalLM, PushForwardLM])
 def test_what_is_saved_loads_as_the_same_model_with_what_was_said_of_it(output, kind):
-    assert NOTE.keys() == official.NOTES.keys()
     model, params = our_model(kind, mask_id=3)
     official.save(output, model, params, **NOTE)
     assert official.read_note(output) == NOTE
+    assert NOTE.keys() | {"cdf_order"} == official.NOTES.keys()
     loaded_model, loaded = official.load(output)
     assert loaded_model == model
     assert jax.tree.structure(loaded) == jax.tree.structure(params)
@@ -347,11 +349,30 @@ def test_what_is_saved_loads_as_the_same_model_with_what_was_said_of_it(output, 
     assert list(output.parent.iterdir()) == [output]
 
 
-@pytest.mark.parametrize(
-    "note", [{"window": "2"}, {"tau_min": 0.0}, {"cdf_order": [0, 0]}, {"seq_len": -1}, {"size": 3}]
-)
-def test_a_note_that_is_not_what_it_should_be_is_neither_written_nor_believed(path, note):
-    ((name, value),) = note.items()
+def test_files_are_in_vocabulary_order_and_the_order_of_a_model_beside_them(tmp_path):
+    """So that other code reads them; every column finds its token again."""
+    model, params = our_model(PushForwardLM)
+    order = CdfOrder.shuffled(97, seed=1)
+    shuffled = official.in_order(model, params, order)
+    kernel, moved = (each["backbone"]["output"]["kernel"] for each in (params, shuffled[1]))
+    np.testing.assert_array_equal(moved, kernel[:, order.tokens_V])
+    for name, array in official.to_state_dict(model, params).items():
+        np.testing.assert_array_equal(official.to_state_dict(*shuffled)[name], array)
+    official.save(tmp_path / "x.safetensors", *shuffled)
+    loaded_model, loaded = official.load(tmp_path / "x.safetensors")
+    assert loaded_model.cfg.cdf_order == order
+    assert_same_tree(loaded, shuffled[1])
+
+
+def test_an_order_of_another_vocabulary_is_refused(path):
+    state, storages = described(released_tensors())
+    write_checkpoint(path, {"state_dict": state, "kforcing_jax": {"cdf_order": [1, 0]}}, storages)
+    with pytest.raises(official.CheckpointFormatError, match="cdf_order has 2 ids, its vocabulary 7"):
+        official.load(path)
+
+
+@pytest.mark.parametrize(("name", "value"), [("window", "2"), ("tau_min", 0.0), ("seq_len", -1), ("size", 3)])
+def test_a_note_that_is_not_what_it_should_be_is_neither_written_nor_believed(path, name, value):
     model, params = our_model(CausalLM)
     with pytest.raises(ValueError, match=name):
         official.save(path.with_suffix(".safetensors"), model, params, **{name: value})
@@ -380,6 +401,7 @@ def test_half_precision_holds_the_frequencies_of_the_released_head_width(torch, 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_weights_that_are_not_finite_are_refused_by_name(value):
     model, params = our_model(CausalLM)
+    params = jax.tree.map(lambda leaf: leaf, params)  # a copy to change
     params["backbone"]["embedding"]["embedding"] = params["backbone"]["embedding"]["embedding"].at[0, 0].set(value)
     with pytest.raises(official.CheckpointFormatError, match=r"vocab_embed\.embedding holds values that are not"):
         official.from_state_dict(official.to_state_dict(model, params))
