@@ -7,22 +7,29 @@ import contextlib
 import dataclasses
 import fcntl
 import json
+import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import jax
-from jax.experimental import multihost_utils
 
 from kforcing_jax.config import Config, parse
 from kforcing_jax.data.pipeline import Corpus
+from kforcing_jax.data.places import expanded
 from kforcing_jax.data.preparation import prepare
 from kforcing_jax.data.tokenizers import Tokenizer
 from kforcing_jax.data.whole_file import write_text
 from kforcing_jax.errors import ConfigError, RunError
 
+_LOG = logging.getLogger("kforcing_jax")
+
 # Fields that change what is reported or where it runs, but not what is trained.
 _FREE = ("evaluation", "logging", "mesh")
+# Other data is noticed by what stages keep of theirs, see training.checkpoints.
 _FREE_FIELDS = ("data.prepared", "data.reader_processes")
+# Directories that this process has locked, and how many times.
+_LOCKED: dict[Path, int] = {}
 
 
 class Workdir:
@@ -40,22 +47,21 @@ class Workdir:
     def claim(cls, path: str | Path, config: Config) -> "Workdir":
         """Opens the directory for a run of `config`, creating it when it is new.
 
-        `evaluation`, `logging` and `mesh` may change at any time, a stage until it has a checkpoint, and the rest until
-        the data is prepared; new stages may join.
+        `evaluation`, `logging` and `mesh` may change at any time, a stage until it or one of a larger window has a
+        checkpoint, and the rest until the data is prepared; new stages may join. Once something is trained, only
+        `keep_config` writes what has changed, when data and stages are known to fit.
 
         Raises:
-          RunError: the directory belongs to another configuration; names the first field that differs.
+          RunError: the directory belongs to another configuration; names the first field that differs. Or another
+            process trains there, or it cannot be written.
         """
-        path = _local(path)
-        fields = dataclasses.asdict(config)
-        if (path / "config.json").exists():
-            _check_same_run(path, _read_config(path), fields)
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            write_json(path / "config.json", fields)
-        except OSError as error:
-            raise RunError(f"--workdir={path} cannot be written: {error.strerror}") from None
-        return cls(path, config)
+        workdir = cls.at(path, config)
+        with workdir.locked():
+            if workdir._config_path.exists():
+                _check_same_run(workdir.path, _read_config(workdir._config_path), dataclasses.asdict(config))
+            if not _trained_stages(workdir.path):
+                workdir.keep_config()
+        return workdir
 
     @classmethod
     def open(cls, path: str | Path) -> "Workdir":
@@ -64,9 +70,20 @@ class Workdir:
         if not (path / "config.json").exists():
             raise RunError(f"{path} is not a run directory (no config.json); train one with kforcing_jax.main")
         try:
-            return cls(path, parse(_read_config(path)))
+            return cls(path, parse(_read_config(path / "config.json")))
         except ConfigError as error:
             raise RunError(f"{path / 'config.json'}: {error}") from None
+
+    @property
+    def _config_path(self) -> Path:
+        return self.path / "config.json"
+
+    def keep_config(self):
+        """Writes config.json. Raises RunError when it cannot be written."""
+        try:
+            write_json(self._config_path, dataclasses.asdict(self.config))
+        except OSError as error:
+            raise _not_writable(self.path, error) from None
 
     @property
     def metrics_path(self) -> Path:
@@ -77,13 +94,40 @@ class Workdir:
         return self.path / "summary.json"
 
     def summary(self) -> dict:
-        """What summary.json holds; an empty one before the first stage has ended."""
-        if not self.summary_path.exists():
-            return {"stages": {}}
-        return json.loads(self.summary_path.read_text())
+        """What summary.json holds; nothing before the first stage has ended, or where the file is damaged."""
+        try:
+            summary = json.loads(self.summary_path.read_text(encoding="utf-8"))
+            if not all(isinstance(stage, dict) for stage in summary["stages"].values()):
+                raise TypeError("its stages are no objects")
+            return summary
+        except FileNotFoundError:
+            pass
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            _LOG.warning(f"{self.summary_path} is damaged ({error}); it is written anew")
+        return {"stages": {}}
 
-    def write_summary(self, summary: dict):
-        write_json(self.summary_path, summary)
+    @contextlib.contextmanager
+    def changed_summary(self) -> Iterator[dict]:
+        """The summary, to be changed in place and written at the end. Other processes wait meanwhile.
+
+        Raises:
+          RunError: it cannot be written.
+        """
+        try:
+            with contextlib.ExitStack() as stack:
+                if jax.process_index() == 0:
+                    file = stack.enter_context((self.path / ".summary.lock").open("a"))
+                    with contextlib.suppress(OSError):  # not every mounted bucket has locks
+                        fcntl.flock(file, fcntl.LOCK_EX)
+                summary = self.summary()
+                yield summary
+                write_json(self.summary_path, summary)
+        except OSError as error:
+            raise _not_writable(self.summary_path, error) from None
+
+    def is_writable(self) -> bool:
+        """Whether files can be made in the directory."""
+        return os.access(self.path, os.W_OK | os.X_OK)
 
     def checkpoints_path(self, stage: str) -> Path:
         return self.path / "stages" / stage / "checkpoints"
@@ -91,30 +135,27 @@ class Workdir:
     @property
     def data_path(self) -> Path:
         """Where the prepared data is, or will be."""
-        return Path(self.config.data.prepared).expanduser() if self.config.data.prepared else self.path / "data"
+        return expanded(self.config.data.prepared) if self.config.data.prepared else self.path / "data"
 
     def corpus(self) -> Corpus:
-        """The prepared data, prepared now (by the first process) if it is not there.
+        """The prepared data, prepared now if it is not there.
 
         Raises:
-          RunError: there is no prepared data in `data.prepared`.
+          RunError: there is no prepared data in `data.prepared`, or none for several processes.
         """
-        if self.config.data.prepared and not (self.data_path / "manifest.json").exists():
+        if not (self.data_path / "manifest.json").exists():
             there = "holds no prepared data" if self.data_path.exists() else "is not there"
-            raise RunError(
-                f"data.prepared = {self.config.data.prepared!r} {there}; run python -m kforcing_jax.prepare with the "
-                "same flags"
-            )
-
-        def prepared():
-            return prepare(self.config.data, self.config.seed, self.data_path)
-
-        if jax.process_count() == 1:
-            return prepared()
-        if jax.process_index() == 0:
-            prepared()
-        multihost_utils.sync_global_devices("data")
-        return prepared()
+            if self.config.data.prepared:
+                raise RunError(
+                    f"data.prepared = {self.config.data.prepared!r} {there}; run python -m kforcing_jax.prepare with "
+                    "the same flags"
+                )
+            if jax.process_count() > 1:
+                raise RunError(
+                    f"{self.data_path} {there}, and a run of several processes does not prepare it; run python -m "
+                    "kforcing_jax.prepare with the same configuration and work directory first"
+                )
+        return prepare(self.config.data, self.config.seed, self.data_path)
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer of the prepared data. Raises RunError when there is none."""
@@ -125,32 +166,61 @@ class Workdir:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Keeps other processes from training here meanwhile. Raises RunError when one does already."""
+        """Keeps other processes from training here meanwhile; within it, this process may lock again.
+
+        The directory is made if it is not there. Of several processes of a run, the first one locks.
+
+        Raises:
+          RunError: another process trains here, or the directory cannot be written.
+        """
+        key = self.path.absolute()
         if jax.process_index():
             yield
             return
-        with (self.path / ".lock").open("w") as file:
+        with contextlib.ExitStack() as stack:
+            if not _LOCKED.get(key):
+                stack.enter_context(_lock_file(self.path))
+            _LOCKED[key] = _LOCKED.get(key, 0) + 1
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise RunError(
-                    f"--workdir={self.path} is in use: another process trains there; wait for it, or give another one"
-                ) from None
-            except OSError:
-                pass  # not every mounted bucket has locks
-            yield
+                yield
+            finally:
+                _LOCKED[key] -= 1
+
+
+def _lock_file(folder: Path):
+    """An open file whose lock keeps others out until it is closed."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".lock").open("a")  # not "w": a refused run changes nothing here
+    except OSError as error:
+        raise _not_writable(folder, error) from None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise RunError(
+            f"{folder} is in use: another process trains there; wait for it, or use another work directory"
+        ) from None
+    except OSError:
+        pass  # not every mounted bucket has locks
+    return file
+
+
+def _not_writable(path, error) -> RunError:
+    return RunError(f"{path} cannot be written: {error.strerror or error}")
 
 
 def _local(path) -> Path:
     if "://" in str(path):
         raise RunError(
-            f"--workdir={path} is a URL; mount the bucket (gcsfuse, see docs/cloud.md) and give the path of the mount"
+            f"the work directory {path} is a URL; mount the bucket (gcsfuse, see docs/cloud.md) and give the path of "
+            "the mount"
         )
-    return Path(path)
+    return expanded(path)
 
 
 def write_json(path: Path, content):
-    """Writes a file whole or not at all; of several processes, the first one does."""
+    """Writes a file whole or not at all; of several processes, the first one does. Raises OSError."""
     if jax.process_index():
         return
     write_text(path, json.dumps(content, indent=2) + "\n")
@@ -158,35 +228,48 @@ def write_json(path: Path, content):
 
 def _read_config(path):
     try:
-        return json.loads((path / "config.json").read_text())
-    except ValueError as error:
-        raise RunError(
-            f"{path / 'config.json'} is damaged ({error}); restore it or use another work directory"
-        ) from None
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("it is no object")
+        return content
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} is damaged ({error}); restore it or use another work directory") from None
 
 
 def _check_same_run(path, before, now):
+    with contextlib.suppress(ConfigError):
+        before = dataclasses.asdict(parse(before))  # what was not a field yet had the value of its default
     before, now = _flatten(before), _flatten(now)
     for name, value in before.items():
-        if now.get(name) != value and _is_settled(path, name):
+        shaped = _shaped_by(name, path, before) if now.get(name) != value else []
+        if shaped:
             raise RunError(
-                f"{path} belongs to a different config: {name} = {value!r} there, {now.get(name)!r} here; "
-                "use another --workdir, or set the field back"
+                f"{path} belongs to a different config: {name} = {value!r} there, {now.get(name)!r} here; use another "
+                f"work directory, set the field back, or delete what came from it ({', '.join(shaped)})"
             )
 
 
-def _is_settled(path, field) -> bool:
-    """Whether the directory already holds something that this field has shaped."""
+def _shaped_by(field, path, config) -> list[str]:
+    """What is in the directory already and came from this field: a stage shapes those of larger windows too."""
     group, _, rest = field.partition(".")
+    trained = _trained_stages(path)
     if group == "stages":
-        return _has_checkpoint(path / "stages" / rest.split(".")[0])
-    if group in _FREE or field in _FREE_FIELDS:
-        return False
-    return (path / "data").exists() or any(map(_has_checkpoint, (path / "stages").glob("*")))
+        stage = rest.split(".")[0]
+        window = config.get(f"stages.{stage}.window", 0)
+        trained = [name for name in trained if name == stage or config.get(f"stages.{name}.window", 0) > window]
+    elif group in _FREE or field in _FREE_FIELDS:
+        return []
+    data = ["data"] if group != "stages" and (path / "data" / "manifest.json").exists() else []
+    return data + [f"stages/{name}" for name in trained]
 
 
-def _has_checkpoint(stage: Path) -> bool:
-    return any(child.name.isdecimal() for child in (stage / "checkpoints").glob("*"))
+def _trained_stages(path) -> list[str]:
+    """Stages that have a checkpoint."""
+    return sorted(
+        stage.name
+        for stage in (path / "stages").glob("*")
+        if any(child.name.isdecimal() for child in (stage / "checkpoints").glob("*"))
+    )
 
 
 def _flatten(tree, path=""):

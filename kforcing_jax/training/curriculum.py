@@ -18,10 +18,11 @@ from kforcing_jax.sharding import (
     put_validation,
     replicated,
 )
-from kforcing_jax.training.checkpoints import StageCheckpoints, is_finished, load_stage
+from kforcing_jax.training.checkpoints import StageCheckpoints, abstract_params, is_finished, load_stage
 from kforcing_jax.training.objectives import mean_loss
 from kforcing_jax.training.progress import clock
 from kforcing_jax.training.recipes import predecessors, stage_model, stage_objective
+from kforcing_jax.training.records import check_made_from, made_from, stage_progress, weights_digest
 from kforcing_jax.training.stage import Stage, train
 from kforcing_jax.workdir import Workdir
 
@@ -34,7 +35,7 @@ def run(workdir: Workdir, corpus: Corpus, mesh: Mesh):
     Raises:
       ConfigError: a batch or the model cannot be split evenly over the mesh, before any stage starts.
       DataError: a batch is larger than the corpus, before any stage starts.
-      RunError: as `train`, or another process trains in the same directory.
+      RunError: as `train`; a stage came from something else than is there now; another process trains here.
     """
     check_divisible(workdir.config, mesh)
     names = ["ar", *workdir.config.students]
@@ -42,15 +43,37 @@ def run(workdir: Workdir, corpus: Corpus, mesh: Mesh):
         corpus.check_batch_size(f"stages.{name.replace('-', '_')}.batch_size", workdir.config.stages[name].batch_size)
     with workdir.locked(), jax.set_mesh(mesh):
         for name in names:
-            if is_finished(workdir, name):
-                _LOG.info(f"{name:<11} finished, skipped")
-            elif workdir.config.stages[name].checkpoint:
-                _import_stage(workdir, corpus, name, mesh)
-            else:
-                _train_stage(workdir, corpus, name, mesh)
-            # Also for a stage whose run was stopped right after its last checkpoint.
-            if name not in workdir.summary()["stages"]:
-                _summarise_stage(workdir, corpus, name, mesh)
+            check_made_from(workdir, name, corpus)
+        workdir.keep_config()
+        with workdir.changed_summary() as summary:
+            summary["stages"] = {k: v for k, v in summary["stages"].items() if k in names and is_finished(workdir, k)}
+        for name in names:
+            _run_stage(workdir, corpus, name, mesh)
+
+
+def _run_stage(workdir: Workdir, corpus: Corpus, name: str, mesh: Mesh):
+    # Again: what it came from may have been trained again just now.
+    check_made_from(workdir, name, corpus)
+    if _has_good_end(workdir, corpus, name, mesh):
+        _LOG.info(f"{name:<11} finished, skipped")
+    elif workdir.config.stages[name].checkpoint:
+        _import_stage(workdir, corpus, name, mesh)
+    else:
+        _train_stage(workdir, corpus, name, mesh)
+    # Also for a stage whose run was stopped right after its last checkpoint.
+    known = workdir.summary()["stages"].get(name, {})
+    if "validation_loss" not in known or known.get("weights") != stage_progress(workdir, name).get("weights"):
+        _summarise_stage(workdir, corpus, name, mesh)
+
+
+def _has_good_end(workdir: Workdir, corpus: Corpus, name: str, mesh: Mesh) -> bool:
+    """Whether the stage has its last checkpoint, and this can be read; a damaged one is renamed."""
+    if is_finished(workdir, name):
+        if "made_from" not in stage_progress(workdir, name):
+            _LOG.warning(f"{name:<11} does not say what it came from, taken as it is")
+        with StageCheckpoints.of(workdir, name) as checkpoints:
+            checkpoints.set_aside_damaged(abstract_params(stage_model(workdir.config, name, corpus), mesh))
+    return is_finished(workdir, name)
 
 
 def _train_stage(workdir: Workdir, corpus: Corpus, name: str, mesh: Mesh):
@@ -65,6 +88,7 @@ def _train_stage(workdir: Workdir, corpus: Corpus, name: str, mesh: Mesh):
         batches=lambda first: corpus.train_batches(settings.batch_size, config.seed, first, *share),
         tokens_per_step=settings.batch_size * corpus.useful_tokens_per_row,
         key=_stage_key(config, name),
+        made_from=made_from(workdir, name, corpus),
     )
     with StageCheckpoints.of(workdir, name) as checkpoints:
         train(stage, mesh, checkpoints, workdir.metrics_path, config.logging)
@@ -76,7 +100,10 @@ def _import_stage(workdir: Workdir, corpus: Corpus, name: str, mesh: Mesh):
     params = released.load_for(path, stage_model(workdir.config, name, corpus), corpus.tokenizer)
     _LOG.info(f"{name:<11} taken from {path}, not trained")
     with StageCheckpoints.of(workdir, name) as checkpoints:
-        checkpoints.save_imported(jax.device_put(params, parameter_shardings(params, mesh)))
+        params = jax.device_put(params, parameter_shardings(params, mesh))
+        vocabulary = {"vocabulary": corpus.vocabulary_digest}  # it has not seen the data
+        progress = {"seconds": 0.0, "made_from": vocabulary, "weights": weights_digest(params)}
+        checkpoints.save_imported(params, progress)
 
 
 def _summarise_stage(workdir: Workdir, corpus: Corpus, name: str, mesh: Mesh):
@@ -88,16 +115,17 @@ def _summarise_stage(workdir: Workdir, corpus: Corpus, name: str, mesh: Mesh):
     validate = jax.jit(functools.partial(mean_loss, objective), out_shardings=replicated(mesh))
     key = jax.device_put(_stage_key(workdir.config, name), replicated(mesh))
     loss = float(validate(params, _teacher_params(workdir, corpus, name, mesh), batches, key))
-    with StageCheckpoints.of(workdir, name) as checkpoints:
-        seconds = checkpoints.seconds()
+    progress = stage_progress(workdir, name)
+    seconds = progress.get("seconds", 0.0)
     _LOG.info(f"{name:<11} done in {clock(seconds)}, validation loss {loss:.4f} nats per token")
-    summary = workdir.summary()
-    summary["stages"][name] = {
-        "steps": workdir.config.stages[name].last_step,
-        "seconds": round(seconds, 1),
-        "validation_loss": loss,
-    }
-    workdir.write_summary(summary)
+    with workdir.changed_summary() as summary:
+        # What was measured of other weights goes.
+        summary["stages"][name] = {
+            "steps": workdir.config.stages[name].last_step,
+            "seconds": round(seconds, 1),
+            "validation_loss": loss,
+            "weights": progress.get("weights"),
+        }
 
 
 def _teacher_params(workdir: Workdir, corpus: Corpus, name: str, mesh: Mesh) -> dict:
