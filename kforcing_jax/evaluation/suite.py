@@ -9,12 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from kforcing_jax.data.pipeline import Corpus
+from kforcing_jax.errors import RunError
 from kforcing_jax.evaluation.external import external_figures
 from kforcing_jax.evaluation.fidelity import agreement, compare_with_joint, exact_joint, student_counts
 from kforcing_jax.evaluation.report import write_report
 from kforcing_jax.evaluation.samples import decode, measure
 from kforcing_jax.evaluation.scorer import Scorer
 from kforcing_jax.training.checkpoints import finished_stages, load_stage
+from kforcing_jax.training.records import stage_progress
 from kforcing_jax.workdir import Workdir
 
 _LOG = logging.getLogger("kforcing_jax")
@@ -35,11 +37,12 @@ def evaluate(workdir: Workdir, corpus: Corpus, scorer: Scorer | None = None) -> 
     """
     settings = workdir.config.evaluation
     teacher, teacher_params = load_stage(workdir, "ar", corpus)
-    summary = workdir.summary() | {"device": _device(), "date": datetime.date.today().isoformat()}
+    if not workdir.is_writable():
+        _LOG.warning(f"{workdir.path} is not writable: what is measured will not be kept")
     key = jax.random.fold_in(jax.random.key(workdir.config.seed), zlib.crc32(b"evaluation"))
     texts = corpus.beginnings(settings.samples, settings.prompt_length)
     prompts_BxP = np.stack([text_M[: settings.prompt_length] for text_M in texts])
-    continuations = {}
+    stages, continuations = {}, {}
     for name in finished_stages(workdir):
         _LOG.info(f"{name:<11} evaluating")
         model, params = load_stage(workdir, name, corpus)
@@ -51,16 +54,35 @@ def evaluate(workdir: Workdir, corpus: Corpus, scorer: Scorer | None = None) -> 
             measured["external"] = external_figures(scorer, *rows)
         if workdir.config.stages[name].window:
             measured |= _measure_map(workdir, corpus, name, model, params, teacher, teacher_params, key)
-        before = summary["stages"].get(name, {})
-        before.pop("external", None)  # of the samples before
-        summary["stages"][name] = before | measured
+        stages[name] = measured | {"weights": stage_progress(workdir, name).get("weights")}
         continuations[name] = corpus.tokenizer.decode(decoded.tokens[0, settings.prompt_length : decoded.lengths[0]])
     prompt = corpus.tokenizer.decode(prompts_BxP[0])
-    summary["samples"] = [{"prompt": prompt, "seed": _FIRST_SEED, "continuations": continuations}]
-    workdir.write_summary(summary)
-    if jax.process_index() == 0:
-        write_report(workdir.path)
+    samples = [{"prompt": prompt, "seed": _FIRST_SEED, "continuations": continuations}]
+    general = {"device": _device(), "date": datetime.date.today().isoformat(), "samples": samples}
+    try:
+        with workdir.changed_summary() as summary:
+            _merge(workdir, summary, general, stages)
+        if jax.process_index() == 0:
+            write_report(workdir.path)
+    except (OSError, RunError) as error:
+        _LOG.warning(f"not kept: {error}")
+        summary = workdir.summary()
+        _merge(workdir, summary, general, stages)
     return summary
+
+
+def _merge(workdir, summary, general, stages):
+    """Adds what was measured to a summary, which a training run may have changed meanwhile."""
+    summary |= general
+    summary["stages"] = {name: s for name, s in summary["stages"].items() if name in finished_stages(workdir)}
+    for name, measured in stages.items():
+        progress, before = stage_progress(workdir, name), summary["stages"].get(name, {})
+        if progress.get("weights") != measured["weights"]:
+            continue  # trained again while it was measured
+        if before.get("weights") != measured["weights"]:
+            before = {"steps": workdir.config.stages[name].last_step, "seconds": round(progress.get("seconds", 0.0), 1)}
+        before.pop("external", None)  # of the samples before
+        summary["stages"][name] = before | measured
 
 
 def _decode(workdir, corpus, name, model, params, prompts_BxP):
