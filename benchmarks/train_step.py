@@ -15,19 +15,17 @@ They run in one process, take turns, and the medians are compared. Memory is wha
 import datetime
 import functools
 import json
-import os
-import platform
-import statistics
 import sys
-import time
 
 import jax
 import jax.numpy as jnp
 from absl import app, flags
 from dense_mask import mask_attention
+from device import device_text
 
 from kforcing_jax.config import REMATS
 from kforcing_jax.data.packing import Batch
+from kforcing_jax.evaluation.timing import in_turns
 from kforcing_jax.models import CausalLM, ModelConfig, PushForwardLM, attention, backbone, init_params
 from kforcing_jax.models.keys import Causal, KeyValue
 from kforcing_jax.noise import sample_uniform
@@ -50,7 +48,10 @@ _JSON = flags.DEFINE_bool("json", False, "End with one JSON object on one line."
 
 def main(_):
     out = sys.stderr if _JSON.value else sys.stdout
-    print(f"{_device()}, {_LAYERS.value} layers of {_WIDTH.value}, {_DTYPE.value}, {_TOKENS.value} positions", file=out)
+    print(
+        f"{device_text()}, {_LAYERS.value} layers of {_WIDTH.value}, {_DTYPE.value}, {_TOKENS.value} positions",
+        file=out,
+    )
     print(_HEADER, file=out, flush=True)
     results = []
     for length in map(int, _LENGTHS.value):
@@ -61,7 +62,7 @@ def main(_):
         settings = {flag: getattr(flags.FLAGS, flag) for flag in ("num_layers", "d_model", "num_heads", "vocab_size")}
         settings |= {"dtype": _DTYPE.value, "remat": _REMAT.value, "tokens": _TOKENS.value, "repeats": _REPEATS.value}
         date = datetime.date.today().isoformat()
-        print(json.dumps({"device": _device(), "date": date, "settings": settings, "results": results}))
+        print(json.dumps({"device": device_text(), "date": date, "settings": settings, "results": results}))
 
 
 def measure(length: int, k: int) -> dict:
@@ -73,7 +74,9 @@ def measure(length: int, k: int) -> dict:
         "ar": ar_program(rows * (1 + k), length),
     }
     compiled = {name: (function.lower(*inputs).compile(), inputs) for name, (function, inputs) in programs.items()}
-    seconds = _interleaved(compiled)
+    runs = {name: functools.partial(_run, program, inputs) for name, (program, inputs) in compiled.items()}
+    times = in_turns(runs, _REPEATS.value)
+    seconds = {name: times.median(name) for name in runs}
     memory = {name: program.memory_analysis().temp_size_in_bytes for name, (program, _) in compiled.items()}
     pairs = attended_pairs(length, 1 + k)
     needed = 4 * rows * pairs * _WIDTH.value
@@ -84,8 +87,8 @@ def measure(length: int, k: int) -> dict:
         "rows": rows,
         "seconds": seconds,
         "temporary_bytes": memory,
-        "dense_over_windows_seconds": seconds["dense"] / seconds["windows"],
-        "windows_over_ar_seconds": seconds["windows"] / seconds["ar"],
+        "dense_over_windows_seconds": times.ratio("dense", "windows")["median"],
+        "windows_over_ar_seconds": times.ratio("windows", "ar")["median"],
         "dense_over_windows_bytes": memory["dense"] / memory["windows"],
         "attention_flops_over_needed": {"windows": flops["auto"] / needed, "dense": flops["mask"] / needed},
     }
@@ -133,6 +136,10 @@ def attention_flops(rows: int, length: int, k: int, implementation: str) -> floa
     return jax.jit(attend).lower(x, x, x).compile().cost_analysis()["flops"]
 
 
+def _run(program, inputs):
+    jax.block_until_ready(program(*inputs))
+
+
 class _attention:
     """Blocks attend with another function while they are traced."""
 
@@ -162,24 +169,6 @@ def _model_config(implementation):
 def _params_and_tokens(model, rows, length):
     params = jax.jit(functools.partial(init_params, model))(jax.random.key(0))
     return params, jax.random.randint(jax.random.key(2), (rows, length), 0, _VOCABULARY.value - 1)
-
-
-def _interleaved(compiled) -> dict[str, float]:
-    """Median seconds of programs that take turns, after one run each to warm up."""
-    times = {name: [] for name in compiled}
-    for repeat in range(_REPEATS.value + 1):
-        for name, (program, inputs) in compiled.items():
-            start = time.perf_counter()
-            jax.block_until_ready(program(*inputs))
-            if repeat:
-                times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
-def _device() -> str:
-    device = jax.devices()[0]
-    kind = f"{os.cpu_count()} cores, {platform.machine()}" if device.platform == "cpu" else device.device_kind
-    return f"{device.platform} ({kind}), jax {jax.__version__}"
 
 
 _HEADER = (
