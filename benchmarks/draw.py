@@ -9,8 +9,8 @@ Four programs per vocabulary, on the same logits and uniforms:
   argmax        `noise.argmax`: the maximum, then the least index that equals it
   jnp_argmax    `jnp.argmax`
 
-They run in one process and take turns; times are medians, ratios those of neighbouring runs. No ratio is printed unless both
-programs of a pair gave the same tokens.
+They run in one process and take turns; times are medians, ratios those of neighbouring runs with their quartiles. No
+ratio is printed unless both programs of a pair gave the same tokens.
 """
 
 import datetime
