@@ -3,16 +3,18 @@
 python -m kforcing_jax.main --config=configs/tiny.py --workdir=runs/tiny
 """
 
+import contextlib
 import logging
 
 from absl import flags
-from ml_collections import config_flags
 
 from kforcing_jax import cli
 from kforcing_jax.cli import processes
 from kforcing_jax.errors import ConfigError
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/; fields by --config.model.num_layers=6.")
+_LOG = logging.getLogger("kforcing_jax")
+
+_CONFIG = flags.DEFINE_string("config", None, "A file of configs/; fields by --config.model.num_layers=6.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run directory; it is created, or resumed.")
 
 
@@ -28,24 +30,34 @@ def main(_):
     from kforcing_jax.evaluation.suite import evaluate
     from kforcing_jax.evaluation.tables import samples_text, table
     from kforcing_jax.interop.released import check_teacher_of
-    from kforcing_jax.sharding import make_mesh
+    from kforcing_jax.sharding import check_divisible, make_mesh
     from kforcing_jax.training import curriculum
     from kforcing_jax.training.checkpoints import is_finished
     from kforcing_jax.workdir import Workdir
 
     mesh = make_mesh(config.mesh)
+    check_divisible(config, mesh)
     # Before anything is written; a run that goes on has the teacher's weights, and no longer needs their file.
     if not is_finished(Workdir.at(_WORKDIR.value, config), "ar"):
         check_teacher_of(config)
-    workdir = Workdir.claim(_WORKDIR.value, config)
-    log = logging.getLogger("kforcing_jax")
-    log.info(f"{'data':<11} {config.data.source}, preparing or reading {workdir.data_path}")
-    corpus = workdir.corpus()
-    log.info(f"{'data':<11} {corpus.describe()}")
-    curriculum.run(workdir, corpus, mesh)
-    summary = evaluate(workdir, corpus)
+    with contextlib.ExitStack() as stack:
+        workdir, corpus = processes.together(lambda: _claimed(config, stack))
+        curriculum.run(workdir, corpus, mesh)
+        summary = evaluate(workdir, corpus)
     if jax.process_index() == 0:
         print(f"\n{table(summary)}\n\n{samples_text(summary)}\n\nReport: {workdir.path / 'report.html'}")
+
+
+def _claimed(config, stack):
+    """(work directory, data). Other runs are kept out of the directory until the stack is closed."""
+    from kforcing_jax.workdir import Workdir
+
+    stack.enter_context(Workdir.at(_WORKDIR.value, config).locked())
+    workdir = Workdir.claim(_WORKDIR.value, config)
+    _LOG.info(f"{'data':<11} {config.data.source}, preparing or reading {workdir.data_path}")
+    corpus = workdir.corpus()
+    _LOG.info(f"{'data':<11} {corpus.describe()}")
+    return workdir, corpus
 
 
 if __name__ == "__main__":

@@ -36,11 +36,11 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 from jax.experimental import topologies
-from ml_collections import config_flags
 
 from kforcing_jax import cli
 from kforcing_jax.config import Config
 from kforcing_jax.data.packing import Batch
+from kforcing_jax.data.places import cache_folder
 from kforcing_jax.errors import ConfigError
 from kforcing_jax.models import init_params, splash
 from kforcing_jax.sharding import (
@@ -55,7 +55,7 @@ from kforcing_jax.training.flops import step_flops
 from kforcing_jax.training.recipes import Vocabulary, predecessors, stage_model, stage_objective
 from kforcing_jax.training.stage import Phase, abstract_state, compiled_step, precision_phases
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/; fields by --config.model.remat=blocks.")
+_CONFIG = flags.DEFINE_string("config", None, "A file of configs/; fields by --config.model.remat=blocks.")
 _TOPOLOGY = flags.DEFINE_string("topology", "v5e:2x4", "The slice: v5e:2x4, v5p:2x2x1, v6e:4x4, ...")
 _STAGES = flags.DEFINE_list("stage", None, "Only this stage, or these: ar,k4.")
 flags.DEFINE_alias("stages", "stage")
@@ -259,7 +259,7 @@ def _cached(lowered, compute) -> dict:
     versions = [importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu", "kforcing-jax")]
     ours = [Path(file).read_text() for file in (__file__, hlo.__file__)]
     text = "\n".join([_TOPOLOGY.value, *versions, *ours, lowered.as_text()])
-    path = _cache_folder() / f"{hashlib.sha256(text.encode()).hexdigest()}.json"
+    path = cache_folder("compile_for_tpu") / f"{hashlib.sha256(text.encode()).hexdigest()}.json"
     if path.exists():
         return json.loads(path.read_text())
     result = compute()
@@ -268,10 +268,6 @@ def _cached(lowered, compute) -> dict:
     temporary.write_text(json.dumps(result))
     temporary.replace(path)
     return result
-
-
-def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "kforcing_jax" / "compile_for_tpu"
 
 
 def _largest_rows(config, name, mesh, limit, pool) -> int:

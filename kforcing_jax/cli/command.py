@@ -1,19 +1,24 @@
 """What the entry points share: flags, and errors as one line with a non-zero exit."""
 
+import atexit
+import contextlib
 import difflib
+import logging as python_logging
 import os
-import runpy
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from absl import app, flags, logging
 
+from kforcing_jax.cli.config_file import read_config, split_overrides
 from kforcing_jax.cli.terminal import show_progress
-from kforcing_jax.config import Config, parse, unknown_field
+from kforcing_jax.config import Config
 from kforcing_jax.errors import ConfigError, UserError
 
-_OVERRIDE = "--config."
+# Flags whose empty value says something.
+_MAY_BE_EMPTY = ("prompt",)
+
+_overrides: dict[str, str] = {}
 
 
 def run(main: Callable[[Sequence[str]], None]):
@@ -23,7 +28,7 @@ def run(main: Callable[[Sequence[str]], None]):
         if len(argv) > 1:
             _fail(f"unexpected argument {argv[1]!r}; every option is a flag, see --help")
         if not flags.FLAGS["verbosity"].present:
-            logging.set_verbosity(logging.WARNING)  # orbax reports every file that it opens
+            logging.set_verbosity(logging.FATAL)  # orbax reports every file, and every error with its traceback
         show_progress()
         try:
             main(argv)
@@ -34,19 +39,22 @@ def run(main: Callable[[Sequence[str]], None]):
             sys.stdout.flush()
             # Not sys.exit: a compilation in another thread would crash while the interpreter ends.
             os._exit(2)
+        except OSError as error:
+            _fail(f"{error.filename or type(error).__name__}: {error.strerror or error}")
         except RuntimeError as error:
             if not str(error).startswith("Unable to initialize backend"):
                 raise
             _fail(" ".join(str(error).split()))
 
-    app.run(guarded, flags_parser=_parse_flags)
+    with _said_in_one_line(), _own_flags(main):
+        app.run(guarded, flags_parser=_parse_flags)
 
 
 def config_from_flag(flag: flags.FlagHolder) -> Config:
-    """The validated configuration of `--config`."""
+    """The validated configuration of `--config` and `--config.FIELD`."""
     if flag.value is None:
         raise ConfigError("--config is missing, for example --config=configs/tiny.py")
-    return parse(flag.value)
+    return read_config(flag.value, _overrides)
 
 
 def refuse_flags(names: Sequence[str], reason: str):
@@ -57,49 +65,56 @@ def refuse_flags(names: Sequence[str], reason: str):
 
 
 def _parse_flags(argv):
-    file = _config_file(argv)
-    if file is not None and not Path(file.split(":")[0]).is_file():
-        _fail(f"--config={file.split(':')[0]}: no such file")
+    global _overrides
+    others, _overrides = split_overrides(argv)
+    if _overrides and "config" not in flags.FLAGS:
+        _fail(f"unknown flag --config.{next(iter(_overrides))}; see --help")
     try:
-        return flags.FLAGS(argv)
+        rest = flags.FLAGS(others)
     except flags.UnrecognizedFlagError as error:
         near = difflib.get_close_matches(error.flagname, list(flags.FLAGS), n=1)
         hint = f"; did you mean --{near[0]}?" if near else "; see --help"
         _fail(f"unknown flag --{error.flagname}{hint}")
-    except Exception as error:  # config files are code, and overrides reach into them: anything can be raised
-        _fail(_explain(argv, file, error))
+    except flags.Error as error:
+        _fail(" ".join(str(error).split()))
+    for name in flags.FLAGS:
+        flag = flags.FLAGS[name]
+        if flag.present and flag.value in ("", []) and name not in _MAY_BE_EMPTY:
+            _fail(f"--{name} is missing: its value is empty")
+    return rest
 
 
-def _config_file(argv) -> str | None:
-    """The value of `--config=FILE` or `--config FILE`; what follows a colon is the argument of its get_config."""
-    for arg, following in zip(argv, [*argv[1:], None], strict=True):
-        name, given, value = arg.partition("=")
-        if name.removeprefix("-") == "-config" and (given or following):
-            return value if given else following
-    return None
+@contextlib.contextmanager
+def _said_in_one_line():
+    """Nothing beside our own lines, and those on any terminal: libraries print tracebacks of what we have reported."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a notebook's has not
+            stream.reconfigure(errors="backslashreplace")
+    hook = sys.unraisablehook
+    _mute()
+    atexit.register(_mute)  # threads may speak until then
+    try:
+        yield
+    finally:
+        sys.unraisablehook = hook
 
 
-def _explain(argv, file, error) -> str:
-    """One line about a config file that does not load or an override that does not fit."""
-    for arg in argv:
-        path = arg.split("=", 1)[0].removeprefix(_OVERRIDE)
-        wrong = _missing_field(file, path) if arg.startswith(_OVERRIDE) else None
-        if wrong:
-            return wrong
-    return " ".join(str(error).split()) or type(error).__name__
+def _mute():
+    sys.unraisablehook = lambda unraisable: None
+    python_logging.getLogger("asyncio").disabled = True
 
 
-def _missing_field(file, path) -> str | None:
-    """The message for an override of a field that the config file does not have; None when it has it."""
-    path_of_file, *variant = file.split(":", 1)
-    node = runpy.run_path(path_of_file)["get_config"](*variant)
-    names = path.split(".")
-    for depth, name in enumerate(names):
-        if not hasattr(node, "keys") or name not in node:
-            known = list(node.keys()) if hasattr(node, "keys") else []
-            return str(unknown_field(".".join(names[: depth + 1]), known))
-        node = node[name]
-    return None
+@contextlib.contextmanager
+def _own_flags(main):
+    """Afterwards flags are as before, so that a command can run again in the same interpreter."""
+    try:
+        yield
+    finally:
+        module = sys.modules.get(main.__module__)
+        if main.__module__ == "__main__":  # it is executed anew, and defines them again
+            for flag in list(flags.FLAGS.flags_by_module_id_dict().get(id(module), [])):
+                delattr(flags.FLAGS, flag.name)
+        flags.FLAGS.unparse_flags()
 
 
 def _fail(message: str):

@@ -3,11 +3,15 @@
 Every process runs the same command. They share the work directory; the first one writes everything but checkpoints.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 from absl import flags
 
-from kforcing_jax.errors import ConfigError, RunError
+from kforcing_jax.errors import ConfigError, RunError, UserError
+
+_LONGEST_ERROR = 2000  # bytes
 
 _COORDINATOR = flags.DEFINE_string(
     "coordinator_address", None, "host:port of process 0. Only for several processes that are not a Cloud TPU slice."
@@ -32,6 +36,32 @@ def start():
         _join(**given)
     elif _has_tpu():
         _join()
+
+
+def together(action: Callable):
+    """What `action` returns, in every process; where it fails in one, it fails in all, with the same error.
+
+    Otherwise the others would wait for that one. Raises a UserError.
+    """
+    import jax
+
+    if jax.process_count() == 1:
+        return action()
+    from jax.experimental import multihost_utils
+
+    result, error = None, None
+    try:
+        result = action()
+    except UserError as raised:
+        error = raised
+    words = np.zeros(_LONGEST_ERROR, np.uint8)
+    said = str(error or "").encode()[:_LONGEST_ERROR]
+    words[: len(said)] = list(said)
+    of_all = multihost_utils.process_allgather(words)
+    failed = [bytes(row[row > 0]).decode(errors="replace") for row in of_all if row.any()]
+    if failed:
+        raise error or RunError(failed[0])
+    return result
 
 
 def _check(given):

@@ -1,0 +1,77 @@
+"""A configuration from `--config=FILE` or `--config=FILE:VARIANT` and from `--config.FIELD=VALUE`.
+
+The file is Python and has a function `get_config`, which is given the variant, if there is one.
+"""
+
+import runpy
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import ml_collections
+
+from kforcing_jax.config import Config, parse, unknown_field
+from kforcing_jax.data.places import expanded
+from kforcing_jax.errors import ConfigError, UserError
+
+_OVERRIDE = "--config."
+
+
+def split_overrides(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """(the other arguments, values by field)."""
+    others, overrides, rest = [], {}, iter(argv)
+    for arg in rest:
+        name, equals, value = arg.partition("=")
+        if name.removeprefix("-").startswith(_OVERRIDE[1:]):
+            overrides[name.lstrip("-").removeprefix("config.")] = value if equals else next(rest, "")
+        else:
+            others.append(arg)
+    return others, overrides
+
+
+def read_config(name: str, overrides: Mapping[str, str]) -> Config:
+    """The validated configuration. Raises ConfigError."""
+    path, variant = _split(name)
+    try:
+        config = runpy.run_path(str(path))["get_config"](*variant)
+    except UserError:
+        raise
+    except Exception as error:  # such files are code: anything can be raised
+        reason = " ".join(str(error).split()) or "it fails"
+        raise ConfigError(f"--config={name} cannot be read: {type(error).__name__}: {reason}") from None
+    plain = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else config
+    for field, text in overrides.items():
+        _override(plain, field, text)
+    return parse(plain)
+
+
+def _split(name) -> tuple[Path, list[str]]:
+    """(file, [variant] or []). A colon may also be part of the file's name."""
+    parts = name.split(":")
+    for count in range(len(parts), 0, -1):
+        path = expanded(":".join(parts[:count]))
+        if path.is_file():
+            return path, [":".join(parts[count:])] if count < len(parts) else []
+    raise ConfigError(f"--config={':'.join(parts[:-1]) or name}: no such file")
+
+
+def _override(config, field, text):
+    names, node = field.split("."), config
+    for depth, name in enumerate(names, start=1):
+        if not isinstance(node, Mapping) or name not in node:
+            raise unknown_field(".".join(names[:depth]), node if isinstance(node, Mapping) else [])
+        group, node = node, node[name]
+    group[name] = _value(text, node)
+
+
+def _value(text: str, before):
+    """What the text stands for; one of a wrong type is noticed by `parse`."""
+    if isinstance(before, str):
+        return text
+    if isinstance(before, bool):
+        return {"true": True, "1": True, "false": False, "0": False}.get(text.lower(), text)
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
