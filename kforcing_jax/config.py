@@ -32,9 +32,13 @@ def _positive(name, value):
 
 
 def check_tau(name: str, tau: float):
-    """A temperature is in (0, 1000]."""
-    if not 0 < tau <= 1e3:
-        raise ConfigError(f"{name} = {tau} is not in (0, 1000]")
+    """A temperature is in [1e-6, 1000]; at the least of them only the likeliest token is drawn."""
+    if not 1e-6 <= tau <= 1e3:
+        raise ConfigError(f"{name} = {tau} is not in [1e-6, 1000]")
+
+
+# Of the learning rate, after a linear warm-up (training/optimizer.py).
+SCHEDULES = ("constant", "cosine")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,7 +164,7 @@ class StageConfig:
     batch_size: int = 32  # rows per step, over all devices
     accumulation: int = 1  # parts that a step works its batch off in; more parts take less memory
     learning_rate: float = 1e-4
-    schedule: str = "constant"  # constant | cosine (to zero), both after a linear warm-up
+    schedule: str = "constant"  # constant | cosine (to zero), each after a linear warm-up
     warmup_steps: int = 0
     beta1: float = 0.9
     beta2: float = 0.999
@@ -183,7 +187,7 @@ class StageConfig:
         if self.checkpoint and self.window:
             raise ConfigError(f"{prefix}.checkpoint = {self.checkpoint!r}: only stages.ar can be a released file")
         _one_of(f"{prefix}.teacher", self.teacher, ("previous", "ar"))
-        _one_of(f"{prefix}.schedule", self.schedule, ("constant", "cosine"))
+        _one_of(f"{prefix}.schedule", self.schedule, SCHEDULES)
         for field in ("steps", "batch_size", "accumulation"):
             _at_least(f"{prefix}.{field}", getattr(self, field), 1)
         _at_least(f"{prefix}.warmup_steps", self.warmup_steps, 0)
@@ -265,6 +269,8 @@ class Config:
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"seed = {self.seed} is not in [0, 2^32)")
         _check_stages(self.stages, self.data.seq_len)
+        for name in self.students:
+            self._check_teachers_temperatures(name)
         if self.evaluation.prompt_length + self.evaluation.new_tokens > self.data.seq_len:
             raise ConfigError(
                 f"evaluation.prompt_length + evaluation.new_tokens = "
@@ -277,6 +283,34 @@ class Config:
         """Student stages by name, in the order in which they are trained."""
         named = [(name, stage) for name, stage in self.stages.items() if stage.window]
         return dict(sorted(named, key=lambda item: (item[1].window, item[1].teacher == "ar")))
+
+    def _check_teachers_temperatures(self, name):
+        """A student knows the temperatures it was trained with; the AR teacher, which has logits, knows all."""
+        stage, (teacher_name, _) = self.stages[name], predecessors(self, name)
+        teacher = self.stages[teacher_name]
+        if teacher.window and not teacher.tau_min <= stage.tau_min <= stage.tau_max <= teacher.tau_max:
+            key, teacher_key = (f"stages.{n.replace('-', '_')}" for n in (name, teacher_name))
+            raise ConfigError(
+                f"{key}.tau_min, tau_max = {stage.tau_min}, {stage.tau_max} should be within those of its teacher, "
+                f"{teacher_key}.tau_min, tau_max = {teacher.tau_min}, {teacher.tau_max}"
+            )
+
+
+def predecessors(config: Config, name: str) -> tuple[str | None, str | None]:
+    """(teacher, origin): the stages that give a stage its targets and its first weights; None, None for `ar`.
+
+    The origin of k is the student of k / 2, by preference one taught like this one. A stage with
+    `teacher = "previous"` is taught by its origin, one with `teacher = "ar"` by the AR teacher.
+    """
+    stage = config.stages[name]
+    if not stage.window:
+        return None, None
+    if stage.window == 1:
+        return "ar", "ar"
+    earlier = [other for other, s in config.students.items() if s.window == stage.window // 2]
+    same = [other for other in earlier if config.stages[other].teacher == stage.teacher]
+    origin = (same or earlier)[0]
+    return ("ar" if stage.teacher == "ar" else origin), origin
 
 
 def default_config() -> ml_collections.ConfigDict:

@@ -4,6 +4,7 @@ import ml_collections
 import pytest
 
 from kforcing_jax.config import (
+    SCHEDULES,
     BackboneConfig,
     Config,
     DataConfig,
@@ -18,6 +19,7 @@ from kforcing_jax.config import (
     stage_name,
 )
 from kforcing_jax.errors import ConfigError
+from kforcing_jax.training.optimizer import AFTER_WARMUP
 
 STAGES = {"ar": {}, "k1": {"window": 1}, "k2": {"window": 2}}
 
@@ -133,9 +135,14 @@ REFUSED = [
     ({"stages__ar__beta2": -0.1}, "stages.ar.beta2 = -0.1 is not in [0, 1)"),
     ({"stages__ar__ema_decay": 1.0}, "stages.ar.ema_decay = 1.0 is not in [0, 1)"),
     ({"stages__ar__bfloat16_fraction": 1.5}, "stages.ar.bfloat16_fraction = 1.5 is not in [0, 1]"),
-    ({"stages__k1__tau_min": 0.0}, "stages.k1.tau_min = 0.0 is not in (0, 1000]"),
-    ({"stages__k1__tau_max": 2000.0}, "stages.k1.tau_max = 2000.0 is not in (0, 1000]"),
+    ({"stages__k1__tau_min": 0.0}, "stages.k1.tau_min = 0.0 is not in [1e-6, 1000]"),
+    ({"stages__k1__tau_max": 2000.0}, "stages.k1.tau_max = 2000.0 is not in [1e-6, 1000]"),
     ({"stages__k1__tau_min": 2.0}, "stages.k1.tau_min = 2.0 is above stages.k1.tau_max = 1.0"),
+    (
+        {"stages__k1__tau_min": 0.5, "stages__k2__tau_min": 0.4},
+        "stages.k2.tau_min, tau_max = 0.4, 1.0 should be within those of its teacher, "
+        "stages.k1.tau_min, tau_max = 0.5, 1.0",
+    ),
     ({"mesh__data": 0}, "mesh.data = 0 should be at least 1"),
     ({"mesh__fsdp": -2}, "mesh.fsdp = -2 should be at least 1"),
     ({"mesh__tensor": 0}, "mesh.tensor = 0 should be at least 1"),
@@ -236,18 +243,30 @@ def test_an_unknown_field_is_refused_with_the_nearest_that_exists(changes, expec
     assert message(valid(**changes)) == expected
 
 
+def test_the_ar_teacher_has_logits_and_so_teaches_every_temperature():
+    parse(
+        valid(
+            stages__k1__tau_max=3.0, stages__k2={"window": 2, "tau_min": 0.2, "tau_max": 2.0}, stages__k1__tau_min=0.1
+        )
+    )
+
+
+def test_what_can_be_chosen_is_what_there_is():
+    assert tuple(AFTER_WARMUP) == SCHEDULES
+
+
 @pytest.mark.parametrize("stages", [{}, None, 3, ml_collections.ConfigDict()])
 def test_a_run_without_stages_is_told_what_it_needs(stages):
     assert message({"stages": stages}) == 'stages is empty; a run needs at least stages = {"ar": default_stage(...)}'
     assert message(default_config()) == message({"stages": stages})
 
 
-@pytest.mark.parametrize("tau", [0.0, -1.0, 1000.5, float("nan"), float("inf")])
+@pytest.mark.parametrize("tau", [0.0, 9e-7, -1.0, 1000.5, float("nan"), float("inf")])
 def test_a_temperature_outside_its_range_is_refused_by_name(tau):
-    with pytest.raises(ConfigError, match=rf"request.tau = {tau} is not in \(0, 1000\]"):
+    with pytest.raises(ConfigError, match=rf"request.tau = {tau} is not in \[1e-6, 1000\]"):
         check_tau("request.tau", tau)
 
 
-@pytest.mark.parametrize("tau", [1e-3, 1.0, 1000.0])
+@pytest.mark.parametrize("tau", [1e-6, 1.0, 1000.0])
 def test_a_temperature_inside_its_range_is_accepted(tau):
     check_tau("request.tau", tau)

@@ -1,7 +1,6 @@
 """Floating-point operations that a stage's arithmetic needs: nothing repeated, nothing masked away."""
 
-from kforcing_jax.config import Config
-from kforcing_jax.training.recipes import predecessors
+from kforcing_jax.config import Config, predecessors
 
 # A backward pass costs twice the forward pass: gradients of activations and of weights.
 _FORWARD_AND_BACKWARD = 3

@@ -4,13 +4,16 @@ import optax
 
 from kforcing_jax.config import StageConfig
 
+# By the names in `config.SCHEDULES`: (highest rate, steps) -> schedule.
+AFTER_WARMUP = {
+    "constant": lambda rate, steps: optax.constant_schedule(rate),
+    "cosine": optax.cosine_decay_schedule,
+}
+
 
 def learning_rate(stage: StageConfig) -> optax.Schedule:
     """Linear warm-up, then constant or a cosine to zero at the last step."""
-    if stage.schedule == "constant":
-        after = optax.constant_schedule(stage.learning_rate)
-    else:
-        after = optax.cosine_decay_schedule(stage.learning_rate, max(stage.steps - stage.warmup_steps, 1))
+    after = AFTER_WARMUP[stage.schedule](stage.learning_rate, max(stage.steps - stage.warmup_steps, 1))
     # Warm-up starts one step in, so that no step has a learning rate of zero.
     first = stage.learning_rate / (stage.warmup_steps + 1)
     warmup = optax.linear_schedule(first, stage.learning_rate, stage.warmup_steps)

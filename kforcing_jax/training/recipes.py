@@ -3,7 +3,7 @@
 import dataclasses
 from typing import NamedTuple
 
-from kforcing_jax.config import Config
+from kforcing_jax.config import Config, predecessors
 from kforcing_jax.models import CausalLM, ModelConfig, PushForwardLM
 from kforcing_jax.noise import CdfOrder
 from kforcing_jax.training.objectives import Objective, distillation, language_modelling
@@ -15,23 +15,6 @@ class Vocabulary(NamedTuple):
     vocab_size: int
     mask_id: int
     eos_id: int | None
-
-
-def predecessors(config: Config, name: str) -> tuple[str | None, str | None]:
-    """(teacher, origin): the stages that give a stage its targets and its first weights; None, None for `ar`.
-
-    The origin of k is the student of k / 2, by preference one taught like this one. A stage with
-    `teacher = "previous"` is taught by its origin, one with `teacher = "ar"` by the AR teacher.
-    """
-    stage = config.stages[name]
-    if not stage.window:
-        return None, None
-    if stage.window == 1:
-        return "ar", "ar"
-    earlier = [other for other, s in config.students.items() if s.window == stage.window // 2]
-    same = [other for other in earlier if config.stages[other].teacher == stage.teacher]
-    origin = (same or earlier)[0]
-    return ("ar" if stage.teacher == "ar" else origin), origin
 
 
 def cdf_order(config: Config, vocab_size: int) -> CdfOrder | None:

@@ -13,8 +13,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from kforcing_jax.config import predecessors
 from kforcing_jax.errors import RunError
-from kforcing_jax.training.recipes import predecessors
 from kforcing_jax.workdir import Workdir
 
 
