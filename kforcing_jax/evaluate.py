@@ -19,6 +19,7 @@ from kforcing_jax.cli.checkpoints import (
     K,
     check_one_model,
     check_output_dir,
+    check_prefix_file,
 )
 from kforcing_jax.errors import ConfigError
 
@@ -41,6 +42,7 @@ def main(_):
         cli.refuse_flags(_OF_CHECKPOINTS, "without --checkpoint")
         _evaluate_run()
     else:
+        cli.refuse_flags(processes.NAMES, "without --workdir")
         _evaluate_checkpoint()
 
 
@@ -52,9 +54,11 @@ def _evaluate_run():
     from kforcing_jax.evaluation.tables import samples_text, table
     from kforcing_jax.workdir import Workdir
 
-    workdir = Workdir.open(_WORKDIR.value)
-    scorer = _scorer()
-    summary = evaluate(workdir, workdir.corpus(), scorer)
+    def opened():
+        workdir = Workdir.open(_WORKDIR.value)
+        return workdir, workdir.corpus(), _scorer()
+
+    summary = evaluate(*processes.together(opened))
     if jax.process_index() == 0:
         print(json.dumps(summary) if _JSON.value else f"{table(summary)}\n\n{samples_text(summary)}")
 
@@ -62,6 +66,7 @@ def _evaluate_run():
 def _evaluate_checkpoint():
     if PREFIX_FILE.value is None:
         raise ConfigError("--prefix_file is missing: a released checkpoint is evaluated on completions of prefixes")
+    check_prefix_file(PREFIX_FILE.value)
     if _OUTPUT_DIR.value:
         check_output_dir(_OUTPUT_DIR.value)
     scorer = _scorer()

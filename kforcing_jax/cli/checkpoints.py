@@ -5,6 +5,7 @@ from pathlib import Path
 
 from absl import flags
 
+from kforcing_jax.data.places import expanded
 from kforcing_jax.errors import ConfigError
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A released .ckpt, instead of a run directory.")
@@ -26,9 +27,15 @@ def check_one_model(workdir: str | None):
         raise ConfigError("give one of --workdir (a trained run) and --checkpoint (a released .ckpt)")
 
 
+def check_prefix_file(path: str):
+    """Raises ConfigError when there is no such file to read."""
+    if not os.access(expanded(path), os.R_OK) or not expanded(path).is_file():
+        raise ConfigError(f"--prefix_file={path} cannot be read: no such file")
+
+
 def check_output_dir(folder: str | Path):
     """Raises ConfigError when it is clear before decoding that nothing can be written there. Writes nothing."""
-    folder = Path(folder)
+    folder = expanded(folder)
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not there.is_dir():
         raise ConfigError(f"--output_dir={folder}: {there} is not a folder")

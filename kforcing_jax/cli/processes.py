@@ -18,6 +18,7 @@ _COORDINATOR = flags.DEFINE_string(
 )
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes there are.", lower_bound=1)
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.", lower_bound=0)
+NAMES = tuple(flag.name for flag in (_COORDINATOR, _NUM_PROCESSES, _PROCESS_ID))
 
 
 def start():
@@ -27,7 +28,7 @@ def start():
       ConfigError: flags that do not fit each other.
       RunError: the other processes did not come.
     """
-    given = {flag.name: flag.value for flag in (_COORDINATOR, _NUM_PROCESSES, _PROCESS_ID)}
+    given = {name: flags.FLAGS[name].value for name in NAMES}
     missing = [f"--{name}" for name, value in given.items() if value is None]
     if missing and len(missing) < len(given):
         raise ConfigError(f"{' and '.join(missing)} missing: several processes need all of --{', --'.join(given)}")

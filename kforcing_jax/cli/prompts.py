@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from kforcing_jax.cli.checkpoints import BATCH_SIZE, MAX_NEW_TOKENS, NUM_SAMPLES, PREFIX_FILE, PREFIX_LENGTH
+from kforcing_jax.data.places import expanded
 from kforcing_jax.data.tokenizers import Tokenizer
 from kforcing_jax.data.whole_file import write_text
 from kforcing_jax.decoding.completions import Completions, Prefix
@@ -48,7 +49,7 @@ def read_prefixes(path: str | Path, tokenizer: Tokenizer, length: int) -> tuple[
       DataError: the file cannot be read, or no line is usable.
     """
     try:
-        lines = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+        lines = expanded(path).read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
     except OSError as error:
         raise DataError(f"--prefix_file={path} cannot be read: {error.strerror}") from None
     prefixes, problems = [], []
@@ -100,7 +101,7 @@ def write_completions(folder: str | Path, completions: Completions, tokenizer: T
     Raises:
       RunError: the folder cannot be written.
     """
-    folder = Path(folder)
+    folder = expanded(folder)
     rows = range(len(completions.tokens))
     samples = [json.dumps(_sample(completions, row, tokenizer), ensure_ascii=False) for row in rows]
     others = {"throughput.json": completions.throughput} | (more or {})
