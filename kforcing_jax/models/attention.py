@@ -154,7 +154,7 @@ def _blockwise(q_BxAxGxHxC, own, prefix, reach, past, precision):
     return _blocks_in_turn(precision, q_BxAxGxHxC, own, prefix, tokens, segments, length)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=0)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _blocks_in_turn(precision, q_BxAxGxHxC, own, prefix, past_tokens, segments_BxS, past_length):
     return _forward(precision, q_BxAxGxHxC, own, prefix, past_tokens, segments_BxS, past_length)[0]
 

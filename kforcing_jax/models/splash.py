@@ -78,7 +78,7 @@ def _beside(group, own, past):
     return together, jnp.concatenate([real_GxP, causal_GxM], axis=1)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=0)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _merged_attention(precision, q, text, beside, seen_GxM, segments_BxN):
     return _forward(precision, q, text, beside, seen_GxM, segments_BxN)[0]
 
