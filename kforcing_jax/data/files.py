@@ -1,27 +1,36 @@
-"""Documents in files: txt, jsonl, parquet and ArrayRecord, on a disk or in a bucket.
+"""Documents in files: txt, json, parquet and ArrayRecord, on a disk or in a bucket. `paths` says which files.
 
-A document has an address within its file: a byte of a jsonl file, a row of parquet, a record, a number in a txt file. A
-`FileRange` is what lies between two addresses, so that one large file can be read in parts, by several processes.
+A document has an address within its file: a byte of a file of JSON lines, a row of parquet, a record, a number in a txt
+file or JSON array. A `FileRange` is what lies between two addresses, so that one large file can be read in parts, by
+several processes.
 """
 
 import contextlib
 import dataclasses
-import glob
 import itertools
 import json
 import os
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import fsspec
 
 from kforcing_jax.errors import DataError
 
-SUFFIXES = (".txt", ".jsonl", ".parquet", ".arrayrecord", ".array_record")
-
 # Of text, in one range; a range is the unit of work that is done again after an interruption.
 _BYTES_PER_RANGE = 64 * 2**20
 _ROWS_AT_ONCE = 1024
+_BLANK_LINE = re.compile(r"(?m)^[^\S\n]+$")
+_COMPRESSED = {
+    b"\x1f\x8b": "gzip",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"BZh": "bz2",
+    b"\xfd7zXZ": "xz",
+    b"PK\x03\x04": "zip",
+    b"7z\xbc\xaf": "7z",
+    b"\x04\x22\x4d\x18": "lz4",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,28 +42,18 @@ class FileRange:
     stop: int
     size: int = 0
 
-    def documents(self, separator: str) -> Iterator[tuple[int, str]]:
-        """(address, text) of every document. `separator` is what stands between those of a txt file.
+    def documents(self, separator: str) -> Iterator[tuple[int, str | None]]:
+        """(address, text) of every document; None where an entry has no text, or nothing but whitespace.
+
+        `separator` is what stands between the documents of a txt file.
 
         Raises:
-          DataError: the file cannot be read; names it, and the line, row or byte.
+          DataError: the file cannot be read, or none of its entries has a field for text; names it, and the line, row
+            or byte.
         """
-        with _failing_as_one_line(self.path):
-            yield from _READERS[_suffix(self.path)](self, separator)
-
-
-def matching_files(path: str) -> list[str]:
-    """Files of a path, sorted: one file, those of a folder at any depth, or what a glob matches; URLs likewise.
-
-    Raises:
-      DataError: there is none, or the place cannot be read.
-    """
-    with _failing_as_one_line(path):
-        files = _remote_files(path) if "://" in path else _local_files(path)
-    if not files:
-        endings = ", ".join(f"*{suffix}" for suffix in SUFFIXES)
-        raise DataError(f"data.path = {path!r} matches no file; it should be a file, or a folder of {endings}")
-    return sorted(files)
+        with failing_as_one_line(self.path):
+            for address, text in _format(self.path).documents(self, separator):
+                yield address, text if text and text.strip() else None
 
 
 def file_ranges(paths: Sequence[str]) -> list[FileRange]:
@@ -71,7 +70,7 @@ def hold_out_last(ranges: Sequence[FileRange], separator: str, count: int) -> tu
     missing = count
     for index in reversed(range(len(ranges))):
         part = ranges[index]
-        addresses = [address for address, text in part.documents(separator) if text.strip()]
+        addresses = [address for address, text in part.documents(separator) if text]
         if len(addresses) > missing:
             first = addresses[-missing] if missing else part.stop
             before, after = dataclasses.replace(part, stop=first), dataclasses.replace(part, start=first)
@@ -96,32 +95,23 @@ def grouped(ranges: Sequence[FileRange]) -> list[list[FileRange]]:
     return groups
 
 
-def _local_files(path):
-    folder = Path(path).expanduser()
-    if folder.is_dir():
-        return [str(file) for file in folder.rglob("*") if file.suffix in SUFFIXES and file.is_file()]
-    # A name with brackets may be a file as well as a glob.
-    files = [str(folder)] if folder.exists() else glob.glob(str(folder), recursive=True)
-    return [file for file in files if os.path.isfile(file)]
+def separator_is_missing(paths: Iterable[str], separator: str) -> bool:
+    """Whether there are txt files, and the separator of documents is in none of them."""
+    texts = [path for path in paths if _suffix(path) == ".txt"]
+    separator = _line_ends(separator)
+    return bool(texts and separator) and not any(separator in _text_of(path, separator) for path in texts)
 
 
-def _remote_files(url):
-    filesystem, _, _ = fsspec.get_fs_token_paths(url)
-    location = filesystem._strip_protocol(url)
-    if "*" in location:
-        # Asked first, because glob() takes a missing permission for no match.
-        filesystem.ls(location.split("*")[0].rpartition("/")[0])
-        files = filesystem.glob(location)
-    elif filesystem.isdir(location):
-        files = [file for file in filesystem.find(location) if file.endswith(SUFFIXES)]
-    else:
-        # Not exists(), which takes a missing permission for a missing file.
-        files = [filesystem.info(location)["name"]]
-    return [filesystem.unstrip_protocol(file) for file in files]
+def compression(path: str) -> str | None:
+    """The name of the format that a file is compressed in. Raises OSError."""
+    with fsspec.open(path, "rb") as file:
+        head = file.read(8)
+    return next((name for magic, name in _COMPRESSED.items() if head.startswith(magic)), None)
 
 
 @contextlib.contextmanager
-def _failing_as_one_line(path):
+def failing_as_one_line(path):
+    """Errors of file systems and formats as DataError, naming the path."""
     try:
         yield
     except DataError:
@@ -139,37 +129,78 @@ def _failing_as_one_line(path):
 
 
 def _suffix(path):
-    suffix = os.path.splitext(path)[1]
-    return suffix if suffix in _READERS else ".txt"
+    return os.path.splitext(path)[1].lower()
 
 
 def _split(path: str) -> list[FileRange]:
     """Ranges of about `_BYTES_PER_RANGE` bytes, where documents can be found without reading those before them."""
-    with _failing_as_one_line(path):
-        size, suffix = fsspec.core.url_to_fs(path)[0].size(path), _suffix(path)
-        stop = _ENDS[suffix](path) if suffix in _ENDS else size
-    parts = 1 if suffix == ".txt" else max(1, min(round(size / _BYTES_PER_RANGE), stop))
+    with failing_as_one_line(path):
+        how = compression(path)
+        if how:
+            raise DataError(f"{path} is compressed ({how}); unpack it")
+        size = fsspec.core.url_to_fs(path)[0].size(path)
+        file_format = _format(path)
+        stop = file_format.end(path) if file_format.end else size
+    parts = max(1, min(round(size / _BYTES_PER_RANGE), stop)) if file_format.divisible else 1
     bounds = [stop * i // parts for i in range(parts + 1)]
     return [FileRange(path, *pair, size // parts) for pair in itertools.pairwise(bounds)]
 
 
+def _text_of(path, separator):
+    """A txt file with line ends as \\n, and, where empty lines separate documents, visually empty lines empty."""
+    text = _line_ends(_decode(path, _read(path)).removeprefix("\ufeff"))
+    return _BLANK_LINE.sub("", text) if "\n\n" in separator else text
+
+
+def _line_ends(text):
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
 def _txt_documents(part, separator):
-    text = _decode(part.path, _read(part.path)).removeprefix("\ufeff").replace("\r\n", "\n")
+    separator = _line_ends(separator)
+    text = _text_of(part.path, separator)
     documents = text.split(separator) if separator else [text]
-    yield from list(enumerate(documents))[part.start : part.stop]
+    # What is blank stands between two separators: no document, and none without a text either.
+    yield from ((i, documents[i]) for i in range(part.start, min(part.stop, len(documents))) if documents[i].strip())
 
 
-def _jsonl_documents(part, separator):
+def _json_format(path):
+    """Of a .json file: an array, one object over several lines, or lines of objects."""
+    with fsspec.open(path, "rb") as file:
+        line = b""
+        while not line.strip() and (line := file.readline()):
+            line = line.removeprefix(b"\xef\xbb\xbf")
+        try:
+            return _ARRAY if isinstance(json.loads(line), list) else _LINES
+        except (ValueError, RecursionError):
+            return _ARRAY  # it goes on in the next line, or is damaged
+
+
+def _array_documents(part, separator):
+    text = _decode(part.path, _read(part.path)).removeprefix("\ufeff")
+    try:
+        entries = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{part.path} is not JSON ({error}); it should be objects, one a line or in an array") from None
+    entries = entries if isinstance(entries, list) else [entries]
+    numbered = list(enumerate(entries))[part.start : part.stop]
+    yield from _texts(part.path, ((number, f"entry {number}", entry) for number, entry in numbered))
+
+
+def _line_documents(part, separator):
     """Of the lines that begin in the range. The number of a line is known only when reading starts at the first."""
-    with fsspec.open(part.path, "rb") as file:
-        lines = _lines_from(file, part.start)
-        for number, (address, line) in enumerate(lines, start=1):
+
+    def entries():
+        for number, (address, line) in enumerate(_lines_from(file, part.start), start=1):
             if address >= part.stop:
                 return
             where = f"line {number}" if part.start == 0 else f"byte {address}"
             text = _decode(part.path, line, address).removeprefix("\ufeff")
             if text.strip():
-                yield address, _text_field(text, f"{part.path}, {where}")
+                yield address, where, _from_json(text, f"{part.path}, {where}")
+
+    with fsspec.open(part.path, "rb") as file:
+        yield from _texts(part.path, entries())
 
 
 def _lines_from(file, start):
@@ -193,19 +224,13 @@ def _parquet_documents(part, separator):
             raise DataError(f"{part.path} has columns {', '.join(table.schema_arrow.names)}; one should be called text")
         sizes = [table.metadata.row_group(i).num_rows for i in range(table.num_row_groups)]
         first_rows = [sum(sizes[:i]) for i in range(len(sizes))]
-        groups = [
-            i for i, (first, size) in enumerate(zip(first_rows, sizes, strict=True)) if _overlap(part, first, size)
-        ]
+        groups = [i for i, first in enumerate(first_rows) if first < part.stop and part.start < first + sizes[i]]
         row = first_rows[groups[0]] if groups else 0
         for batch in table.iter_batches(_ROWS_AT_ONCE, row_groups=groups, columns=["text"]):
             for text in batch.column(0).to_pylist():
-                if part.start <= row < part.stop and text:
+                if part.start <= row < part.stop:
                     yield row, _checked_text(text, f"{part.path}, row {row}")
                 row += 1
-
-
-def _overlap(part, first, size):
-    return first < part.stop and part.start < first + size
 
 
 def _parquet_end(path):
@@ -220,13 +245,11 @@ def _record_documents(part, separator):
         for start in range(part.start, part.stop, _ROWS_AT_ONCE):
             stop = min(start + _ROWS_AT_ONCE, part.stop)
             for number, record in enumerate(reader.read(range(start, stop)), start=start):
-                yield number, _record_text(record, f"{part.path}, record {number}")
-
-
-def _record_text(record, where):
-    """A record is a text, or a JSON object that has one."""
-    text = _decode(where, record)
-    return _text_field(text, where) if text.lstrip().startswith('{"') else _checked_text(text, where)
+                where = f"{part.path}, record {number}"
+                text = _decode(where, record)
+                # A record is a text, or a JSON object that has one.
+                is_object = text.lstrip().startswith('{"')
+                yield number, _text_field(_from_json(text, where), where) if is_object else _checked_text(text, where)
 
 
 def _record_end(path):
@@ -261,32 +284,71 @@ def _decode(path, content, address=0):
         raise DataError(f"{path} is not UTF-8: byte {address + error.start} ({error.reason}); convert it") from None
 
 
-def _text_field(line, where):
+def _from_json(text, where):
     try:
-        entry = json.loads(line)
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where} is not JSON ({error}); each line should be an object") from None
-    if not isinstance(entry, dict) or not isinstance(entry.get("text"), str):
-        raise DataError(f'{where} has no string field "text"; each line should be {{"text": "..."}}')
-    return _checked_text(entry["text"], where)
+
+
+def _texts(path, entries):
+    """(address, text) of entries (address, where, JSON). Some may lack the field, but not all."""
+    without, named = 0, False
+    for address, where, entry in entries:
+        text = _text_field(entry, f"{path}, {where}")
+        named = named or "text" in entry
+        without += not named
+        yield address, text
+    if without and not named:
+        raise DataError(f'{path}, {where} has no string field "text", nor has any before it; it has {_listed(entry)}')
+
+
+def _listed(entry):
+    return ", ".join(sorted(entry)[:5]) or "none"
+
+
+def _text_field(entry, where):
+    text = entry.get("text") if isinstance(entry, dict) else entry
+    if not isinstance(entry, dict) or not isinstance(text, str | None):
+        raise DataError(f'{where} has no string field "text"; each entry should be {{"text": "..."}}')
+    return _checked_text(text, where)
 
 
 def _checked_text(text, where):
-    if not isinstance(text, str):
+    if not isinstance(text, str | None):
         raise DataError(f"{where} holds {type(text).__name__}, expected text")
     try:
-        text.encode("utf-8")
+        (text or "").encode("utf-8")
     except UnicodeEncodeError:
         raise DataError(f"{where} has half of a surrogate pair, which is no character; escape the whole pair") from None
     return text
 
 
-_READERS = {
-    ".txt": _txt_documents,
-    ".jsonl": _jsonl_documents,
-    ".parquet": _parquet_documents,
-    ".arrayrecord": _record_documents,
-    ".array_record": _record_documents,
+class _Format(NamedTuple):
+    """`end(path)` is the address after the last document, where that is not the size in bytes."""
+
+    documents: Callable[[FileRange, str], Iterator[tuple[int, str | None]]]
+    end: Callable[[str], int] | None = None
+    divisible: bool = True
+
+
+# No txt file and no array has more documents than bytes.
+_ARRAY = _Format(_array_documents, divisible=False)
+_LINES = _Format(_line_documents)
+_RECORDS = _Format(_record_documents, _record_end)
+# By ending; a function tells from the content.
+_FORMATS = {
+    ".txt": _Format(_txt_documents, divisible=False),
+    ".json": _json_format,
+    ".jsonl": _LINES,
+    ".ndjson": _LINES,
+    ".parquet": _Format(_parquet_documents, _parquet_end),
+    ".arrayrecord": _RECORDS,
+    ".array_record": _RECORDS,
 }
-# The address after the last document where it is not the size in bytes, which no txt file has more documents than.
-_ENDS = {".parquet": _parquet_end, ".arrayrecord": _record_end, ".array_record": _record_end}
+SUFFIXES = tuple(_FORMATS)
+
+
+def _format(path) -> _Format:
+    found = _FORMATS[_suffix(path)]
+    return found if isinstance(found, _Format) else found(path)

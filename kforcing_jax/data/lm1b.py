@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 from absl import logging
 
+from kforcing_jax.data.places import expanded
 from kforcing_jax.errors import DataError
 
 _SENTENCES_AT_ONCE = 1024
@@ -135,6 +136,11 @@ def open_split(path: str = "", split: str = "train") -> "Split":
         return _open(tfds, folder, split)
 
 
+def data_files(path: str = "") -> list[str]:
+    """The files of all splits, as `open_split` finds them; not opened. Raises DataError when nothing is prepared."""
+    return [str(file) for file in sorted(_version_folder(_root(path)).glob(f"*.{_FORMAT}-*"))]
+
+
 @dataclasses.dataclass(frozen=True)
 class Split:
     """Sentences of a split, read when they are asked for. `ends` are the numbers of sentences up to each file's end."""
@@ -179,7 +185,7 @@ def _root(path: str) -> Path:
             f"data.path = {path!r}: LM1B is read from a disk; mount the bucket (gcsfuse) and give that path"
         )
     default = os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
-    root = Path(path or default).expanduser()
+    root = expanded(path or default)
     if not root.is_dir():
         named = f"data.path = {path!r}" if path else f"data.path is empty, and TFDS's default, {root},"
         raise DataError(f"{named} is not a folder; {_how_to_prepare(root)}")

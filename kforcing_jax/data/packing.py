@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from kforcing_jax.data.choices import PACKINGS
+
 SEGMENT_DTYPE = np.uint16
 
 # Rows that a document may still join. More of them fill rows better and take longer.
@@ -25,11 +27,18 @@ class Batch(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """Packed documents: tokens, segment ids as in `Batch`, and how many documents there are."""
+    """Packed documents: tokens, segment ids as in `Batch`, and what they were made from.
+
+    `document_tokens` are those of the documents before rows were cut, `unknown_tokens` those of them that stand for
+    something outside the vocabulary, and `skipped` counts entries without text.
+    """
 
     tokens_RxN: np.ndarray
     segments_RxN: np.ndarray | None = None
     documents: int = 0
+    document_tokens: int = 0
+    unknown_tokens: int = 0
+    skipped: int = 0
 
     @property
     def useful_tokens(self) -> int:
@@ -50,12 +59,14 @@ def pack(
     the two ids of `frame`. `segments`: whole, each a segment of its own, as many in a row as fit. `padded`: one in each
     row. The last two cut a document that is longer than a row.
     """
-    if packing in ("wrapped", "framed"):
-        return Rows(_wrap(documents, length, frame), documents=len(documents))
+    how, tokens = PACKINGS[packing], sum(map(len, documents))
+    if not how.segmented:
+        rows_RxN = _wrap(documents, length, frame if how.framed else None)
+        return Rows(rows_RxN, documents=len(documents), document_tokens=tokens)
     documents = [document[:length] for document in documents]
     lengths = [len(document) for document in documents]
-    rows = best_fit(lengths, length) if packing == "segments" else list(range(len(documents)))
-    return _lay_out(documents, rows, length, padding)
+    rows = best_fit(lengths, length) if how.shared else list(range(len(documents)))
+    return Rows(*_lay_out(documents, rows, length, padding), len(documents), tokens)
 
 
 def _wrap(documents, length, frame):
@@ -96,4 +107,4 @@ def _lay_out(documents, rows, length, padding):
         count_R[row] += 1
         tokens_RxN[row, at], segments_RxN[row, at] = document, count_R[row]
         filled_R[row] = at.stop
-    return Rows(tokens_RxN, segments_RxN, len(documents))
+    return tokens_RxN, segments_RxN

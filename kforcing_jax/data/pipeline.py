@@ -15,14 +15,17 @@ from absl import flags
 
 from kforcing_jax.config import DataConfig
 from kforcing_jax.data import packing
+from kforcing_jax.data.choices import SOURCES
 from kforcing_jax.data.packing import Batch
 from kforcing_jax.data.pretrained import is_vocabulary_of
 from kforcing_jax.data.shards import Shard, damage
 from kforcing_jax.data.tokenizers import Tokenizer, is_trained
 from kforcing_jax.errors import DataError, RunError
 
-FORMAT = 3
-_SPLITS = ("train", "validation")
+FORMAT = 4
+SPLITS = ("train", "validation")
+# Of the tokens, from which on it is said that they stand for something unknown.
+MUCH_UNKNOWN = 0.03
 # Validation rows that are looked at together for prompts.
 _ROWS_AT_ONCE = 1024
 
@@ -32,7 +35,8 @@ class Corpus:
     """Prepared data: a tokenizer, and rows of `seq_len` tokens in two splits that share no document.
 
     `useful_tokens_per_row` are those that are not padding; `tokens_per_document` how many there would be if every
-    document had a row of its own. Both are means over the training split.
+    document had a row of its own. Both are means over the training split, `unknown_share` is the larger of the splits'
+    shares of tokens that stand for something outside the vocabulary.
     """
 
     directory: Path
@@ -45,6 +49,7 @@ class Corpus:
     num_validation_rows: int
     useful_tokens_per_row: float
     tokens_per_document: float
+    unknown_share: float
     files: Mapping[str, tuple[str, ...]]
     reader_processes: int = 0
 
@@ -68,8 +73,8 @@ class Corpus:
     @functools.cached_property
     def data_digest(self) -> str:
         """SHA-256 of the rows of both splits in order, by the digests of their shards; not of where they lie."""
-        manifest = _read_manifest(self.directory)
-        rows = {split: [shard["sha256"] for shard in manifest[split]["shards"]] for split in _SPLITS}
+        manifest = read_manifest(self.directory)
+        rows = {split: [shard["sha256"] for shard in manifest[split]["shards"]] for split in SPLITS}
         described = [self.seq_len, self.dtype.name, self.segmented, rows]
         return hashlib.sha256(json.dumps(described).encode()).hexdigest()
 
@@ -89,12 +94,13 @@ class Corpus:
                 f", {self.useful_tokens_per_row:.1f} useful tokens each "
                 f"({self.useful_tokens_per_row / self.seq_len:.1%}; one document a row: {self.tokens_per_document:.1f})"
             )
-        return f"{self.num_train_rows:,} training rows of {self.seq_len}{fill}, vocabulary {self.vocab_size:,}"
+        unknown = f", {self.unknown_share:.1%} <unk>" if self.unknown_share > MUCH_UNKNOWN else ""
+        return f"{self.num_train_rows:,} training rows of {self.seq_len}{fill}, vocabulary {self.vocab_size:,}{unknown}"
 
     def statistics(self) -> str:
         """Rows, tokens and useful tokens of both splits, a line each."""
-        manifest = _read_manifest(self.directory)
-        return "\n".join(_statistics(split, manifest[split], self.seq_len) for split in _SPLITS)
+        manifest = read_manifest(self.directory)
+        return "\n".join(_statistics(split, manifest[split], self.seq_len) for split in SPLITS)
 
     def train_batches(
         self, batch_size: int, seed: int, start_step: int = 0, process_index: int = 0, process_count: int = 1
@@ -179,12 +185,18 @@ class Corpus:
 
 
 def _statistics(name, split, seq_len):
-    tokens = split["rows"] * seq_len
-    share = split["useful_tokens"] / tokens
+    tokens, useful, skipped = split["rows"] * seq_len, split["useful_tokens"], split["skipped"]
     return (
         f"{name:<10} {split['rows']:,} rows of {seq_len} from {split['documents']:,} documents "
-        f"in {len(split['shards'])} shards: {tokens:,} tokens, {split['useful_tokens']:,} useful ({share:.1%})"
+        f"in {len(split['shards'])} shards: {tokens:,} tokens, {useful:,} useful ({useful / tokens:.1%}), "
+        f"{unknown_share(split):.1%} of them <unk>"
+        f"{f'; {skipped:,} entries without text left out' if skipped else ''}"
     )
+
+
+def unknown_share(split: dict) -> float:
+    """Of a split's text as the manifest describes it: how many of its tokens stand for something unknown."""
+    return split["unknown_tokens"] / max(split["document_tokens"], 1)
 
 
 def _beginnings(tokens_RxN, segments_RxN, length) -> list[np.ndarray]:
@@ -211,10 +223,10 @@ def load(config: DataConfig, seed: int, directory: str | Path) -> Corpus:
       RunError: the directory holds data of another config or seed, or is damaged or missing.
     """
     directory = Path(directory)
-    manifest = _read_manifest(directory)
+    manifest = read_manifest(directory)
     _check_made_from(manifest["made_from"], config, seed, directory)
-    for split in _SPLITS:
-        _check_shards(directory, manifest[split], thorough=False)
+    for split in SPLITS:
+        check_shards(directory, manifest[split], thorough=False)
     train = manifest["train"]
     return Corpus(
         directory=directory,
@@ -227,25 +239,24 @@ def load(config: DataConfig, seed: int, directory: str | Path) -> Corpus:
         num_validation_rows=manifest["validation"]["rows"],
         useful_tokens_per_row=train["useful_tokens"] / train["rows"],
         tokens_per_document=train["useful_tokens"] / train["documents"],
-        files={split: tuple(shard["file"] for shard in manifest[split]["shards"]) for split in _SPLITS},
+        unknown_share=max(unknown_share(manifest[split]) for split in SPLITS),
+        files={split: tuple(shard["file"] for shard in manifest[split]["shards"]) for split in SPLITS},
         reader_processes=config.reader_processes,
     )
 
 
 def verify(directory: str | Path):
     """Reads every row of prepared data. Raises RunError, naming the file, when one is not what was written."""
-    manifest = _read_manifest(Path(directory))
-    for split in _SPLITS:
-        _check_shards(Path(directory), manifest[split], thorough=True)
+    manifest = read_manifest(Path(directory))
+    for split in SPLITS:
+        check_shards(Path(directory), manifest[split], thorough=True)
 
 
 def made_from(config: DataConfig, seed: int) -> dict:
     """The fields that rows depend on, by name, as JSON."""
-    fields = dataclasses.asdict(config)
-    names = [name for name in fields if name not in ("prepared", "reader_processes")]
-    # Only a random part of the text to validate on, and a Markov chain, depend on the seed.
-    seeded = config.source in ("news", "markov") or (config.source == "text_files" and not config.validation_documents)
-    return {f"data.{name}": fields[name] for name in names} | ({"seed": seed} if seeded else {})
+    source = SOURCES[config.source]
+    fields = {f"data.{name}": getattr(config, name) for name in ("source", "seq_len", *source.fields)}
+    return fields | ({"seed": seed} if source.seeded(config) else {})
 
 
 def _check_made_from(before, config, seed, directory):
@@ -266,7 +277,8 @@ def _may_differ(name, config, directory):
     return is_vocabulary_of(config.tokenizer, Tokenizer.load(directory / "tokenizer.json").backend)
 
 
-def _read_manifest(directory):
+def read_manifest(directory: Path) -> dict:
+    """What manifest.json says of prepared data. Raises RunError when there is none, or it is not of this version."""
     path = directory / "manifest.json"
     if not path.exists():
         raise RunError(f"{directory} holds no prepared data (no manifest.json); name a folder of kforcing_jax.prepare")
@@ -277,14 +289,18 @@ def _read_manifest(directory):
     if not isinstance(manifest, dict) or not isinstance(manifest.get("made_from"), dict):
         raise RunError(f"{path} is not of prepared data; name a folder that kforcing_jax.prepare has written")
     if manifest.get("format") != FORMAT:
-        raise _damaged(path, f"format {manifest.get('format')}, expected {FORMAT}")
-    missing = [name for name in ("dtype", "segmented", *_SPLITS) if name not in manifest]
+        raise RunError(
+            f"{path} has format {manifest.get('format')}, this version reads {FORMAT}; delete the folder "
+            f"{directory} and prepare it again"
+        )
+    missing = [name for name in ("dtype", "segmented", "origin", *SPLITS) if name not in manifest]
     if missing:
         raise _damaged(path, f"{missing[0]} is missing")
     return manifest
 
 
-def _check_shards(directory, split, thorough):
+def check_shards(directory: Path, split: dict, thorough: bool):
+    """Raises RunError when a shard of a split, as the manifest describes it, is missing or damaged."""
     manifest = directory / "manifest.json"
     try:
         shards = {

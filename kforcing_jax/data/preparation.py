@@ -1,100 +1,111 @@
-"""From a source to prepared data: a plan of shards, written in parallel, that survives an interruption.
+"""From a source to prepared data: a plan of shards, written in parallel in the folder where they stay.
 
-Work goes on in a folder `<data>.partial`, which takes its final name when it is complete.
+manifest.json is written last: where it is, the data is complete. Until then a plan and a lock say whose work the folder
+is, and a note beside every finished shard lets an interrupted call go on.
 """
 
 import contextlib
 import dataclasses
 import fcntl
-import itertools
 import json
+import logging
 import os
-import shutil
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
 import tqdm
 
 from kforcing_jax.config import DataConfig
-from kforcing_jax.data import lm1b, pretrained
-from kforcing_jax.data.files import file_ranges, grouped, hold_out_last, matching_files
-from kforcing_jax.data.packing import Rows
-from kforcing_jax.data.pipeline import FORMAT, Corpus, load, made_from, verify
-from kforcing_jax.data.shards import (
-    Documents,
-    FileDocuments,
-    GivenDocuments,
-    Lm1bDocuments,
-    Shard,
-    Task,
-    run_all,
-    token_dtype,
-    write_rows,
+from kforcing_jax.data import pretrained
+from kforcing_jax.data.choices import PACKINGS
+from kforcing_jax.data.paths import difference, fingerprints
+from kforcing_jax.data.pipeline import (
+    FORMAT,
+    MUCH_UNKNOWN,
+    SPLITS,
+    Corpus,
+    check_shards,
+    load,
+    made_from,
+    read_manifest,
+    unknown_share,
 )
-from kforcing_jax.data.sources import load_documents, markov_chain, markov_rows
-from kforcing_jax.data.tokenizers import (
-    Tokenizer,
-    check_vocabulary,
-    is_trained,
-    markov_tokenizer,
-    train_tokenizer,
-)
+from kforcing_jax.data.shards import Shard, Task, run_all
+from kforcing_jax.data.tokenizers import Tokenizer, is_trained, train_tokenizer
+from kforcing_jax.data.units import Units, first_texts, reader
 from kforcing_jax.data.whole_file import write_text
 from kforcing_jax.errors import DataError, RunError
 
-_SENTENCES_PER_SHARD = 500_000
-_CHARACTERS_PER_SHARD = 64_000_000
-# Of a streamed text, for the training of a vocabulary.
-_CHARACTERS_FOR_TOKENIZER = 200_000_000
-
-_Units = dict[str, Sequence[Documents]]
+_LOCK, _PLAN = "preparing.lock", "preparing.json"
+# A fresh disk has this folder.
+_NOBODYS = ("lost+found",)
+_log = logging.getLogger("kforcing_jax")
 
 
 def prepare(config: DataConfig, seed: int, directory: str | Path, workers: int | None = None) -> Corpus:
     """The corpus of a config, prepared in `directory` unless it is there already.
 
-    `workers` processes write shards, by default one per core. The directory appears when it is complete; what an
-    interrupted call has finished is kept beside it, and used by the next one. A call waits for another that is at
-    work on the same directory.
+    `workers` processes write shards, by default one per core. What an interrupted call has finished stays in the
+    directory, and is used by the next one. A call waits for another that is at work on the same directory.
 
     Raises:
-      ConfigError: no vocabulary can satisfy the config.
       DataError: the text cannot be read, or is too short for one row in each split.
-      RunError: the directory holds data of another config or seed, is damaged, or cannot be written.
+      RunError: the directory holds something else, data of another config or seed, or of files that have changed; is
+        damaged, or cannot be written.
     """
     directory = Path(directory)
-    if _is_to_be_filled(directory):
-        check_vocabulary(config)
-        with _one_at_a_time(directory):
-            # Somebody else may have finished it meanwhile.
-            if _is_to_be_filled(directory):
-                _prepare(config, seed, directory, workers or os.cpu_count())
-    return load(config, seed, directory)
+    try:
+        if not is_prepared(directory):
+            _check_ours(directory)
+            with _one_at_a_time(directory):
+                # Somebody else may have finished it meanwhile.
+                if not is_prepared(directory):
+                    _prepare(config, seed, directory, workers or os.cpu_count())
+                _tidy(directory)
+        elif (directory / _LOCK).exists():
+            _tidy(directory)  # after one that was killed at the very end
+    except OSError as error:
+        raise RunError(f"{directory} cannot be written: {error.strerror or error}") from None
+    corpus = load(config, seed, directory)
+    _check_unchanged(config, seed, directory)
+    return corpus
 
 
-def _is_to_be_filled(directory):
-    """An empty folder may be somebody's mount point."""
-    return not directory.exists() or (directory.is_dir() and not any(directory.iterdir()))
+def is_prepared(directory: Path) -> bool:
+    """Whether a folder holds prepared data, complete."""
+    return (directory / "manifest.json").exists()
+
+
+def _check_ours(directory):
+    """Empty folders (mount points) are filled and our own unfinished ones go on; no other is touched."""
+    if not directory.is_dir():
+        return
+    inside = {path.name for path in directory.iterdir()} - set(_NOBODYS)
+    if inside and not inside & {_LOCK, _PLAN}:
+        raise RunError(
+            f"{directory} holds no prepared data (no manifest.json) but {min(inside)}, so it is left alone; give an "
+            "empty folder, or one that does not exist"
+        )
 
 
 @contextlib.contextmanager
 def _one_at_a_time(directory):
-    lock = directory.with_name(f"{directory.name}.lock")
-    try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        file = _locked(lock)
-    except OSError as error:
-        raise RunError(f"{directory} cannot be written: {error.strerror}") from None
-    with file:
+    is_new = not directory.exists()
+    with _locked(directory / _LOCK):
         try:
             yield
         finally:
-            lock.unlink(missing_ok=True)
+            if not is_prepared(directory) and not any(directory.glob("*-of-*.json")):
+                # Without a finished shard there is nothing to go on from.
+                _remove(_leftovers(directory))
+            (directory / _LOCK).unlink(missing_ok=True)
+            if is_new:
+                with contextlib.suppress(OSError):  # not empty
+                    directory.rmdir()
 
 
 def _locked(path):
     while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("w")
         with contextlib.suppress(OSError):  # not every mounted bucket has locks
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -105,133 +116,109 @@ def _locked(path):
 
 
 def _prepare(config, seed, directory, workers):
-    partial = directory.with_name(f"{directory.name}.partial")
-    try:
-        partial.mkdir(exist_ok=True)
-        _continue(config, seed, partial, workers)
-        verify(partial)
-        partial.rename(directory)
-        # Not before: until then an interrupted call goes on from these.
-        for path in _notes(directory):
-            path.unlink(missing_ok=True)
-    except OSError as error:
-        raise RunError(f"{directory} cannot be written: {error.strerror or error}") from None
-    finally:
-        # Without a finished shard there is nothing to go on from.
-        if partial.exists() and not any(partial.glob("*-of-*.json")):
-            shutil.rmtree(partial, ignore_errors=True)
+    tokenizer, units = _plan(config, seed, directory)
+    shards = _write_shards(config, directory, units, workers)
+    manifest = _manifest(config, seed, directory, tokenizer, shards)
+    for split in SPLITS:
+        check_shards(directory, manifest[split], thorough=True)
+        share = unknown_share(manifest[split])
+        if share > MUCH_UNKNOWN:
+            _log.warning(
+                "%.1f%% of the tokens of the %s split are outside the vocabulary of data.tokenizer = %r: nothing can "
+                "be learnt of them; raise data.vocab_size = %d or take another tokenizer",
+                *(100 * share, split, config.tokenizer, config.vocab_size),
+            )
+    write_text(directory / "manifest.json", json.dumps(manifest, indent=2) + "\n")
 
 
-def _notes(folder) -> list[Path]:
-    """What only the preparation itself needs, and what a killed one has left."""
-    return [*folder.glob("*-of-*.json"), *folder.glob("*.tmp"), folder / "plan.json"]
+def _leftovers(directory) -> list[Path]:
+    """What only the preparation itself needs, what a killed one has left, and shards that have no rows."""
+    kept = {"manifest.json", "tokenizer.json"} if is_prepared(directory) else set()
+    if kept:
+        manifest = read_manifest(directory)
+        kept |= {shard["file"] for split in SPLITS for shard in manifest[split]["shards"]}
+    ours = ("*-of-*.json", "*-of-*.arrayrecord", "*.tmp", _PLAN, "tokenizer.json")
+    return [path for pattern in ours for path in directory.glob(pattern) if path.name not in kept]
 
 
-def _continue(config, seed, partial, workers):
-    if config.source == "markov":
-        tokenizer, rows = _markov(config, seed)
-        tokenizer.save(partial / "tokenizer.json")
-        shards = {split: [write_rows(_shard_path(partial, split, 0, 1), rows[split], 0)] for split in rows}
-    else:
-        tokenizer, units = _plan(config, seed)
-        _check_same_plan(partial, tokenizer, units, config, seed)
-        shards = _write_shards(config, partial, units, workers)
-    _write_manifest(config, seed, partial, tokenizer, shards)
+def _tidy(directory):
+    _remove([*_leftovers(directory), directory / _LOCK])
 
 
-def _plan(config: DataConfig, seed: int) -> tuple[Tokenizer, _Units]:
-    """The tokenizer, and what every shard of both splits is made from."""
+def _remove(paths):
+    for path in paths:
+        path.unlink(missing_ok=True)
+
+
+def _plan(config: DataConfig, seed: int, directory: Path) -> tuple[Tokenizer, Units]:
+    """The tokenizer, and what every shard of both splits is made from; written down, or found as it was."""
+    source = reader(config, seed)
     # A pre-trained vocabulary first: it is wrong, or not there, in seconds.
-    tokenizer = None if is_trained(config) else pretrained.load_configured(config)
-    if config.source == "lm1b":
-        units = {"train": _sentences(config, "train"), "validation": _sentences(config, "test")}
-    elif config.validation_documents:
-        units = _streamed(config)
-    else:
-        units = _in_memory(config, seed)
-    return tokenizer or train_tokenizer(config, _first_texts(units["train"])), units
-
-
-def _sentences(config, split) -> list[Documents]:
-    count = len(lm1b.open_split(config.path, split))
-    starts = range(0, count, _SENTENCES_PER_SHARD)
-    return [Lm1bDocuments(config.path, split, i, min(i + _SENTENCES_PER_SHARD, count)) for i in starts]
-
-
-def _streamed(config) -> _Units:
-    ranges = file_ranges(matching_files(config.path))
-    train, validation = hold_out_last(ranges, config.document_separator, config.validation_documents)
-    return {
-        split: [FileDocuments(tuple(group), config.document_separator) for group in grouped(parts)]
-        for split, parts in (("train", train), ("validation", validation))
+    tokenizer, units = source.tokenizer(), source.units()
+    tokenizer = tokenizer or train_tokenizer(config, first_texts(units["train"]))
+    path = directory / _PLAN
+    before = json.loads(path.read_text()) if path.exists() else {}
+    plan = {
+        "made_from": made_from(config, seed),
+        "units": {split: len(group) for split, group in units.items()},
+        "tokenizer": tokenizer.digest,
+        "origin": _origin(config, seed, before.get("origin")),
     }
-
-
-def _in_memory(config, seed) -> _Units:
-    """Distinct documents in random order, a random part of them for validation."""
-    documents = load_documents(config)
-    if len(documents) < 2:
-        raise DataError(
-            f"data.path = {config.path!r} holds 1 document, and one is needed for training and one for validation; "
-            f"check data.document_separator = {config.document_separator!r} or give more text"
-        )
-    order = np.random.default_rng([seed, 2]).permutation(len(documents))
-    shuffled = [documents[i] for i in order]
-    count = _num_validation(config.validation_fraction, len(documents))
-    return {"train": _in_parts(shuffled[count:]), "validation": _in_parts(shuffled[:count])}
-
-
-def _in_parts(documents) -> list[Documents]:
-    ends = itertools.accumulate(map(len, documents))
-    parts = itertools.groupby(zip(ends, documents, strict=True), lambda pair: pair[0] // _CHARACTERS_PER_SHARD)
-    return [GivenDocuments(tuple(document for _, document in part)) for _, part in parts]
-
-
-def _first_texts(units) -> Iterator[str]:
-    read = 0
-    for text in itertools.chain.from_iterable(unit.texts() for unit in units):
-        yield text
-        read += len(text)
-        if read > _CHARACTERS_FOR_TOKENIZER:
-            return
-
-
-def _markov(config, seed) -> tuple[Tokenizer, dict[str, Rows]]:
-    """The tokenizer and the rows of each split: every row is a sample path of its own."""
-    tokenizer = markov_tokenizer(config.markov_states)
-    rows_RxN = markov_rows(markov_chain(config, seed), seed, config.markov_rows, config.seq_len)
-    rows_RxN = rows_RxN.astype(token_dtype(tokenizer))
-    count = _num_validation(config.validation_fraction, len(rows_RxN))
-    parts = {"train": rows_RxN[count:], "validation": rows_RxN[:count]}
-    return tokenizer, {split: Rows(part_RxN, documents=len(part_RxN)) for split, part_RxN in parts.items()}
-
-
-def _num_validation(fraction, available):
-    return min(max(1, round(fraction * available)), available - 1)
-
-
-def _check_same_plan(partial, tokenizer, units, config, seed):
-    """Writes the plan down, or finds it as it was when the work began."""
-    described = {split: [unit.describe() for unit in group] for split, group in units.items()}
-    plan = {"made_from": made_from(config, seed), "units": described, "tokenizer": pretrained.digest(tokenizer.backend)}
-    plan = json.loads(json.dumps(plan))
-    path = partial / "plan.json"
-    if not path.exists():
-        tokenizer.save(partial / "tokenizer.json")
+    if before:
+        _check_same_plan(before, plan, directory)
+    else:
+        tokenizer.save(directory / "tokenizer.json")
         write_text(path, json.dumps(plan))
-        return
-    before = json.loads(path.read_text())
-    changed = [name for name, value in plan["made_from"].items() if before["made_from"].get(name) != value]
-    changed += [] if before == plan else ["the text or the tokenizer"]
+    return tokenizer, units
+
+
+def _origin(config, seed, known=None) -> dict[str, dict[str, list]]:
+    """What the files of the text, and of a tokenizer that has files, are; by the field that names them.
+
+    Of a field that is not in `known` nothing is asked, where that is given.
+    """
+    fields = {
+        "data.path": lambda: reader(config, seed).files(),
+        "data.tokenizer": lambda: [] if is_trained(config) else pretrained.local_files(config.tokenizer),
+    }
+    known = dict.fromkeys(fields) if known is None else known
+    return {name: fingerprints(fields[name](), known[name]) for name in fields if name in known}
+
+
+def _check_same_plan(before, plan, directory):
+    changed = [
+        f"{name} changed from {before['made_from'].get(name)!r}"
+        for name, value in plan["made_from"].items()
+        if before["made_from"].get(name) != value
+    ]
+    changed += filter(None, (difference(before["origin"][name], plan["origin"][name]) for name in plan["origin"]))
+    changed += [f"the {name} changed" for name in ("units", "tokenizer") if before[name] != plan[name]]
     if changed:
-        was = before["made_from"].get(changed[0])
         raise RunError(
-            f"{partial} was begun with another configuration: {changed[0]} changed"
-            f"{'' if was is None else f' from {was!r}'}; delete the folder to begin again"
+            f"{directory} was begun with another text or configuration: {changed[0]}; delete the folder to begin again"
         )
 
 
-def _write_shards(config, partial, units, workers) -> dict[str, list[Shard]]:
+def _check_unchanged(config, seed, directory):
+    """Raises RunError when files that the rows were made from are here, and are no longer what they were."""
+    manifest, fields = read_manifest(directory), made_from(config, seed)
+    # Another path is said to be another place of the same.
+    made = manifest["made_from"]
+    same = {name: before for name, before in manifest["origin"].items() if made.get(name) == fields.get(name)}
+    try:
+        now = _origin(config, seed, same)
+    except DataError:
+        return  # they are not here, and nothing needs them
+    for name, before in same.items():
+        what = now[name] and difference(before, now[name])
+        if what:
+            raise RunError(
+                f"{directory} was prepared from another {name}: {what}; delete the folder and prepare it again, or put "
+                "back what was there"
+            )
+
+
+def _write_shards(config, directory, units, workers) -> dict[str, list[Shard]]:
     shards = {}
     with tqdm.tqdm(total=sum(map(len, units.values())), unit="shard", desc="preparing", mininterval=1) as bar:
         tokens = 0
@@ -246,16 +233,16 @@ def _write_shards(config, partial, units, workers) -> dict[str, list[Shard]]:
         for split, group in sorted(units.items(), reverse=True):
             tasks = [
                 Task(
-                    documents=unit,
-                    tokenizer_path=partial / "tokenizer.json",
-                    path=_shard_path(partial, split, index, len(group)),
+                    unit=unit,
+                    tokenizer_path=directory / "tokenizer.json",
+                    path=_shard_path(directory, split, index, len(group)),
                     packing=config.packing,
                     seq_len=config.seq_len,
                 )
                 for index, unit in enumerate(group)
             ]
             shards[split] = run_all(tasks, workers, report)
-            _check_not_empty(config, partial, split, shards[split])
+            _check_not_empty(config, directory, split, shards[split])
     return shards
 
 
@@ -263,10 +250,10 @@ def _shard_path(folder, split, index, count) -> Path:
     return folder / f"{split}-{index:05}-of-{count:05}.arrayrecord"
 
 
-def _check_not_empty(config, partial, split, shards):
+def _check_not_empty(config, directory, split, shards):
     if not any(shard.rows for shard in shards):
         # There is nothing in these shards to go on with.
-        shutil.rmtree(partial)
+        _remove(_leftovers(directory))
         tokens, documents = sum(s.document_tokens for s in shards), sum(s.documents for s in shards)
         raise DataError(
             f"the {split} split has {tokens} tokens in {documents} documents, fewer than one row of "
@@ -275,26 +262,19 @@ def _check_not_empty(config, partial, split, shards):
         )
 
 
-def _write_manifest(config, seed, partial, tokenizer, shards):
-    manifest = {
+def _manifest(config, seed, directory, tokenizer, shards) -> dict:
+    return {
         "format": FORMAT,
         "made_from": made_from(config, seed),
-        "dtype": token_dtype(tokenizer).name,
-        "segmented": config.packing in ("segments", "padded"),
-        **{split: _split_manifest(partial, split, written) for split, written in shards.items()},
+        "origin": json.loads((directory / _PLAN).read_text())["origin"],
+        "dtype": tokenizer.dtype.name,
+        "segmented": PACKINGS[config.packing].segmented,
+        **{split: _split_manifest(directory, split, written) for split, written in shards.items()},
     }
-    write_text(partial / "manifest.json", json.dumps(manifest, indent=2) + "\n")
 
 
-def _split_manifest(partial, split, shards):
-    paths = [_shard_path(partial, split, index, len(shards)) for index in range(len(shards))]
-    for path, shard in zip(paths, shards, strict=True):
-        if not shard.rows:
-            path.unlink()
-    kept = [(path, shard) for path, shard in zip(paths, shards, strict=True) if shard.rows]
-    return {
-        "rows": sum(shard.rows for shard in shards),
-        "documents": sum(shard.documents for shard in shards),
-        "useful_tokens": sum(shard.useful_tokens for shard in shards),
-        "shards": [{"file": path.name} | dataclasses.asdict(shard) for path, shard in kept],
-    }
+def _split_manifest(directory, split, shards):
+    paths = [_shard_path(directory, split, index, len(shards)) for index in range(len(shards))]
+    sums = ("rows", "documents", "document_tokens", "unknown_tokens", "useful_tokens", "skipped")
+    files = [{"file": path.name} | dataclasses.asdict(s) for path, s in zip(paths, shards, strict=True) if s.rows]
+    return {name: sum(getattr(shard, name) for shard in shards) for name in sums} | {"shards": files}

@@ -8,7 +8,6 @@ import contextlib
 import hashlib
 import json
 import logging
-import os
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -18,17 +17,14 @@ from tokenizers import decoders, models, pre_tokenizers
 from tokenizers.implementations import BertWordPieceTokenizer
 
 from kforcing_jax.config import DataConfig
-from kforcing_jax.data.tokenizers import Tokenizer, with_mask
+from kforcing_jax.data.choices import KNOWN_TOKENIZERS
+from kforcing_jax.data.places import cache_folder, expanded
+from kforcing_jax.data.tokenizers import SPECIAL_NAMES, Tokenizer, with_mask
 from kforcing_jax.errors import DataError
 
-_REPOSITORIES = {"bert-base-uncased": "google-bert/bert-base-uncased", "gpt2": "openai-community/gpt2"}
-# Of a vocabulary's tokens in the order of their ids: another file under the same name is noticed.
-_DIGESTS = {
-    "bert-base-uncased": "0f052197aac305fe42f378b5c61554b7bacb34b8be4af83fec2cfdcdffbc9973",
-    "gpt2": "e35a33a0b2250c932ffdafc4c3a3552aef0cc7af7a11e9ebfddf1d2a6517371f",
-}
 # What a folder may hold, best first.
 _LAYOUTS = (("tokenizer.json",), ("vocab.txt",), ("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
+_SETTINGS = "tokenizer_config.json"
 _SECONDS_TO_REACH_THE_HUB = 10
 
 
@@ -38,17 +34,26 @@ def load_pretrained(name: str) -> Tokenizer:
     Raises:
       DataError: not found, and there is no network; not a tokenizer; or another vocabulary than the name says.
     """
-    path, known = Path(name).expanduser(), _short(name)
+    path, known = expanded(name), _short(name)
     # A folder that happens to be called like a known vocabulary is not meant.
-    if path.exists() and known not in _DIGESTS:
-        return with_mask(_without_settings(_read(path)))
+    if path.exists() and known not in KNOWN_TOKENIZERS:
+        return _with_mask(path, _without_settings(_read(path)))
     if name.startswith((".", "/", "~")):
         raise DataError(f"tokenizer {name!r}: no such file or folder")
-    kept = _cache_folder(known)
+    kept = _kept(known)
     backend = _without_settings(_read(kept if kept.exists() else _from_hub(name, known)))
-    if known in _DIGESTS and digest(backend) != _DIGESTS[known]:
+    if known in KNOWN_TOKENIZERS and digest(backend) != KNOWN_TOKENIZERS[known].digest:
         raise DataError(f"tokenizer {name!r} as found in {kept} or the hub's cache is another vocabulary; replace it")
-    return with_mask(backend)
+    return _with_mask(name, backend)
+
+
+def local_files(name: str) -> list[str]:
+    """The files of a tokenizer that is given by its path; none of one that has a name."""
+    path = expanded(name)
+    if _short(name) in KNOWN_TOKENIZERS or not path.exists():
+        return []
+    files = [path] if path.is_file() else _files_of(path)
+    return [str(file) for file in (*files, files[0].with_name(_SETTINGS)) if file.is_file()]
 
 
 def load_configured(config: DataConfig) -> Tokenizer:
@@ -56,7 +61,8 @@ def load_configured(config: DataConfig) -> Tokenizer:
     tokenizer = load_pretrained(config.tokenizer)
     if tokenizer.eos_id is None:
         raise DataError(
-            f"data.tokenizer = {config.tokenizer!r} has no token that ends a document ([SEP], <|endoftext|> or </s>)"
+            f"data.tokenizer = {config.tokenizer!r} has no token that ends a document: <eos>, </s>, [SEP], "
+            "<|endoftext|>, <|end_of_text|> or [EOS]"
         )
     if tokenizer.vocab_size != config.vocab_size:
         raise DataError(
@@ -68,9 +74,9 @@ def load_configured(config: DataConfig) -> Tokenizer:
 
 def is_vocabulary_of(name: str, backend: hf.Tokenizer) -> bool:
     """Whether that name or path stands for the vocabulary of `backend`, as far as this machine can tell by itself."""
-    if _short(name) in _DIGESTS:
-        return digest(backend) == _DIGESTS[_short(name)]
-    return Path(name).expanduser().exists() and digest(load_pretrained(name).backend) == digest(backend)
+    if _short(name) in KNOWN_TOKENIZERS:
+        return digest(backend) == KNOWN_TOKENIZERS[_short(name)].digest
+    return expanded(name).exists() and digest(load_pretrained(name).backend) == digest(backend)
 
 
 def digest(backend: hf.Tokenizer) -> str:
@@ -84,9 +90,15 @@ def _short(name):
     return name.removeprefix("google-bert/").removeprefix("openai-community/")
 
 
-def _cache_folder(name) -> Path:
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "kforcing_jax" / "tokenizers" / name
+def _kept(name) -> Path:
+    return cache_folder("tokenizers") / name
+
+
+def _with_mask(name, backend):
+    try:
+        return with_mask(backend)
+    except DataError as error:
+        raise DataError(f"tokenizer {str(name)!r}: {error}") from None
 
 
 def _read(path: Path) -> hf.Tokenizer:
@@ -94,10 +106,12 @@ def _read(path: Path) -> hf.Tokenizer:
     files = [path] if path.is_file() else _files_of(path)
     try:
         if files[0].suffix == ".txt":
-            return BertWordPieceTokenizer(str(files[0]), lowercase=True)._tokenizer
+            return _word_pieces(files[0])
         if len(files) == 2:
             return _byte_level(*files)
         return hf.Tokenizer.from_str(files[0].read_text(encoding="utf-8"))
+    except DataError:
+        raise
     except Exception as error:  # the library raises bare Exception for whatever it does not like
         reason = " ".join(str(error).split())[:200]
         raise DataError(f"{files[0]} is not a tokenizer ({reason}); expected tokenizer.json or vocab.txt") from None
@@ -112,13 +126,40 @@ def _files_of(folder):
     raise DataError(f"the folder {folder} holds no tokenizer; it should hold one of: {wanted}")
 
 
+def _settings(file: Path) -> dict:
+    """What the tokenizer_config.json beside a vocabulary says."""
+    path = file.with_name(_SETTINGS)
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        return dict(settings)
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{path} is not a JSON object ({error}); mend it or take it away") from None
+
+
+def _word_pieces(vocabulary: Path) -> hf.Tokenizer:
+    """BERT's tokenizer from its vocabulary; lower case unless that has capitals, or the settings say otherwise."""
+    settings = _settings(vocabulary)
+    words = [word for word in vocabulary.read_text(encoding="utf-8").split("\n") if not word.startswith("[")]
+    lowercase = settings.get("do_lower_case")
+    return BertWordPieceTokenizer(
+        str(vocabulary),
+        lowercase=all(word == word.lower() for word in words) if lowercase is None else lowercase,
+        strip_accents=settings.get("strip_accents"),
+        handle_chinese_chars=settings.get("tokenize_chinese_chars", True),
+    )._tokenizer
+
+
 def _byte_level(vocabulary: Path, merges: Path) -> hf.Tokenizer:
-    """GPT-2's tokenizer from its two files."""
-    pairs = [tuple(line.split()) for line in merges.read_text(encoding="utf-8").split("\n")[1:] if line.strip()]
-    backend = hf.Tokenizer(models.BPE(json.loads(vocabulary.read_text(encoding="utf-8")), pairs))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    """GPT-2's tokenizer from its two files, the second with or without a line for its version."""
+    tokens = json.loads(vocabulary.read_text(encoding="utf-8"))
+    lines = merges.read_text(encoding="utf-8").split("\n")
+    pairs = [tuple(line.split()) for line in lines if line.strip() and not line.startswith("#version")]
+    backend = hf.Tokenizer(models.BPE(tokens, pairs))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(
+        add_prefix_space=_settings(vocabulary).get("add_prefix_space", False)
+    )
     backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(["<|endoftext|>"])
+    backend.add_special_tokens([name for name in SPECIAL_NAMES if name in tokens])
     return backend
 
 
@@ -132,7 +173,7 @@ def _without_settings(backend):
 def _from_hub(name, known) -> Path:
     import huggingface_hub
 
-    repository = _REPOSITORIES.get(known, name)
+    repository = KNOWN_TOKENIZERS[known].repository if known in KNOWN_TOKENIZERS else name
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
         return Path(huggingface_hub.hf_hub_download(repository, "tokenizer.json", local_files_only=True))
@@ -146,7 +187,7 @@ def _from_hub(name, known) -> Path:
         reason = " ".join(str(error).split())[:150] or " ".join(str(missing).split())[:150]
         raise DataError(
             f"tokenizer {name!r} is neither a local path nor to be had from the hub ({reason}); copy its "
-            f"tokenizer.json, or vocab.txt for BERT, into {_cache_folder(known)}, or give the path of a folder with it"
+            f"tokenizer.json, or vocab.txt for BERT, into {_kept(known)}, or give the path of a folder with it"
         ) from None
 
 

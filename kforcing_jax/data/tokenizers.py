@@ -11,26 +11,30 @@ import itertools
 import json
 import operator
 import re
-import string
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import tokenizers as hf
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from kforcing_jax.config import DataConfig
-from kforcing_jax.errors import ConfigError, DataError, RunError
+from kforcing_jax.data.choices import STATE_NAMES, TRAINED_TOKENIZERS
+from kforcing_jax.data.whole_file import write_text
+from kforcing_jax.errors import DataError, RunError
 
 UNKNOWN, EOS, MASK = "<unk>", "<eos>", "<mask>"
 # What vocabularies call the tokens that mean something here; the first one that is there counts.
 _MASKS = (MASK, "[MASK]")
-_ENDS = (EOS, "[SEP]", "<|endoftext|>", "</s>")
-_BEGINNINGS = ("[CLS]", "<|endoftext|>", "<s>")
-MARKOV_ALPHABET = string.digits + string.ascii_lowercase + string.ascii_uppercase
+_ENDS = (EOS, "[SEP]", "<|endoftext|>", "</s>", "<|end_of_text|>", "[EOS]")
+_BEGINNINGS = ("[CLS]", "<|endoftext|>", "<s>", "<bos>", "<|begin_of_text|>", "[BOS]")
+SPECIAL_NAMES = dict.fromkeys((*_MASKS, *_ENDS, *_BEGINNINGS))
 
-# The library needs some 300 bytes per character of one text, so long texts are cut. No token of either kind
-# spans a space before a letter or digit, so a cut there changes nothing.
-_PIECES = re.compile(r"(?s).{1,16384}(?= [^\W_]|\Z)|.{1,16384}")
+# The library needs some 300 bytes per character of one text, so long texts are cut, before a word.
+_LONG = 16384
+_BEFORE_A_WORD = re.compile(r" (?=[^\W_])")
+# So many places are tried, each with so many characters around it.
+_CUTS_TO_TRY, _CHARACTERS_AROUND = 8, 64
 _PIECES_PER_BATCH = 64
 
 
@@ -41,7 +45,7 @@ class Tokenizer:
     backend: hf.Tokenizer
 
     def __post_init__(self):
-        # Otherwise a text that spells <mask> or <eos> would turn into them.
+        # Otherwise a text that spells <mask> or <eos> would turn into them; `_spelled_out` sees to the rest.
         self.backend.encode_special_tokens = True
 
     @classmethod
@@ -51,20 +55,23 @@ class Tokenizer:
             tokenizer = cls(hf.Tokenizer.from_str(Path(path).read_text(encoding="utf-8")))
         except Exception as error:  # the library raises bare Exception for a damaged file
             raise RunError(f"{path} cannot be read ({error}); delete its folder and prepare the data again") from None
-        if tokenizer.mask_id is None or (
-            tokenizer.mask_id != tokenizer.vocab_size - 1 and not tokenizer.begins_documents
-        ):
-            raise RunError(f"{path} does not have {MASK} as its last id; it was not written by this library")
+        if tokenizer.mask_id is None:
+            raise RunError(f"{path} has no {MASK}; it was not written by this library")
         return tokenizer
 
     def save(self, path: str | Path):
-        """Writes a tokenizer.json."""
-        Path(path).write_text(self.backend.to_str(pretty=True), encoding="utf-8")
+        """Writes a tokenizer.json, whole or not at all. Raises OSError."""
+        write_text(Path(path), self.backend.to_str(pretty=True))
+
+    @functools.cached_property
+    def vocab_size(self) -> int:
+        """Number of ids, special ones included: the largest, and one."""
+        return max(_ids_of(self.backend).values()) + 1
 
     @property
-    def vocab_size(self) -> int:
-        """Number of ids, special ones included."""
-        return self.backend.get_vocab_size()
+    def dtype(self) -> np.dtype:
+        """The smallest unsigned type that holds every id."""
+        return np.min_scalar_type(self.vocab_size - 1)
 
     @property
     def mask_id(self) -> int:
@@ -86,10 +93,17 @@ class Tokenizer:
         return self.bos_id not in (None, self.eos_id)
 
     @functools.cached_property
+    def unknown_id(self) -> int | None:
+        """The id of what is outside the vocabulary, where it has one."""
+        model = json.loads(self.backend.to_str())["model"]
+        token = model.get("unk_token")
+        return model.get("unk_id") if token is None else self.backend.token_to_id(token)
+
+    @functools.cached_property
     def digest(self) -> str:
         """SHA-256 of the tokens in the order of their ids, and of the ids that mean something here."""
-        vocabulary = self.backend.get_vocab(with_added_tokens=True)
-        described = [sorted(vocabulary.items(), key=lambda item: item[::-1]), self.bos_id, self.eos_id, self.mask_id]
+        tokens = sorted(_ids_of(self.backend).items(), key=lambda item: item[::-1])
+        described = [tokens, self.bos_id, self.eos_id, self.mask_id]
         return hashlib.sha256(json.dumps(described).encode()).hexdigest()
 
     def _first_id(self, names):
@@ -102,20 +116,62 @@ class Tokenizer:
 
     def encode_documents(self, documents: Iterable[str]) -> Iterator[list[int]]:
         """Ids of each document in turn, computed in batches of bounded memory."""
-        cut = _pieces if self._may_be_cut() else lambda text: [text]
-        pieces = ((number, piece) for number, text in enumerate(documents) for piece in cut(text))
+        pieces = ((number, piece) for number, text in enumerate(documents) for piece in _pieces(text, self._may_cut))
         encoded = itertools.chain.from_iterable(map(self._encode_batch, _batches(pieces, _PIECES_PER_BATCH)))
         for _, group in itertools.groupby(encoded, operator.itemgetter(0)):
             yield [i for _, ids in group for i in ids]
 
     def _encode_batch(self, numbered_pieces):
         numbers, pieces = zip(*numbered_pieces, strict=True)
-        encodings = self.backend.encode_batch_fast(pieces, add_special_tokens=False)
-        return zip(numbers, (e.ids for e in encodings), strict=True)
+        try:
+            encodings = self.backend.encode_batch_fast(pieces, add_special_tokens=False)
+        except Exception as error:  # the library raises bare Exception, where there is no token for what is unknown
+            raise DataError(f"the text is not one of this vocabulary ({' '.join(str(error).split())[:200]})") from None
+        return zip(numbers, (self._without_special(e.ids) for e in encodings), strict=True)
 
-    def _may_be_cut(self):
-        """Vocabularies that put a mark before a text's first word would put it into every piece."""
-        return not isinstance(self.backend.pre_tokenizer, (pre_tokenizers.Metaspace, type(None)))
+    def _may_cut(self, text, at):
+        """Whether the ids of both parts are those of the whole. Some vocabularies begin every text with a mark."""
+        before, after = text[max(at - _CHARACTERS_AROUND, 0) : at], text[at : at + _CHARACTERS_AROUND]
+        whole, *parts = (ids for _, ids in self._encode_batch(enumerate((before + after, before, after))))
+        return whole == parts[0] + parts[1]
+
+    def _without_special(self, ids):
+        if self._special.keys().isdisjoint(ids):
+            return ids
+        return [part for i in ids for part in (self._spellings[i] if i in self._special else [i])]
+
+    @functools.cached_property
+    def _special(self) -> dict[int, str]:
+        """Tokens that no text may become, by id. Some models have them among their words, and find them in a text."""
+        added = self.backend.get_added_tokens_decoder()
+        named = (i for i in (self.mask_id, self.bos_id, self.eos_id) if i is not None)
+        ids = {*named, *(i for i, token in added.items() if token.special and i != self.unknown_id)}
+        return {i: self.backend.id_to_token(i) for i in ids}
+
+    @functools.cached_property
+    def _spellings(self):
+        return _Computed(self._spelled_out)
+
+    def _spelled_out(self, special_id) -> list[int]:
+        """The ids of the name of a special token in two parts, or of the unknown one."""
+        if special_id == self.unknown_id:
+            raise DataError(
+                f"the text has what is outside the vocabulary, which would become {self._special[special_id]}; give a "
+                "tokenizer that has a token of its own for it"
+            )
+        name = self._special[special_id]
+        halves = [(self._by_model(name[:i]), self._by_model(name[i:])) for i in range(1, len(name))]
+        ways = [first + second for first, second in halves if first and second]
+        ways = [ids for ids in ways if self._special.keys().isdisjoint(ids)]
+        unknown = [] if self.unknown_id is None else [self.unknown_id]
+        return min(ways, key=lambda ids: (ids.count(self.unknown_id), len(ids)), default=unknown)
+
+    def _by_model(self, text) -> list[int]:
+        """Ids without what comes before the model, as a mark at the beginning; none where it has none."""
+        try:
+            return [token.id for token in self.backend.model.tokenize(text)]
+        except Exception:  # the library's own: there is no token for what is unknown
+            return []
 
     def encode_prompt(self, text: str) -> list[int]:
         """Ids of a prompt, after the id that begins a document if there is one.
@@ -170,36 +226,32 @@ class Tokenizer:
         return repr("".join(sorted(token for token in self.backend.get_vocab() if len(token) == 1)))
 
 
-def check_vocabulary(config: DataConfig):
-    """Raises ConfigError when no vocabulary can satisfy the config."""
-    if config.source == "markov":
-        if config.markov_states > len(MARKOV_ALPHABET):
-            raise ConfigError(
-                f"data.markov_states = {config.markov_states} is above {len(MARKOV_ALPHABET)}, "
-                "the number of letters and digits that name states"
-            )
-    elif config.tokenizer == "bpe" and config.vocab_size < 258:
-        raise ConfigError(
-            f'data.vocab_size = {config.vocab_size} should be at least 258 with data.tokenizer = "bpe": '
-            f"256 bytes, {EOS} and {MASK}"
-        )
+class _Computed(dict):
+    """A dictionary that computes what it does not have."""
+
+    def __init__(self, compute):
+        self.compute = compute
+
+    def __missing__(self, key):
+        self[key] = self.compute(key)
+        return self[key]
 
 
 def is_trained(config: DataConfig) -> bool:
     """Whether the vocabulary is made from the text, and not a pre-trained one."""
-    return config.tokenizer in ("characters", "bpe")
+    return config.tokenizer in TRAINED_TOKENIZERS
 
 
 def train_tokenizer(config: DataConfig, documents: Iterable[str]) -> Tokenizer:
     """A tokenizer of at most `config.vocab_size` ids: the most frequent characters, or byte-level BPE."""
-    backend, trainer = _bpe(config.vocab_size - 1) if config.tokenizer == "bpe" else _characters(config.vocab_size - 1)
+    backend, trainer = _TRAINERS[config.tokenizer](config.vocab_size - 1)
     backend.train_from_iterator((piece for text in documents for piece in _pieces(text)), trainer)
     return with_mask(backend)
 
 
 def markov_tokenizer(num_states: int) -> Tokenizer:
     """A tokenizer whose id i < num_states is state i, written as one of 0-9a-zA-Z, and which has no `<eos>`."""
-    states = {character: i for i, character in enumerate(MARKOV_ALPHABET[:num_states])}
+    states = {character: i for i, character in enumerate(STATE_NAMES[:num_states])}
     return with_mask(_character_backend(models.WordLevel(states, unk_token=UNKNOWN)))
 
 
@@ -230,17 +282,44 @@ def _character_backend(model):
 
 
 def with_mask(backend: hf.Tokenizer) -> Tokenizer:
-    """The tokenizer of a backend, with a mask as its last id unless it has one."""
+    """The tokenizer of a backend, with a mask as its last id unless it has one.
+
+    Raises:
+      DataError: some ids stand for nothing or for two tokens, so that a new one would not be the last.
+    """
+    ids = sorted(_ids_of(backend).values())
+    gap = next((i for i, found in enumerate(ids) if i != found), None)
+    if gap is not None or not ids:
+        raise DataError(
+            f"the vocabulary has {len(ids)} tokens and ids up to {max(ids, default=0)}, but not each id "
+            f"from 0 on once: see id {gap}; number its tokens anew"
+        )
     if all(backend.token_to_id(name) is None for name in _MASKS):
         # Only now: training numbers its own special tokens first.
         backend.add_special_tokens([MASK])
     return Tokenizer(backend)
 
 
-def _pieces(text):
-    return _PIECES.findall(text) or [""]
+def _ids_of(backend) -> dict[str, int]:
+    return backend.get_vocab(with_added_tokens=True)
+
+
+def _pieces(text, may_cut=lambda text, at: True) -> Iterator[str]:
+    """A text whole, or where it is long in parts from which the same tokens come."""
+    start = 0
+    while len(text) - start > _LONG:
+        places = (found.start() for found in _BEFORE_A_WORD.finditer(text, start + _LONG))
+        cut = next((at for at in itertools.islice(places, _CUTS_TO_TRY) if may_cut(text, at)), None)
+        if cut is None:
+            break
+        yield text[start:cut]
+        start = cut
+    yield text[start:]
 
 
 def _batches(items, size):
     iterator = iter(items)
     return iter(lambda: list(itertools.islice(iterator, size)), [])
+
+
+_TRAINERS = {"characters": _characters, "bpe": _bpe}

@@ -10,7 +10,8 @@ import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from kforcing_jax.data import files
-from kforcing_jax.data.files import FileRange, file_ranges, grouped, hold_out_last, matching_files
+from kforcing_jax.data.files import FileRange, file_ranges, grouped, hold_out_last, separator_is_missing
+from kforcing_jax.data.paths import matching_files
 from kforcing_jax.errors import DataError
 
 TEXTS = [f"document {i}: " + "é漢 word " * (i % 7) for i in range(60)]
@@ -18,8 +19,10 @@ TEXTS = [f"document {i}: " + "é漢 word " * (i % 7) for i in range(60)]
 
 def write(path, texts=TEXTS):
     """A file in the format that its name says."""
-    if path.suffix == ".jsonl":
+    if path.suffix in (".jsonl", ".ndjson"):
         path.write_text("".join(json.dumps({"text": t, "id": 1}, ensure_ascii=False) + "\n" for t in texts), "utf-8")
+    elif path.suffix == ".json":
+        path.write_text(json.dumps([{"text": t} for t in texts], indent=1), "utf-8")
     elif path.suffix == ".parquet":
         table = pyarrow.table({"id": range(len(texts)), "text": texts})
         pyarrow.parquet.write_table(table, path, row_group_size=7)
@@ -37,7 +40,12 @@ def texts_of(ranges):
     return [text for part in ranges for _, text in part.documents("\n\n")]
 
 
-every_format = pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".parquet", ".arrayrecord", ".array_record"])
+def documents(path, content, separator="\n\n"):
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return [text for part in file_ranges([str(path)]) for _, text in part.documents(separator)]
+
+
+every_format = pytest.mark.parametrize("suffix", [".txt", ".json", ".jsonl", ".ndjson", ".parquet", ".arrayrecord"])
 divisible = pytest.mark.parametrize("suffix", [".jsonl", ".parquet", ".arrayrecord"])
 
 
@@ -111,52 +119,28 @@ def test_a_url_is_read_like_a_path(tmp_path, monkeypatch):
     assert texts_of(file_ranges(matching_files("memory://bucket/owt/a.jsonl"))) == TEXTS
 
 
-class Forbidden(fsspec.AbstractFileSystem):
-    """A bucket whose reader has no permission."""
-
-    protocol = "forbidden"
-
-    def ls(self, path, detail=True, **kwargs):
-        raise PermissionError(13, "does not have storage.objects.list access to the bucket")
-
-    info = _open = ls
-
-
-@pytest.mark.parametrize(
-    ("path", "message"),
-    [
-        (
-            "forbidden://bucket/owt",
-            r"forbidden://bucket/owt cannot be read: does not have storage\.objects\.list access",
-        ),
-        ("forbidden://bucket/*.jsonl", "does not have storage"),
-        ("memory://bucket/owt/*.none", "matches no file"),
-        ("memory://bucket/nothing/*.jsonl", "is not there"),
-        ("memory://bucket/nothing.jsonl", "nothing.jsonl is not there"),
-        ("nowhere://bucket/x", "cannot be read: .*nowhere"),
-    ],
-)
-def test_a_bucket_that_cannot_be_read_is_one_line(path, message):
-    fsspec.register_implementation("forbidden", Forbidden, clobber=True)
-    fsspec.filesystem("memory").pipe("/bucket/owt/a.jsonl", b"")
-    with pytest.raises(DataError, match=message) as raised:
-        matching_files(path)
-    assert "\n" not in str(raised.value)
-
-
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("a.parquet", b"PAR1 but not really", r"a\.parquet cannot be read"),
         ("a.arrayrecord", b"short", r"a\.arrayrecord cannot be read"),
+        ("a.txt", b"good\xff", r"a\.txt is not UTF-8: byte 4"),
         ("a.jsonl", b'{"text": "fine"}\n{"text": "cut sh', r"a\.jsonl, line 2 is not JSON"),
         ("a.jsonl", b'{"text": "fine"}\n\xff\n', r"a\.jsonl is not UTF-8: byte 17"),
+        ("a.jsonl", b'\n{"body": "x", "id": 1}', r'a\.jsonl, line 2 has no string field "text", .* it has body, id'),
+        ("a.jsonl", b'{"text": 3}', r'line 1 has no string field "text"'),
+        ("a.jsonl", b'["text"]', r'line 1 has no string field "text"'),
+        ("a.jsonl", rb'{"text": "\ud800"}', "line 1 has half of a surrogate pair"),
+        ("a.json", b'{"text": "fine"}\n{"text": "cut sh', r"a\.json, line 2 is not JSON"),
+        ("a.json", b'[{"text": "fine"},\n{"text": "cut sh', r"a\.json is not JSON"),
+        ("a.json", b'["fine"]', r'a\.json, entry 0 has no string field "text"'),
+        ("a.json", b'{\n"data": [{"text": "x"}]}', r'a\.json, entry 0 has no string field "text", .* it has data'),
+        ("a.json", b"not JSON", r"a\.json is not JSON"),
     ],
 )
-def test_a_file_that_is_cut_short_or_damaged_is_named(tmp_path, name, content, message):
-    (tmp_path / name).write_bytes(content)
+def test_what_is_damaged_or_something_else_is_named_with_its_place(tmp_path, name, content, message):
     with pytest.raises(DataError, match=message) as raised:
-        texts_of(file_ranges([str(tmp_path / name)]))
+        documents(tmp_path / name, content)
     assert "\n" not in str(raised.value)
 
 
@@ -164,6 +148,59 @@ def test_a_parquet_file_without_text_says_what_it_has(tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"body": ["x"], "id": [1]}), tmp_path / "a.parquet")
     with pytest.raises(DataError, match="has columns body, id; one should be called text"):
         texts_of(file_ranges([str(tmp_path / "a.parquet")]))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"text": "a\\n{b}"}\n\n{"text": "c"}',
+        '\ufeff\n[{"text": "a\\n{b}"}, {"text": "c"}]',
+        '[\n {\n  "text": "a\\n{b}"\n },\n {"text": "c"}\n]\n',
+    ],
+    ids=["lines", "an array in a line", "an array over lines"],
+)
+def test_a_json_file_is_read_as_what_it_is(tmp_path, content):
+    assert documents(tmp_path / "a.json", content) == ["a\n{b}", "c"]
+    assert documents(tmp_path / "b.JSON", '{"text": "a", "url": "u"}') == ["a"]
+    assert documents(tmp_path / "c.json", '{\n "text": "a",\n "url": "u"\n}\n') == ["a"]
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".parquet", ".arrayrecord"])
+def test_an_entry_without_text_is_none_in_every_format(tmp_path, suffix):
+    texts = ["one", None, "", " \n", "two"]
+    if suffix == ".arrayrecord":
+        texts = ["one", "", json.dumps({"text": None}), " ", "two"]
+    path = write(tmp_path / f"a{suffix}", texts)
+    assert texts_of(file_ranges([path])) == ["one", None, None, None, "two"]
+    assert texts_of(hold_out_last(file_ranges([path]), "\n\n", 1)[1]) == ["two"]
+    # The first entries may lack the field, as long as one has it.
+    assert documents(tmp_path / "b.jsonl", '{"id": 1}\n{"text": "one"}\n{"id": 2}') == [None, "one", None]
+
+
+@pytest.mark.parametrize(
+    ("content", "separator", "expected"),
+    [
+        ("one\n\n\n\ntwo\n\none\n\n", "\n\n", ["one", "two", "one"]),
+        ("one\n \ntwo\n\t\u00a0\n \nthree \n x", "\n\n", ["one", "two", "three \n x"]),
+        ("\ufeffone\r\n\r\ntwo\r\nlines\r\rthree", "\n\n", ["one", "two\nlines", "three"]),
+        ("one\r\n\r\ntwo", "\r\n\r\n", ["one", "two"]),
+        ("one\rtwo", "\n", ["one", "two"]),
+        ("one\n\ntwo", "", ["one\n\ntwo"]),
+        ("one\n \nmore --- two", "---", ["one\n \nmore ", " two"]),
+    ],
+)
+def test_a_txt_file_is_cut_at_the_separator_and_what_looks_blank_is(tmp_path, content, separator, expected):
+    found = documents(tmp_path / "a.txt", content.encode("utf-8"), separator)
+    assert [text.strip("\n") for text in found] == expected
+
+
+def test_a_separator_that_no_txt_file_has_is_noticed(tmp_path):
+    for name, content in (("a.txt", "one\r\ntwo"), ("b.TXT", "three"), ("c.jsonl", '{"text": "a@b"}')):
+        (tmp_path / name).write_bytes(content.encode())
+    paths = [str(tmp_path / name) for name in ("a.txt", "b.TXT", "c.jsonl")]
+    for separator, missing in (("\n", False), ("@", True), ("\\n", True), ("", False)):
+        assert separator_is_missing(paths, separator) == missing
+    assert not separator_is_missing(paths[2:], "@")
 
 
 def test_an_address_is_the_same_in_a_part_as_in_the_whole(tmp_path):

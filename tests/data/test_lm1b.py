@@ -20,8 +20,8 @@ from array_record.python import array_record_module
 from sample_data import write_lm1b
 from tokenizers.pre_tokenizers import BertPreTokenizer
 
-from kforcing_jax.data.lm1b import RULES, Split, detokenize, open_split
-from kforcing_jax.data.shards import Lm1bDocuments
+from kforcing_jax.data.lm1b import RULES, Split, data_files, detokenize, open_split
+from kforcing_jax.data.units import Lm1bDocuments
 from kforcing_jax.errors import DataError
 
 # For each rule more than its own example, and what it should leave alone.
@@ -231,6 +231,9 @@ def refusal(path, split="train"):
 def test_both_splits_are_read_as_plain_english(prepared):
     train, test = (list(open_split(str(prepared), split).documents()) for split in ("train", "test"))
     assert len(open_split(str(prepared), "train")) == len(train) == 95
+    assert data_files(str(prepared)) == [
+        str(file) for split in ("test", "train") for file in open_split(str(prepared), split).files
+    ]
     assert sorted([*train, *test]) == sorted([detokenize(sentence) for sentence in TRAIN] + ["£5 naïve"])
 
 

@@ -1,5 +1,6 @@
 import itertools
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,9 +9,12 @@ import pytest
 
 from kforcing_jax.config import DataConfig
 from kforcing_jax.data import preparation, shards
+from kforcing_jax.data.choices import PACKINGS, SOURCES
+from kforcing_jax.data.pipeline import FORMAT
 from kforcing_jax.data.preparation import prepare
 from kforcing_jax.data.sources import load_documents, markov_chain
-from kforcing_jax.errors import ConfigError, DataError, RunError
+from kforcing_jax.data.units import GivenDocuments, Reader, reader
+from kforcing_jax.errors import DataError, RunError
 
 SEED = 3
 TRAIN, VALIDATION = (f"{split}-00000-of-00001.arrayrecord" for split in ("train", "validation"))
@@ -86,7 +90,7 @@ def test_the_tokenizer_is_trained_on_the_training_split_alone(tmp_path):
 
 def test_a_second_call_loads_and_prepares_nothing(config, tmp_path, monkeypatch):
     first = prepare(config, SEED, tmp_path / "data")
-    monkeypatch.setattr(preparation, "load_documents", lambda config: pytest.fail("prepared twice"))
+    monkeypatch.setattr(preparation, "_plan", lambda *_: pytest.fail("prepared twice"))
     second = prepare(config, SEED, tmp_path / "data")
     assert (first.num_train_rows, first.dtype) == (second.num_train_rows, np.uint8)
     np.testing.assert_array_equal(all_rows(first, "train"), all_rows(second, "train"))
@@ -141,37 +145,34 @@ def test_an_empty_folder_is_filled(config, tmp_path):
 @pytest.mark.parametrize(
     ("manifest", "says"),
     [
-        (None, "holds no prepared data"),
+        (None, r"holds no prepared data \(no manifest\.json\) but notes\.txt, so it is left alone"),
         ("[]", "is not of prepared data"),
-        ('{"format": 3}', "is not of prepared data"),
-        ('{"format": 3, "made_from": {}}', "dtype is missing"),
+        (f'{{"format": {FORMAT}}}', "is not of prepared data"),
+        (f'{{"format": {FORMAT}, "made_from": {{}}}}', "dtype is missing"),
+        ('{"format": 3, "made_from": {}}', f"has format 3, this version reads {FORMAT}"),
     ],
 )
 def test_a_folder_of_something_else_is_left_alone(config, tmp_path, manifest, says):
     (tmp_path / "notes.txt").write_text("mine")
     if manifest:
         (tmp_path / "manifest.json").write_text(manifest)
+    before = sorted(tmp_path.iterdir())
     with pytest.raises(RunError, match=says) as caught:
         prepare(config, SEED, tmp_path)
     assert (manifest and "made_from" in manifest) or "delete" not in str(caught.value)
-    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert (tmp_path / "notes.txt").read_text() == "mine" and sorted(tmp_path.iterdir()) == before
 
 
-def test_a_shard_that_the_manifest_does_not_describe_is_refused(config, tmp_path):
-    path = prepare(config, SEED, tmp_path / "data").directory / "manifest.json"
-    manifest = json.loads(path.read_text())
-    del manifest["train"]["shards"][0]["sha256"]
-    path.write_text(json.dumps(manifest))
-    with pytest.raises(RunError, match=r"manifest\.json is damaged \(KeyError: 'sha256'\)"):
-        prepare(config, SEED, tmp_path / "data")
-
-
-def test_a_row_count_that_differs_from_the_manifest_is_refused(config, tmp_path):
+def test_a_manifest_that_does_not_describe_its_shards_is_refused(config, tmp_path):
     path = prepare(config, SEED, tmp_path / "data").directory / "manifest.json"
     manifest = json.loads(path.read_text())
     manifest["train"]["rows"] += 1
     path.write_text(json.dumps(manifest))
     with pytest.raises(RunError, match=r"manifest\.json is damaged \(\d+ rows, its shards have \d+\)"):
+        prepare(config, SEED, tmp_path / "data")
+    del manifest["train"]["shards"][0]["sha256"]
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(RunError, match=r"manifest\.json is damaged \(KeyError: 'sha256'\)"):
         prepare(config, SEED, tmp_path / "data")
 
 
@@ -194,14 +195,14 @@ def test_a_preparation_that_fails_leaves_nothing_behind(config, tmp_path, monkey
 
 def test_a_folder_that_cannot_be_written_is_named(config, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunError, match="data cannot be written: File exists"):
+    with pytest.raises(RunError, match=r"data cannot be written: (File exists|Not a directory)"):
         prepare(config, SEED, tmp_path / "file" / "data")
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("one document", "holds 1 document"),
+        ("one document", "holds 1 distinct document"),
         ("short\n\n" + "long " * 20, "split has 6 tokens in 1 documents, fewer than one row of data.seq_len = 16"),
     ],
 )
@@ -213,9 +214,47 @@ def test_too_little_text_is_an_error_that_leaves_nothing_behind(config, tmp_path
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_an_impossible_vocabulary_is_refused_before_any_file_is_read(config, tmp_path):
-    with pytest.raises(ConfigError, match=r"data\.vocab_size"):
-        prepare(replace(config, tokenizer="bpe", path="missing"), SEED, tmp_path / "data")
+def test_unknown_characters_are_counted_said_and_warned_of(config, tmp_path, caplog):
+    def prepared(size):
+        return prepare(replace(config, vocab_size=size), SEED, tmp_path / str(size))
+
+    rows_RxN = all_rows(prepared(8), "train")
+    share = (rows_RxN == 0).mean()
+    assert share > 0.1
+    for split, line in zip(("train", "validation"), prepared(8).statistics().split("\n"), strict=True):
+        measured = float(re.search(r"\(100\.0%\), ([\d.]+)% of them <unk>", line)[1]) / 100
+        assert measured == pytest.approx(share, abs=0.05)
+        assert f"of the {split} split are outside the vocabulary" in caplog.text
+    assert re.search(r"vocabulary 8, \d\d\.\d% <unk>$", prepared(8).describe())
+    caplog.clear()
+    assert "0.0% of them <unk>" in prepared(96).statistics() and "<unk>" not in prepared(96).describe()
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("choice", ["source", "packing"])
+def test_a_new_source_or_packing_is_one_entry_of_a_table(config, tmp_path, monkeypatch, choice):
+    if choice == "source":
+        entry = replace(SOURCES["text_files"], fields=("path", "tokenizer", "vocab_size", "packing"))
+        monkeypatch.setitem(SOURCES, "letters", replace(entry, reader=f"{__name__}:Letters"))
+        corpus = prepare(DataConfig(source="letters", seq_len=4), SEED, tmp_path / "data")
+        assert set(all_rows(corpus, "train").ravel()) == {corpus.eos_id, *corpus.tokenizer.encode("a")}
+        made_from = json.loads((tmp_path / "data/manifest.json").read_text())["made_from"]
+        assert made_from["seed"] == SEED and "data.markov_states" not in made_from
+    else:
+        monkeypatch.setitem(PACKINGS, "alone", PACKINGS["padded"])
+        assert prepare(replace(config, packing="alone"), SEED, tmp_path / "data").segmented
+
+
+class Letters(Reader):
+    """A source of text that only this test knows."""
+
+    def units(self):
+        return {split: [GivenDocuments(("aaa", "aa"))] for split in ("train", "validation")}
+
+
+def test_every_source_of_the_table_has_its_reader():
+    for name in SOURCES:
+        assert isinstance(reader(DataConfig(source=name, path="x"), SEED), Reader)
 
 
 def test_one_epoch_holds_every_row_once_and_the_next_one_is_reshuffled(corpus):

@@ -9,6 +9,7 @@ from vocabularies import vocabulary
 
 from kforcing_jax.config import DataConfig
 from kforcing_jax.data import pretrained
+from kforcing_jax.data.choices import KNOWN_TOKENIZERS
 from kforcing_jax.data.pretrained import digest, load_configured, load_pretrained
 from kforcing_jax.data.tokenizers import Tokenizer
 from kforcing_jax.errors import DataError
@@ -70,11 +71,6 @@ def test_bert_gives_every_text_back_but_for_case_accents_and_spaces(bert):
         assert bert.encode(back) == bert.encode(text)
 
 
-def test_text_that_spells_a_special_token_does_not_become_one(bert, gpt2):
-    assert not {101, 102, 103} & set(bert.encode("[CLS] [SEP] [MASK]"))
-    assert not {50_256, 50_257} & set(gpt2.encode("<|endoftext|> <mask>"))
-
-
 def test_a_prompt_begins_as_a_row_does(bert, gpt2):
     assert bert.encode_prompt("the bank") == [101, 1996, 2924]
     assert bert.encode_prompt("") == [101]
@@ -117,6 +113,58 @@ def test_gpt2s_two_files_go_by_either_names(gpt2, tmp_path, names):
     for file, name in zip(("encoder.json", "vocab.bpe"), names, strict=True):
         shutil.copy(vocabulary(GPT2) / file, tmp_path / name)
     assert load_pretrained(str(tmp_path)).encode(TEXTS[0]) == gpt2.encode(TEXTS[0])
+
+
+def merges_of(*pairs):
+    """(vocabulary of letters, special tokens and merges; lines of merges)."""
+    tokens = ["<s>", "</s>", "<mask>", "\u0120", *"abcdefgh", *("".join(pair) for pair in pairs)]
+    return json.dumps({token: i for i, token in enumerate(tokens)}), "\n".join(map(" ".join, pairs)) + "\n"
+
+
+@pytest.mark.parametrize("header", ["", "#version: 0.2\n"])
+def test_merges_have_a_header_or_none(tmp_path, header):
+    vocabulary, merges = merges_of("ab", "cd", ("ab", "cd"))
+    (tmp_path / "vocab.json").write_text(vocabulary, "utf-8")
+    (tmp_path / "merges.txt").write_text(header + merges, "utf-8")
+    tokenizer = load_pretrained(str(tmp_path))
+    assert tokenizer.encode("abcd ab") == [14, 3, 12]
+    # Nothing but what the vocabulary has: no <|endoftext|> is invented.
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.mask_id, tokenizer.vocab_size) == (0, 1, 2, 15)
+    (tmp_path / "tokenizer_config.json").write_text('{"add_prefix_space": true}')
+    assert load_pretrained(str(tmp_path)).encode("ab") == [3, 12]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words", "expected"),
+    [
+        (None, "the cat", "the cat"),
+        ('{"do_lower_case": false}', "The cat", "The cat"),
+        (None, "The cat", "The cat"),
+        ("{}", "The cat", "The cat"),
+        ('{"do_lower_case": true}', "the cat The", "the cat"),
+        ('{"do_lower_case": false}', "the cat", "[UNK] cat"),
+        ('{"strip_accents": false}', "thé cat the", "the cat"),
+        ('{"do_lower_case": false, "strip_accents": true}', "The cat", "The cat"),
+    ],
+)
+def test_a_list_of_words_is_lower_case_by_its_settings_or_by_its_words(tmp_path, settings, words, expected):
+    (tmp_path / "vocab.txt").write_text("\n".join(["[UNK]", "[CLS]", "[SEP]", "[MASK]", *words.split()]), "utf-8")
+    if settings:
+        (tmp_path / "tokenizer_config.json").write_text(settings)
+    tokenizer = load_pretrained(str(tmp_path))
+    assert [tokenizer.backend.id_to_token(i) for i in tokenizer.encode("The cat")] == expected.split()
+    accented = tokenizer.backend.id_to_token(tokenizer.encode("thé")[0])
+    assert accented == {"thé cat the": "thé", "The cat": "[UNK]"}.get(words, accented)
+
+
+def test_chinese_characters_are_words_unless_the_settings_say_otherwise(tmp_path):
+    (tmp_path / "vocab.txt").write_text("[UNK]\n[CLS]\n[SEP]\n漢\n字\n漢字", "utf-8")
+    assert load_pretrained(str(tmp_path)).encode("漢字") == [3, 4]
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenize_chinese_chars": false}')
+    assert load_pretrained(str(tmp_path)).encode("漢字") == [5]
+    (tmp_path / "tokenizer_config.json").write_text("[")
+    with pytest.raises(DataError, match=r"tokenizer_config\.json is not a JSON object"):
+        load_pretrained(str(tmp_path))
 
 
 def test_a_name_is_found_in_the_users_cache(bert, tmp_path):
@@ -178,4 +226,4 @@ def test_a_vocabulary_without_an_end_is_refused(tmp_path):
 
 def test_the_digest_depends_on_the_order_of_the_tokens(bert, gpt2):
     assert len({digest(bert.backend), digest(gpt2.backend)}) == 2
-    assert digest(bert.backend) == pretrained._DIGESTS[BERT]
+    assert digest(bert.backend) == KNOWN_TOKENIZERS[BERT].digest

@@ -1,0 +1,235 @@
+"""What shards are made from: for every source of text its units, each of which becomes one shard of one split.
+
+A unit can be sent to another process, and says its rows. The readers are named in the table of `choices.py`.
+"""
+
+import dataclasses
+import importlib
+import itertools
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+import numpy as np
+
+from kforcing_jax.config import DataConfig
+from kforcing_jax.data import lm1b, packing, pretrained, sources
+from kforcing_jax.data.choices import PACKINGS, SOURCES
+from kforcing_jax.data.files import FileRange, grouped, hold_out_last
+from kforcing_jax.data.packing import Rows
+from kforcing_jax.data.paths import matching_files
+from kforcing_jax.data.tokenizers import Tokenizer, is_trained, markov_tokenizer
+from kforcing_jax.errors import DataError
+
+_SENTENCES_PER_SHARD = 500_000
+_CHARACTERS_PER_SHARD = 64_000_000
+# Of a streamed text, for the training of a vocabulary.
+_CHARACTERS_FOR_TOKENIZER = 200_000_000
+_log = logging.getLogger("kforcing_jax")
+
+
+class Unit(Protocol):
+    """What one shard is made from."""
+
+    def rows(self, tokenizer: Tokenizer, how: str, seq_len: int) -> Rows:
+        """Its rows."""
+
+
+Units = dict[str, Sequence[Unit]]
+
+
+class _TextUnit:
+    """A unit of documents; `texts` gives None for an entry that has none."""
+
+    def texts(self) -> Iterator[str | None]:
+        raise NotImplementedError
+
+    def rows(self, tokenizer, how, seq_len) -> Rows:
+        return encode_and_pack(tokenizer, self.texts(), how, seq_len)
+
+
+@dataclasses.dataclass(frozen=True)
+class GivenDocuments(_TextUnit):
+    """Documents that are in memory."""
+
+    given: tuple[str, ...]
+
+    def texts(self):
+        return iter(self.given)
+
+
+@dataclasses.dataclass(frozen=True)
+class FileDocuments(_TextUnit):
+    """Documents in parts of files."""
+
+    ranges: tuple[FileRange, ...]
+    separator: str
+
+    def texts(self):
+        return (text for part in self.ranges for _, text in part.documents(self.separator))
+
+
+@dataclasses.dataclass(frozen=True)
+class Lm1bDocuments(_TextUnit):
+    """Sentences start to stop of a split of LM1B."""
+
+    path: str
+    split: str
+    start: int
+    stop: int
+
+    def texts(self):
+        return lm1b.open_split(self.path, self.split).documents(self.start, self.stop)
+
+
+@dataclasses.dataclass(frozen=True)
+class MarkovRows:
+    """Rows start to stop of the sample paths of a chain."""
+
+    config: DataConfig
+    seed: int
+    start: int
+    stop: int
+
+    def rows(self, tokenizer, how, seq_len) -> Rows:
+        chain = sources.markov_chain(self.config, self.seed)
+        rows_RxN = sources.markov_rows(chain, self.seed, self.config.markov_rows, seq_len)[self.start : self.stop]
+        return Rows(rows_RxN.astype(tokenizer.dtype), documents=len(rows_RxN), document_tokens=rows_RxN.size)
+
+
+@dataclasses.dataclass(frozen=True)
+class Reader:
+    """How a source of text is read. Every method raises DataError when it cannot be."""
+
+    config: DataConfig
+    seed: int
+
+    def files(self) -> Sequence[str]:
+        """Those of the user's that the text is in."""
+        return []
+
+    def tokenizer(self) -> Tokenizer | None:
+        """The tokenizer, unless it is to be trained on the training split."""
+        return None if is_trained(self.config) else pretrained.load_configured(self.config)
+
+    def units(self) -> Units:
+        """Units of both splits, which share no document.
+
+        Here of distinct documents that fit into memory, in random order, a random part of them for validation.
+        """
+        documents = sources.load_documents(self.config)
+        if len(documents) < 2:
+            raise DataError(
+                f"data.path = {self.config.path!r} holds 1 distinct document, and one is needed for training and one "
+                f"for validation; check data.document_separator = {self.config.document_separator!r} or give more text"
+            )
+        order = np.random.default_rng([self.seed, 2]).permutation(len(documents))
+        shuffled = [documents[i] for i in order]
+        count = _num_validation(self.config, len(documents))
+        return {"train": _in_parts(shuffled[count:]), "validation": _in_parts(shuffled[:count])}
+
+
+class News(Reader):
+    """News articles, cleaned."""
+
+    def files(self):
+        return [self.config.path] if self.config.path else []
+
+
+class TextFiles(Reader):
+    """A user's files; in a stream, where the last documents are held out."""
+
+    def files(self):
+        return matching_files(self.config.path, quiet=True)
+
+    def units(self):
+        separator, count = self.config.document_separator, self.config.validation_documents
+        if not count:
+            return super().units()
+        train, validation = hold_out_last(sources.text_ranges(self.config), separator, count)
+        files = dict.fromkeys((validation[0].path, validation[-1].path))
+        _log.info("held out for validation: the last %d documents, in %s", count, " to ".join(files))
+        return {
+            split: [FileDocuments(tuple(group), separator) for group in grouped(parts)]
+            for split, parts in (("train", train), ("validation", validation))
+        }
+
+
+class Lm1b(Reader):
+    """The One Billion Word benchmark, its test split for validation."""
+
+    def files(self):
+        return lm1b.data_files(self.config.path)
+
+    def units(self):
+        return {"train": self._sentences("train"), "validation": self._sentences("test")}
+
+    def _sentences(self, split):
+        count = len(lm1b.open_split(self.config.path, split))
+        starts = range(0, count, _SENTENCES_PER_SHARD)
+        return [Lm1bDocuments(self.config.path, split, i, min(i + _SENTENCES_PER_SHARD, count)) for i in starts]
+
+
+class Markov(Reader):
+    """Sample paths of a random Markov chain."""
+
+    def tokenizer(self):
+        return markov_tokenizer(self.config.markov_states)
+
+    def units(self):
+        rows, count = self.config.markov_rows, _num_validation(self.config, self.config.markov_rows)
+        return {
+            "train": [MarkovRows(self.config, self.seed, count, rows)],
+            "validation": [MarkovRows(self.config, self.seed, 0, count)],
+        }
+
+
+def reader(config: DataConfig, seed: int) -> Reader:
+    """The reader of a config's source."""
+    module, name = SOURCES[config.source].reader.split(":")
+    return getattr(importlib.import_module(module), name)(config, seed)
+
+
+def encode_and_pack(tokenizer: Tokenizer, texts: Iterator[str | None], how: str, seq_len: int) -> Rows:
+    """Rows of the documents that are not blank, with the ids that begin and end them.
+
+    A document that has a row or segment of its own is cut to a row; where an id begins documents, the end's id stays.
+    """
+    skipped, unknown, encoded = 0, 0, []
+
+    def documents():
+        nonlocal skipped
+        for text in texts:
+            if text and text.strip():
+                yield text.strip()
+            else:
+                skipped += 1
+
+    begin = [tokenizer.bos_id] if PACKINGS[how].segmented and tokenizer.begins_documents else []
+    longest = seq_len - 2 if begin else None
+    for ids in tokenizer.encode_documents(documents()):
+        unknown += ids.count(tokenizer.unknown_id)
+        encoded.append(np.array([*begin, *ids[:longest], tokenizer.eos_id], tokenizer.dtype))
+    first = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
+    rows = packing.pack(encoded, how, seq_len, tokenizer.eos_id, (first, tokenizer.eos_id))
+    return dataclasses.replace(rows, unknown_tokens=unknown, skipped=skipped)
+
+
+def _num_validation(config, available):
+    return min(max(1, round(config.validation_fraction * available)), available - 1)
+
+
+def _in_parts(documents) -> list[GivenDocuments]:
+    ends = itertools.accumulate(map(len, documents))
+    parts = itertools.groupby(zip(ends, documents, strict=True), lambda pair: pair[0] // _CHARACTERS_PER_SHARD)
+    return [GivenDocuments(tuple(document for _, document in part)) for _, part in parts]
+
+
+def first_texts(units: Sequence[Unit]) -> Iterator[str]:
+    """The first documents of units of text, as many as a vocabulary is trained on."""
+    read = 0
+    for text in filter(None, itertools.chain.from_iterable(unit.texts() for unit in units)):
+        yield text
+        read += len(text)
+        if read > _CHARACTERS_FOR_TOKENIZER:
+            return
