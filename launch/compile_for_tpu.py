@@ -27,11 +27,12 @@ import functools
 import hashlib
 import importlib.metadata
 import json
+import math
 import re
 import sys
 from pathlib import Path
 
-import hlo
+import counting
 import jax
 import jax.numpy as jnp
 from absl import flags
@@ -41,6 +42,7 @@ from kforcing_jax import cli
 from kforcing_jax.config import Config
 from kforcing_jax.data.packing import Batch
 from kforcing_jax.data.places import cache_folder
+from kforcing_jax.data.whole_file import write_text
 from kforcing_jax.errors import ConfigError
 from kforcing_jax.models import init_params, splash
 from kforcing_jax.sharding import (
@@ -83,11 +85,9 @@ class Report:
     hbm_bytes: int
     argument_bytes: int
     temporary_bytes: int
-    model_flops: float
-    flops: float | None  # as compiled; None where nothing was
-    attention_flops: float | None  # the part of them in attention kernels
-    collectives: dict
-    largest_gather: str | None  # the shape of the largest result of an all-gather
+    model_flops: float  # of the arithmetic
+    flops: float  # as traced: with what is computed again, and masked pairs
+    collectives: dict  # by kind, as `counting.Collective`
 
 
 def main(_):
@@ -95,28 +95,27 @@ def main(_):
     devices = _devices(_TOPOLOGY.value)
     mesh = make_mesh(config.mesh, devices)
     check_divisible(config, mesh)
-    limit = _hbm_limit(devices[0])
-    names = _stage_names(config)
-    if not _JSON.value:
-        print(f"{_TOPOLOGY.value}: {len(devices)} x {devices[0].device_kind}, {limit / _GIB:.2f} GiB each", flush=True)
-        print(_HEADER, flush=True)
+    names, limit = _stage_names(config), _hbm_limit(devices[0])
+    _say(f"{_TOPOLOGY.value}: {len(devices)} x {devices[0].device_kind}, {limit / _GIB:.2f} GiB each\n{_HEADER}")
     stages = {}
     # The compiler works on one core for one program.
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        reports = {name: _reports(config, name, mesh, limit, pool) for name in names}
+        futures = {name: _reports(config, name, mesh, limit, pool) for name in names}
         for name in names:
-            stages[name] = _summary([future.result() for future in reports[name]])
-            if not _JSON.value:
-                for report in reports[name]:
-                    print(_row(name, report.result()), flush=True)
-        if _LARGEST_BATCH.value:
-            for name in names:
-                stages[name]["largest_rows_at_a_time"] = largest = _largest_rows(config, name, mesh, limit, pool)
-                if not _JSON.value:
-                    print(f"{name}: at most {largest} rows per device at a time", flush=True)
+            reports = [future.result() for future in futures[name]]
+            _say("\n".join(_row(name, report) for report in reports))
+            stages[name] = _summary(reports)
+        for name in names if _LARGEST_BATCH.value else []:
+            stages[name]["largest_rows_at_a_time"] = largest = _largest_rows(config, name, mesh, limit, pool)
+            _say(f"{name}: at most {largest} rows per device at a time")
     if _JSON.value:
         print(json.dumps({"topology": _TOPOLOGY.value, "device": devices[0].device_kind, "stages": stages}))
     sys.exit(0 if all(stage["fits"] for stage in stages.values()) else 1)
+
+
+def _say(text: str):
+    if not _JSON.value:
+        print(text, flush=True)
 
 
 def _devices(topology: str) -> list:
@@ -167,25 +166,26 @@ def _reports(config: Config, name: str, mesh, limit: int, pool) -> list:
 
 def _report(config: Config, name: str, phase: Phase, mesh, limit: int) -> Report:
     stage = config.stages[name]
-    lowered, arguments = _lower(config, name, phase, mesh)
-    compiled = _cached(lowered, functools.partial(_compile, lowered, arguments))
-    total = compiled["argument_bytes"] + compiled["temporary_bytes"]
+    arguments, traced = _trace(config, name, phase, mesh)
+    compiled = _compiled_once(traced.lower(), arguments)
     batch = stage.batch_size // (mesh.shape["data"] * mesh.shape["fsdp"])
+    used = compiled["argument_bytes"] + compiled["temporary_bytes"]
     return Report(
         dtype=phase.dtype,
-        parameters=_num_parameters(config, name),
+        parameters=sum(leaf.size for leaf in jax.tree.leaves(_abstract_params(config, name, mesh))),
         batch_per_device=batch,
         rows_at_a_time=batch // stage.accumulation,
-        fits=compiled["compiles"] and total <= limit,
+        fits=compiled.pop("compiles") and used <= limit,
         hbm_limit=limit,
-        hbm_bytes=total,
+        hbm_bytes=used,
         model_flops=step_flops(config, name, config.data.vocab_size) / mesh.size,
-        **{key: value for key, value in compiled.items() if key != "compiles"},
+        flops=counting.flops(traced.jaxpr, _kernel_flops) / mesh.size,
+        **compiled,
     )
 
 
-def _lower(config, name, phase, mesh):
-    """(the lowered step of a stage, bytes of its arguments on each device)"""
+def _trace(config, name, phase, mesh):
+    """(bytes of a step's arguments on each device, the traced step of a stage)"""
     stage, vocabulary = config.stages[name], _vocabulary(config)
     teacher, _ = predecessors(config, name)
     state = abstract_state(_abstract_params(config, name, mesh), stage, mesh)
@@ -196,7 +196,7 @@ def _lower(config, name, phase, mesh):
     step = compiled_step(stage, functools.partial(stage_objective, config, name, vocabulary), phase, state)
     arguments = (state, teacher_params, batch, key)
     with jax.set_mesh(mesh):
-        return step.lower(*arguments), sum(map(_bytes_on_a_device, jax.tree.leaves(arguments)))
+        return sum(map(_bytes_on_a_device, jax.tree.leaves(arguments))), step.trace(*arguments)
 
 
 def _vocabulary(config):
@@ -211,121 +211,86 @@ def _abstract_params(config, name, mesh):
     return abstract_on(shapes, parameter_shardings(shapes, mesh))
 
 
-def _num_parameters(config, name):
-    model = stage_model(config, name, _vocabulary(config))
-    shapes = jax.eval_shape(functools.partial(init_params, model), jax.random.key(0))
-    return sum(leaf.size for leaf in jax.tree.leaves(shapes))
-
-
 def _bytes_on_a_device(x):
-    size = 1
-    for length in x.sharding.shard_shape(x.shape):
-        size *= length
-    return size * (8 if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x.dtype.itemsize)
+    itemsize = 8 if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x.dtype.itemsize
+    return math.prod(x.sharding.shard_shape(x.shape)) * itemsize
 
 
-def _compile(lowered, arguments: int) -> dict:
-    """What `Report` holds of a compiled program; of one that does not fit, its arguments without their padding."""
-    try:
-        compiled = lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-        needed, _ = _needed_and_available(error)
-        nothing = dict.fromkeys(("flops", "attention_flops", "largest_gather"))
-        return {"compiles": False, "argument_bytes": arguments, "temporary_bytes": needed, "collectives": {}} | nothing
-    memory, program = compiled.memory_analysis(), hlo.analyse(compiled.as_text())
-    attention = sum(call.count * _kernel_flops(call) for call in program.custom_calls)
-    # Outputs that are not donated arguments are the metrics.
-    outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    gathers = program.collectives.get("all-gather")
-    return {
-        "compiles": True,
-        "argument_bytes": memory.argument_size_in_bytes,
-        "temporary_bytes": memory.temp_size_in_bytes + max(outputs, 0),
-        "flops": program.flops + attention,
-        "attention_flops": attention,
-        "collectives": {k: {"count": c.count, "bytes": c.bytes} for k, c in program.collectives.items()},
-        "largest_gather": gathers.shapes[0] if gathers else None,
-    }
+def _kernel_flops(name: str, shapes) -> int:
+    """FLOPs of an attention kernel: its first two operands with four axes are the queries and the keys."""
+    arrays = [shape for shape in shapes if len(shape) == 4]
+    return splash.kernel_flops(name, arrays[0], arrays[1][2]) if len(arrays) > 1 else 0
 
 
-def _kernel_flops(call) -> int:
-    """FLOPs of one call: the first two operands with four axes are the queries and the keys."""
-    shapes = [shape for shape in map(hlo.dimensions, call.operands) if len(shape) == 4]
-    return splash.kernel_flops(call.kernel, tuple(shapes[0]), shapes[1][2]) if len(shapes) > 1 else 0
-
-
-def _cached(lowered, compute) -> dict:
-    """`compute()`, or what it gave before for the same program, compiler and scripts."""
+def _compiled_once(lowered, arguments: int) -> dict:
+    """`_compile`, or what it gave before for the same program, compiler and scripts."""
     versions = [importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu", "kforcing-jax")]
-    ours = [Path(file).read_text() for file in (__file__, hlo.__file__)]
+    ours = [Path(file).read_text() for file in (__file__, counting.__file__)]
     text = "\n".join([_TOPOLOGY.value, *versions, *ours, lowered.as_text()])
     path = cache_folder("compile_for_tpu") / f"{hashlib.sha256(text.encode()).hexdigest()}.json"
     if path.exists():
         return json.loads(path.read_text())
-    result = compute()
+    result = _compile(lowered, arguments)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}")
-    temporary.write_text(json.dumps(result))
-    temporary.replace(path)
+    write_text(path, json.dumps(result))
     return result
+
+
+def _compile(lowered, arguments: int) -> dict:
+    """Bytes and collectives of a compiled program; of one that does not fit, its arguments without their padding."""
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        needed, _ = _needed_and_available(error)
+        return {"compiles": False, "argument_bytes": arguments, "temporary_bytes": needed, "collectives": {}}
+    memory, program = compiled.memory_analysis(), counting.analyse(compiled.as_text())
+    # Outputs that are not donated arguments are the metrics.
+    outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return {
+        "compiles": True,
+        "argument_bytes": memory.argument_size_in_bytes,
+        "temporary_bytes": memory.temp_size_in_bytes + max(outputs, 0),
+        "collectives": {kind: each._asdict() for kind, each in program.collectives.items()},
+    }
 
 
 def _largest_rows(config, name, mesh, limit, pool) -> int:
     """The most rows at a time with which every precision of a stage fits, to one in sixteen.
 
     Up to eight times the rows of the config: a small model would never fill a chip.
-    Memory grows nearly linearly with the rows, so each guess is where the line through the last two ends.
     """
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     most = 8 * config.stages[name].batch_size // shards
 
-    def memory(rows):
+    def fits(rows):
         stage = dataclasses.replace(config.stages[name], batch_size=rows * shards, accumulation=1)
         changed = dataclasses.replace(config, stages={**config.stages, name: stage})
-        reports = [future.result() for future in _reports(changed, name, mesh, limit, pool)]
-        return max(report.hbm_bytes for report in reports), all(report.fits for report in reports)
+        return all(future.result().fits for future in _reports(changed, name, mesh, limit, pool))
 
-    fitting, failing, points = 0, None, []
-    rows = min(4, most)
-    while fitting < most and (failing is None or failing - fitting > max(1, fitting // 16)):
-        used, fits = memory(rows)
-        points.append((rows, used))
-        fitting, failing = (rows, failing) if fits else (fitting, rows)
-        rows = min(_next_guess(points, fitting, failing, limit), most)
+    fitting, failing, rows = 0, most + 1, min(4, most)
+    while failing - fitting > max(1, fitting // 16):
+        fitting, failing = (rows, failing) if fits(rows) else (fitting, rows)
+        rows = min(2 * rows, most) if failing > most else (fitting + failing) // 2
     return fitting
-
-
-def _next_guess(points, fitting, failing, limit) -> int:
-    guess = 2 * points[-1][0]
-    if len(points) > 1:
-        (a, used_a), (b, used_b) = points[-2:]
-        per_row = (used_b - used_a) / (b - a)
-        guess = int(b + (limit - used_b) / per_row) if per_row > 0 else guess
-    highest = 16 * max(fitting, 1) if failing is None else failing - 1
-    return min(max(guess, fitting + 1), max(highest, fitting + 1))
 
 
 _HEADER = (
     f"{'stage':<12} {'dtype':<9} {'parameters':>11} {'rows':>5} {'at once':>7} {'arguments':>9} {'temporary':>9} "
-    f"{'total GiB':>9} {'fits':>5} {'model TF':>9} {'compiled':>9} {'attention':>9}  collectives"
+    f"{'total GiB':>9} {'fits':>5} {'model TF':>9} {'traced TF':>9}  collectives"
 )
 
 
 def _row(name: str, report: Report) -> str:
-    gib = [f"{b / _GIB:>9.2f}" for b in (report.argument_bytes, report.temporary_bytes, report.hbm_bytes)]
-    flops = [f"{'-' if f is None else f'{f / _TERA:.3g}':>9}" for f in _flops(report)]
+    gib = [f"{each / _GIB:>9.2f}" for each in (report.argument_bytes, report.temporary_bytes, report.hbm_bytes)]
+    flops = [f"{each / _TERA:>9.3g}" for each in (report.model_flops, report.flops)]
     collectives = ", ".join(
-        f"{c['count']} {kind} {c['bytes'] / _GIB:.2f} GiB" for kind, c in sorted(report.collectives.items())
+        f"{each['count']} {kind} {each['bytes'] / _GIB:.2f} GiB" for kind, each in report.collectives.items()
     )
     fits = "yes" if report.fits else "NO"
     return (
         f"{name:<12} {report.dtype:<9} {report.parameters:>11,} {report.batch_per_device:>5} "
         f"{report.rows_at_a_time:>7} {' '.join(gib)} {fits:>5} {' '.join(flops)}  {collectives or '-'}"
     )
-
-
-def _flops(report):
-    return report.model_flops, report.flops, report.attention_flops
 
 
 def _summary(reports: list[Report]) -> dict:
