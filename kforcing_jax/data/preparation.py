@@ -125,7 +125,7 @@ def _prepare(config, seed, directory, workers):
         if share > MUCH_UNKNOWN:
             _log.warning(
                 "%.1f%% of the tokens of the %s split are outside the vocabulary of data.tokenizer = %r: nothing can "
-                "be learnt of them; raise data.vocab_size = %d or take another tokenizer",
+                "be learnt of them; raise data.vocab_size = %d, take another tokenizer or give more text",
                 *(100 * share, split, config.tokenizer, config.vocab_size),
             )
     write_text(directory / "manifest.json", json.dumps(manifest, indent=2) + "\n")

@@ -22,10 +22,13 @@ from kforcing_jax.data.places import cache_folder, expanded
 from kforcing_jax.data.tokenizers import SPECIAL_NAMES, Tokenizer, with_mask
 from kforcing_jax.errors import DataError
 
+# A letter that few vocabularies have.
+_RARE = "\ua66e"
 # What a folder may hold, best first.
 _LAYOUTS = (("tokenizer.json",), ("vocab.txt",), ("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
 _SETTINGS = "tokenizer_config.json"
 _SECONDS_TO_REACH_THE_HUB = 10
+_log = logging.getLogger("kforcing_jax")
 
 
 def load_pretrained(name: str) -> Tokenizer:
@@ -69,6 +72,12 @@ def load_configured(config: DataConfig) -> Tokenizer:
             f"data.tokenizer = {config.tokenizer!r} has {tokenizer.vocab_size} ids (mask included), data.vocab_size = "
             f"{config.vocab_size}; set data.vocab_size to {tokenizer.vocab_size}, or give the tokenizer that is meant"
         )
+    with contextlib.suppress(DataError):  # said when the text has any such thing
+        if not tokenizer.encode(_RARE):
+            _log.warning(
+                "data.tokenizer = %r leaves out what is outside its vocabulary without a trace: it has no token for that",
+                config.tokenizer,
+            )
     return tokenizer
 
 

@@ -140,6 +140,14 @@ def test_what_is_unknown_does_not_become_the_end(tmp_path):
         load_pretrained(folder).encode("cat dog")
 
 
+def test_a_vocabulary_that_drops_what_it_does_not_know_is_warned_of(tmp_path, caplog):
+    for unknown in (None, "<unk>"):
+        folder = write_tokenizer(tmp_path, bpe("<unk>", "</s>") | {"unk_token": unknown}, {"</s>": 1})
+        load_configured(DataConfig(tokenizer=folder, vocab_size=30))
+        assert ("leaves out what is outside its vocabulary without a trace" in caplog.text) == (unknown is None)
+        caplog.clear()
+
+
 @pytest.mark.parametrize("hole", [{"</s>": 8, "now": 7}, {"</s>": 1, "now": 2}], ids=["a gap", "twice"])
 def test_a_vocabulary_whose_ids_have_gaps_is_refused(tmp_path, hole):
     model = words("cat", "dog", unk_token="cat")
