@@ -145,16 +145,8 @@ class Corpus:
         whole = len(batch.tokens) // batch_size * batch_size
         return jax.tree.map(lambda x: x[:whole].reshape(-1, batch_size, self.seq_len), batch)
 
-    def prompts(self, count: int, length: int) -> np.ndarray:
-        """Up to `count` beginnings of validation text, (count, length): of rows, or of documents that go on after it.
-
-        Raises:
-          DataError: no document is longer than `length` tokens.
-        """
-        return np.stack([text_M[:length] for text_M in self.beginnings(count, length)])
-
     def beginnings(self, count: int, length: int) -> list[np.ndarray]:
-        """Up to `count` validation texts of more than `length` tokens, to their end or that of the row.
+        """Up to `count` validation texts of more than `length` tokens: documents or rows, to their end.
 
         Raises:
           DataError: no document is longer than `length` tokens.

@@ -75,7 +75,7 @@ def load_configured(config: DataConfig) -> Tokenizer:
     with contextlib.suppress(DataError):  # said when the text has any such thing
         if not tokenizer.encode(_RARE):
             _log.warning(
-                "data.tokenizer = %r leaves out what is outside its vocabulary without a trace: it has no token for that",
+                "data.tokenizer = %r leaves out what is outside its vocabulary without a trace: no token is for that",
                 config.tokenizer,
             )
     return tokenizer

@@ -1,15 +1,13 @@
 """The real vocabularies: ids, round trips, the forms in which they are handed around, and what is refused."""
 
 import json
-import shutil
 
-import numpy as np
 import pytest
-from vocabularies import vocabulary
+from vocabularies import vocabulary, write_tokenizer
 
 from kforcing_jax.config import DataConfig
 from kforcing_jax.data import pretrained
-from kforcing_jax.data.choices import KNOWN_TOKENIZERS
+from kforcing_jax.data.choices import KNOWN_TOKENIZERS, KnownTokenizer
 from kforcing_jax.data.pretrained import digest, load_configured, load_pretrained
 from kforcing_jax.data.tokenizers import Tokenizer
 from kforcing_jax.errors import DataError
@@ -59,12 +57,16 @@ def test_gpt2_has_the_ids_of_the_released_models_and_the_mask_after_them(gpt2):
     assert gpt2.encode_marked("a<|endoftext|>b") == [64, 50_256, 65]
 
 
-def test_gpt2_gives_every_text_back(gpt2):
+def test_real_vocabularies_give_every_text_back_bert_but_for_case_accents_and_spaces(bert, gpt2, tmp_path):
+    for tokenizer in (bert, gpt2):
+        tokenizer.save(tmp_path / "tokenizer.json")
+        loaded = Tokenizer.load(tmp_path / "tokenizer.json")
+        assert loaded.digest == tokenizer.digest
+        assert [loaded.encode(text) for text in TEXTS] == [tokenizer.encode(text) for text in TEXTS]
     for text in TEXTS:
         assert gpt2.decode(gpt2.encode(text)) == text
-
-
-def test_bert_gives_every_text_back_but_for_case_accents_and_spaces(bert):
+        assert not {50_256, 50_257} & set(gpt2.encode(f"{text}<|endoftext|> <mask>"))
+        assert not {101, 102, 103} & set(bert.encode(f"[CLS] [SEP] [MASK] {text}"))
     for text in TEXTS[:2]:
         back = bert.decode(bert.encode(text))
         assert back.replace(" ", "") == text.lower().replace(" ", "")
@@ -84,37 +86,6 @@ def test_cutting_a_long_document_into_pieces_changes_nothing(bert, gpt2):
         assert tokenizer.encode(text) == tokenizer.backend.encode(text, add_special_tokens=False).ids
 
 
-@pytest.mark.parametrize("name", [BERT, GPT2])
-def test_a_saved_tokenizer_is_the_same_when_loaded(name, tmp_path):
-    tokenizer = load_pretrained(str(vocabulary(name)))
-    tokenizer.save(tmp_path / "tokenizer.json")
-    loaded = Tokenizer.load(tmp_path / "tokenizer.json")
-    assert (loaded.vocab_size, loaded.bos_id, loaded.eos_id, loaded.mask_id) == (
-        tokenizer.vocab_size,
-        tokenizer.bos_id,
-        tokenizer.eos_id,
-        tokenizer.mask_id,
-    )
-    assert [loaded.encode(text) for text in TEXTS] == [tokenizer.encode(text) for text in TEXTS]
-
-
-def test_padding_and_truncation_of_a_file_are_left_out(bert, tmp_path):
-    # As the tokenizer.json of sentence encoders has them.
-    backend = load_pretrained(str(vocabulary(BERT))).backend
-    backend.enable_truncation(8)
-    backend.enable_padding(length=8)
-    backend.save(str(tmp_path / "tokenizer.json"))
-    long = "word " * 50
-    assert load_pretrained(str(tmp_path)).encode(long) == bert.encode(long)
-
-
-@pytest.mark.parametrize("names", [("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")])
-def test_gpt2s_two_files_go_by_either_names(gpt2, tmp_path, names):
-    for file, name in zip(("encoder.json", "vocab.bpe"), names, strict=True):
-        shutil.copy(vocabulary(GPT2) / file, tmp_path / name)
-    assert load_pretrained(str(tmp_path)).encode(TEXTS[0]) == gpt2.encode(TEXTS[0])
-
-
 def merges_of(*pairs):
     """(vocabulary of letters, special tokens and merges; lines of merges)."""
     tokens = ["<s>", "</s>", "<mask>", "\u0120", *"abcdefgh", *("".join(pair) for pair in pairs)]
@@ -122,10 +93,11 @@ def merges_of(*pairs):
 
 
 @pytest.mark.parametrize("header", ["", "#version: 0.2\n"])
-def test_merges_have_a_header_or_none(tmp_path, header):
+@pytest.mark.parametrize("names", [("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")])
+def test_two_files_go_by_either_names_and_have_a_header_or_none(tmp_path, names, header):
     vocabulary, merges = merges_of("ab", "cd", ("ab", "cd"))
-    (tmp_path / "vocab.json").write_text(vocabulary, "utf-8")
-    (tmp_path / "merges.txt").write_text(header + merges, "utf-8")
+    (tmp_path / names[0]).write_text(vocabulary, "utf-8")
+    (tmp_path / names[1]).write_text(header + merges, "utf-8")
     tokenizer = load_pretrained(str(tmp_path))
     assert tokenizer.encode("abcd ab") == [14, 3, 12]
     # Nothing but what the vocabulary has: no <|endoftext|> is invented.
@@ -135,7 +107,7 @@ def test_merges_have_a_header_or_none(tmp_path, header):
 
 
 @pytest.mark.parametrize(
-    ("settings", "words", "expected"),
+    ("settings", "vocabulary", "expected"),
     [
         (None, "the cat", "the cat"),
         ('{"do_lower_case": false}', "The cat", "The cat"),
@@ -147,40 +119,48 @@ def test_merges_have_a_header_or_none(tmp_path, header):
         ('{"do_lower_case": false, "strip_accents": true}', "The cat", "The cat"),
     ],
 )
-def test_a_list_of_words_is_lower_case_by_its_settings_or_by_its_words(tmp_path, settings, words, expected):
-    (tmp_path / "vocab.txt").write_text("\n".join(["[UNK]", "[CLS]", "[SEP]", "[MASK]", *words.split()]), "utf-8")
+def test_a_list_of_words_is_lower_case_by_its_settings_or_by_its_words(tmp_path, settings, vocabulary, expected):
+    words(tmp_path, *vocabulary.split())
     if settings:
         (tmp_path / "tokenizer_config.json").write_text(settings)
     tokenizer = load_pretrained(str(tmp_path))
     assert [tokenizer.backend.id_to_token(i) for i in tokenizer.encode("The cat")] == expected.split()
     accented = tokenizer.backend.id_to_token(tokenizer.encode("thé")[0])
-    assert accented == {"thé cat the": "thé", "The cat": "[UNK]"}.get(words, accented)
+    assert accented == {"thé cat the": "thé", "The cat": "[UNK]"}.get(vocabulary, accented)
 
 
 def test_chinese_characters_are_words_unless_the_settings_say_otherwise(tmp_path):
-    (tmp_path / "vocab.txt").write_text("[UNK]\n[CLS]\n[SEP]\n漢\n字\n漢字", "utf-8")
-    assert load_pretrained(str(tmp_path)).encode("漢字") == [3, 4]
+    assert words(tmp_path, "漢", "字", "漢字").encode("漢字") == [4, 5]
     (tmp_path / "tokenizer_config.json").write_text('{"tokenize_chinese_chars": false}')
-    assert load_pretrained(str(tmp_path)).encode("漢字") == [5]
+    assert load_pretrained(str(tmp_path)).encode("漢字") == [6]
     (tmp_path / "tokenizer_config.json").write_text("[")
     with pytest.raises(DataError, match=r"tokenizer_config\.json is not a JSON object"):
         load_pretrained(str(tmp_path))
 
 
-def test_a_name_is_found_in_the_users_cache(bert, tmp_path):
-    folder = tmp_path / "cache" / "kforcing_jax" / "tokenizers" / BERT
-    shutil.copytree(vocabulary(BERT), folder)
-    assert load_pretrained(BERT).encode(TEXTS[0]) == bert.encode(TEXTS[0])
-    assert load_pretrained("google-bert/bert-base-uncased").vocab_size == 30_522
+def words(folder, *words):
+    """A folder with BERT's special tokens and some words."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.txt").write_text("\n".join(["[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]) + "\n", "utf-8")
+    return load_pretrained(str(folder))
 
 
-def test_another_vocabulary_under_a_known_name_is_refused(tmp_path):
-    folder = tmp_path / "cache" / "kforcing_jax" / "tokenizers" / BERT
-    folder.mkdir(parents=True)
-    words = (vocabulary(BERT) / "vocab.txt").read_text(encoding="utf-8").split("\n")
-    (folder / "vocab.txt").write_text("\n".join(np.roll(words[2000:], 1).tolist() + words[:2000]), encoding="utf-8")
+def test_padding_and_truncation_of_a_file_are_left_out(tmp_path):
+    # As the tokenizer.json of sentence encoders has them.
+    backend = words(tmp_path, "word").backend
+    backend.enable_truncation(8)
+    backend.enable_padding(length=8)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    assert load_pretrained(str(tmp_path)).encode("word " * 50) == [4] * 50
+
+
+def test_a_name_is_found_in_the_users_cache_and_another_vocabulary_there_refused(tmp_path, monkeypatch):
+    known = words(tmp_path / "cache" / "kforcing_jax" / "tokenizers" / BERT, "cat", "mat")
     with pytest.raises(DataError, match=r"'bert-base-uncased' as found in .* is another vocabulary"):
         load_pretrained(BERT)
+    monkeypatch.setitem(pretrained.KNOWN_TOKENIZERS, BERT, KnownTokenizer("", digest(known.backend)))
+    for name in (BERT, f"google-bert/{BERT}"):
+        assert load_pretrained(name).encode("the mat") == [0, 5]
 
 
 @pytest.mark.parametrize("name", [BERT, GPT2, "someone/something"])
@@ -210,16 +190,14 @@ def test_a_path_without_a_tokenizer_is_named(tmp_path, file, content, message):
     assert str(tmp_path) in str(raised.value) and "\n" not in str(raised.value)
 
 
-def test_a_vocabulary_of_another_size_than_the_config_says_is_refused():
-    config = DataConfig(tokenizer=str(vocabulary(BERT)), vocab_size=30_000)
-    with pytest.raises(DataError, match=r"30522 ids .*data\.vocab_size = 30000; set data\.vocab_size to 30522"):
-        load_configured(config)
+def test_a_vocabulary_of_another_size_than_the_config_says_is_refused(tmp_path):
+    words(tmp_path, "cat", "mat")
+    with pytest.raises(DataError, match=r"has 6 ids .*data\.vocab_size = 30000; set data\.vocab_size to 6"):
+        load_configured(DataConfig(tokenizer=str(tmp_path), vocab_size=30_000))
 
 
 def test_a_vocabulary_without_an_end_is_refused(tmp_path):
-    tokens = {"[UNK]": 0, "a": 1}
-    model = {"type": "WordLevel", "vocab": tokens, "unk_token": "[UNK]"}
-    (tmp_path / "tokenizer.json").write_text(json.dumps({"version": "1.0", "model": model, "added_tokens": []}))
+    write_tokenizer(tmp_path, {"type": "WordLevel", "vocab": {"[UNK]": 0, "a": 1}, "unk_token": "[UNK]"})
     with pytest.raises(DataError, match="no token that ends a document"):
         load_configured(DataConfig(tokenizer=str(tmp_path), vocab_size=5))
 
