@@ -13,7 +13,8 @@ from kforcing_jax.models import CausalLM, PushForwardLM
 from kforcing_jax.models.keys import Causal, Known, UpTo
 from kforcing_jax.models.lm import consecutive, text_positions
 from kforcing_jax.noise import sample_uniform
-from kforcing_jax.training.losses import window_weights
+from kforcing_jax.sharding import to_host
+from kforcing_jax.training.losses import block_agreement, block_weights, window_weights
 
 # Cells of a G-test that expect fewer counts than this are pooled, as its chi-square limit wants.
 _LEAST_EXPECTED = 5.0
@@ -55,7 +56,7 @@ def agreement(
       chance: per offset, P(two independent draws of the teacher are equal), its sum of squared probabilities.
       block_agreement: P(all offsets agree). One minus it bounds the block's total variation from above.
 
-    What follows a window's first EOS is not counted.
+    Neither what follows a window's first EOS is counted, nor what lies beyond the longest text (`window_weights`).
     """
     totals = None
     for index, tokens_BxN in enumerate(batches.tokens):
@@ -65,7 +66,7 @@ def agreement(
         sums = _agreement_sums(
             teacher, teacher_params, student, params, tokens_BxN, segments_BxN, noise_BxNxK, tau_B, eos_id
         )
-        sums = jax.tree.map(lambda x: np.asarray(x, np.float64), sums)
+        sums = jax.tree.map(lambda x: to_host(x).astype(np.float64), sums)
         totals = sums if totals is None else jax.tree.map(np.add, totals, sums)
     agree_K, collide_K, count_K, block, positions = totals
     count_K = np.maximum(count_K, 1)
@@ -94,25 +95,25 @@ def _agreement_sums(teacher, teacher_params, student, params, tokens_BxN, segmen
     hidden = window_hidden(teacher, teacher_params, tokens_BxN, drawn_BxNxK, segments_BxN)
     agrees, collision = call(teacher, teacher_params, "per_token", compare, hidden, noise_BxNxK, tau_Bx1x1, drawn_BxNxK)
     weights = window_weights(drawn_BxNxK, tokens_BxN, segments_BxN, eos_id)
-    counted = weights[..., 0]
-    block = (agrees | (weights == 0)).all(-1)
     per_offset = [(weights * x).sum((0, 1)) for x in (agrees, collision, 1)]
-    return (*per_offset, (counted * block).sum(), counted.sum())
+    return (*per_offset, *block_agreement(agrees, weights, block_weights(weights, segments_BxN)))
 
 
-def exact_joint(teacher: CausalLM, params, contexts_CxN: jax.Array, window: int) -> np.ndarray:
-    """The teacher's joint distribution over all blocks of `window` tokens after each context, f64.
+def exact_joint(teacher: CausalLM, params, contexts_CxN: jax.Array, window: int, tau: float = 1.0) -> np.ndarray:
+    """The teacher's joint distribution at `tau` over all blocks of `window` tokens after each context, f64.
 
     Shape (contexts, states, ..., states) with one axis per offset; states are all ids but the mask, which is last.
     """
     contexts, states = len(contexts_CxN), teacher.cfg.vocab_size - 1
     if window == 1:
         logits_CxV = jax.jit(teacher.apply)({"params": params}, contexts_CxN)[:, -1, :states]
-        return np.asarray(jax.nn.softmax(logits_CxV), np.float64)
+        return to_host(jax.nn.softmax(logits_CxV / tau)).astype(np.float64)
     blocks_AxT = np.indices((states,) * (window - 1)).reshape(window - 1, -1).T
-    first_CxE, later_CxAxTxE = _conditionals(teacher, params, contexts_CxN, blocks_AxT)
-    joint = np.asarray(first_CxE, np.float64)
-    by_block = np.asarray(later_CxAxTxE, np.float64).reshape(contexts, *(states,) * (window - 1), window - 1, states)
+    first_CxE, later_CxAxTxE = _conditionals(teacher, params, contexts_CxN, blocks_AxT, tau)
+    joint = to_host(first_CxE).astype(np.float64)
+    by_block = (
+        to_host(later_CxAxTxE).astype(np.float64).reshape(contexts, *(states,) * (window - 1), window - 1, states)
+    )
     for offset in range(1, window):
         # P(token | its first `offset` predecessors) does not depend on the later ones: take any.
         later = (0,) * (window - 1 - offset)
@@ -122,12 +123,12 @@ def exact_joint(teacher: CausalLM, params, contexts_CxN: jax.Array, window: int)
 
 
 @functools.partial(jax.jit, static_argnames="teacher")
-def _conditionals(teacher, params, contexts_CxN, blocks_AxT):
+def _conditionals(teacher, params, contexts_CxN, blocks_AxT, tau=1.0):
     """P(next token) after each context (C, E), and after every token of every block there (C, A, T, E)."""
     states, (contexts, length) = teacher.cfg.vocab_size - 1, contexts_CxN.shape
 
     def probabilities(hidden):
-        return jax.nn.softmax(teacher.apply({"params": params}, hidden, method="logits")[..., :states])
+        return jax.nn.softmax(teacher.apply({"params": params}, hidden, method="logits")[..., :states] / tau)
 
     text = teacher.apply({"params": params}, contexts_CxN, method="begin")
     blocks_CxAxT = jnp.broadcast_to(blocks_AxT, (contexts, *blocks_AxT.shape))
@@ -138,22 +139,28 @@ def _conditionals(teacher, params, contexts_CxN, blocks_AxT):
 
 
 def student_counts(
-    student: PushForwardLM, params, contexts_CxN: jax.Array, window: int, samples: int, key: jax.Array
+    student: PushForwardLM,
+    params,
+    contexts_CxN: jax.Array,
+    window: int,
+    samples: int,
+    key: jax.Array,
+    tau: float = 1.0,
 ) -> np.ndarray:
     """How often the student emits each block after each context, in `samples` draws; shaped like `exact_joint`."""
     states = student.cfg.vocab_size - 1
     counts = np.zeros((len(contexts_CxN), *(states,) * window))
     for index, context_N in enumerate(contexts_CxN):
         noise_AxK = sample_uniform(jax.random.fold_in(key, index), (samples, window))
-        blocks_AxK = np.asarray(_windows_after(student, params, context_N, noise_AxK))
+        blocks_AxK = to_host(_windows_after(student, params, context_N, noise_AxK, tau))
         np.add.at(counts[index], tuple(blocks_AxK.T), 1)
     return counts
 
 
 @functools.partial(jax.jit, static_argnames="student")
-def _windows_after(student, params, context_N, noise_AxK):
+def _windows_after(student, params, context_N, noise_AxK, tau=1.0):
     """The blocks_AxK that the student emits after one context: A windows hang off the same prefix."""
-    variables, tokens_1xN, tau_1 = {"params": params}, context_N[None], jnp.ones(1)
+    variables, tokens_1xN, tau_1 = {"params": params}, context_N[None], jnp.full(1, tau, jnp.float32)
     no_noise, no_tokens = jnp.zeros((*tokens_1xN.shape, 0)), jnp.zeros((1, len(noise_AxK), 0), jnp.int32)
     text = student.apply(variables, tokens_1xN, no_noise, tau_1, method="begin")
     at_1xA = jnp.full((1, len(noise_AxK)), len(context_N))

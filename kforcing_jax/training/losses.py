@@ -61,9 +61,7 @@ def window_weights(
 
     `eos_id` is None where there is no EOS.
     """
-    length, window = window_BxNxK.shape[1:]
-    position_BxNxK = text_positions(tokens_BxN.shape, segments_BxN)[..., None] + 1 + jnp.arange(window)
-    carries_BxNxK = position_BxNxK < length
+    carries_BxNxK = _window_positions(window_BxNxK.shape, segments_BxN) < window_BxNxK.shape[1]
     if eos_id is not None and skip_after_eos:
         is_eos = window_BxNxK == eos_id
         carries_BxNxK &= (jnp.cumsum(is_eos, axis=-1) - is_eos) == 0
@@ -74,16 +72,31 @@ def window_weights(
     return carries_BxNxK.astype(jnp.float32)
 
 
+def block_weights(weights_BxNxK: jax.Array, segments_BxN: jax.Array | None) -> jax.Array:
+    """Which windows count as whole blocks: weights_BxN, of those that carry loss and end below position N."""
+    ends_below_BxN = _window_positions(weights_BxNxK.shape, segments_BxN)[..., -1] < weights_BxNxK.shape[1]
+    return weights_BxNxK[..., 0] * ends_below_BxN
+
+
+def _window_positions(shape_BxNxK, segments_BxN):
+    """Absolute positions of the tokens of every window."""
+    return text_positions(shape_BxNxK[:2], segments_BxN)[..., None] + 1 + jnp.arange(shape_BxNxK[2])
+
+
+def block_agreement(agrees_BxNxK: jax.Array, weights_BxNxK: jax.Array, blocks_BxN: jax.Array) -> Mean:
+    """How often all offsets that carry weight agree."""
+    return weighted_mean((agrees_BxNxK | (weights_BxNxK == 0)).all(axis=-1), blocks_BxN)
+
+
 def window_metrics(
-    loss_BxNxK: jax.Array, agrees_BxNxK: jax.Array, weights_BxNxK: jax.Array
+    loss_BxNxK: jax.Array, agrees_BxNxK: jax.Array, weights_BxNxK: jax.Array, blocks_BxN: jax.Array
 ) -> tuple[Mean, dict[str, Mean]]:
     """The mean loss over offsets and positions (paper, eq. 6), and what is reported next to it.
 
     Metrics: `loss_j` and `agreement_j` (argmax equals the teacher's token) for j = 1..K, and `block_agreement`
-    (all offsets that carry loss agree).
+    (all offsets that carry loss agree, of windows with `block_weights`).
     """
-    block_BxN = (agrees_BxNxK | (weights_BxNxK == 0)).all(axis=-1)
-    metrics = {"block_agreement": weighted_mean(block_BxN, weights_BxNxK[..., 0])}
+    metrics = {"block_agreement": block_agreement(agrees_BxNxK, weights_BxNxK, blocks_BxN)}
     for j in range(loss_BxNxK.shape[2]):
         weights_BxN = weights_BxNxK[..., j]
         metrics[f"loss_{j + 1}"] = weighted_mean(loss_BxNxK[..., j], weights_BxN)

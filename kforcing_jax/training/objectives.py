@@ -17,6 +17,7 @@ from kforcing_jax.models import CausalLM, PushForwardLM
 from kforcing_jax.noise import sample_uniform
 from kforcing_jax.training.losses import (
     Mean,
+    block_weights,
     loss_and_agreement,
     next_token_weights,
     weighted_mean,
@@ -89,7 +90,7 @@ def distillation(
         result = student.apply(variables, tokens_BxN, noise_BxNxK, tau_B, segments_BxN, method="begin")
         columns_BxNxK = student.cfg.column_of(targets_BxNxK)
         per_token = student.apply(variables, loss_and_agreement, result.noise.hidden, columns_BxNxK, method="per_token")
-        return window_metrics(*per_token, weights_BxNxK)
+        return window_metrics(*per_token, weights_BxNxK, block_weights(weights_BxNxK, segments_BxN))
 
     return Objective(draw_inputs, losses)
 

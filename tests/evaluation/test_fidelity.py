@@ -88,7 +88,8 @@ def test_a_map_that_is_the_teachers_agrees_everywhere_and_chance_is_its_collisio
     model, params = teacher
     batches = jax.random.randint(jax.random.key(0), (2, 3, 5), 0, STATES)
     got = agreement(model, params, model, params, Batch(batches), jax.random.key(1), window=1, tau=1.0, eos_id=None)
-    p = jax.nn.softmax(jnp.stack([model.apply({"params": params}, b) for b in batches]))
+    # But for the last position, after which no text goes on.
+    p = jax.nn.softmax(jnp.stack([model.apply({"params": params}, b) for b in batches]))[:, :, :-1]
     assert got["agreement"] == [1.0] and got["block_agreement"] == 1.0
     assert got["chance"][0] == pytest.approx(float((p**2).sum(-1).mean()), rel=1e-5)
 
@@ -101,8 +102,9 @@ def test_agreement_counts_by_hand(teacher, student):
     drawn = logits.argmax(-1)
     teacher_draws = teacher[0].pick(window_logits(*teacher, tokens[0], drawn), noise, jnp.ones((1, 1, 1)))
     hits = np.asarray(teacher_draws == drawn)
-    np.testing.assert_allclose(got["agreement"], hits.mean((0, 1)), rtol=1e-6)
-    assert got["block_agreement"] == pytest.approx(hits.all(-1).mean())
+    # Offset j of position n is token n + 1 + j, of four.
+    np.testing.assert_allclose(got["agreement"], [hits[:, :3, 0].mean(), hits[:, :2, 1].mean()], rtol=1e-6)
+    assert got["block_agreement"] == pytest.approx(hits[:, :2].all(-1).mean())
 
 
 def test_what_follows_an_eos_is_not_counted(teacher, student):

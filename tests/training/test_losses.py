@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from kforcing_jax.training.losses import (
+    block_weights,
     loss_and_agreement,
     next_token_weights,
     weighted_mean,
@@ -70,12 +71,13 @@ def test_means_of_parts_add_up_to_the_mean_of_the_whole(rng):
 
 
 def test_window_metrics_equal_plain_averages_over_the_offsets_that_count():
-    batch, length, window, vocab = 2, 3, 4, 5
+    batch, length, window, vocab = 2, 7, 4, 5
     logits = jax.random.normal(jax.random.key(0), (batch, length, window, vocab))
     targets = jax.random.randint(jax.random.key(1), (batch, length, window), 0, vocab)
     weights = np.asarray(window_weights(targets, jnp.ones((batch, length), int), None, EOS))
     assert 0 < weights.sum() < weights.size
-    loss, metrics = window_metrics(*loss_and_agreement(logits, targets), jnp.asarray(weights))
+    per_token = loss_and_agreement(logits, targets)
+    loss, metrics = window_metrics(*per_token, jnp.asarray(weights), block_weights(weights, None))
     loss, metrics = loss.value, {name: mean.value for name, mean in metrics.items()}
 
     log_probs, hits = np.asarray(jax.nn.log_softmax(logits)), np.asarray(logits.argmax(-1) == targets)
@@ -85,14 +87,16 @@ def test_window_metrics_equal_plain_averages_over_the_offsets_that_count():
         count = weights[..., j].sum()
         np.testing.assert_allclose(metrics[f"loss_{j + 1}"], (nll * weights)[..., j].sum() / count, rtol=1e-6)
         np.testing.assert_allclose(metrics[f"agreement_{j + 1}"], (hits * weights)[..., j].sum() / count, rtol=1e-6)
-    np.testing.assert_allclose(metrics["block_agreement"], (hits | (weights == 0)).all(-1).mean(), rtol=1e-6)
+    # Windows after the first three positions end before position seven.
+    np.testing.assert_allclose(metrics["block_agreement"], (hits | (weights == 0))[:, :3].all(-1).mean(), rtol=1e-6)
 
 
 def test_a_batch_in_which_nothing_counts_has_loss_zero_and_a_finite_gradient():
     targets = jnp.ones((1, 2, 2), jnp.int32)
 
     def loss(logits):
-        return window_metrics(*loss_and_agreement(logits, targets), jnp.zeros((1, 2, 2)))[0].value
+        nothing = jnp.zeros((1, 2, 2))
+        return window_metrics(*loss_and_agreement(logits, targets), nothing, nothing[..., 0])[0].value
 
     value, grad = jax.value_and_grad(loss)(jnp.ones((1, 2, 2, 3)))
     assert value == 0 and np.isfinite(grad).all() and not np.any(grad)
