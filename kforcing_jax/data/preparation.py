@@ -62,7 +62,9 @@ def prepare(config: DataConfig, seed: int, directory: str | Path, workers: int |
                     _prepare(config, seed, directory, workers or os.cpu_count())
                 _tidy(directory)
         elif (directory / _LOCK).exists():
-            _tidy(directory)  # after one that was killed at the very end
+            # After one that was killed at the very end; a copy that is read-only may keep it.
+            with contextlib.suppress(OSError):
+                _tidy(directory)
     except OSError as error:
         raise RunError(f"{directory} cannot be written: {error.strerror or error}") from None
     corpus = load(config, seed, directory)

@@ -118,12 +118,26 @@ def _read(path: Path) -> hf.Tokenizer:
             return _word_pieces(files[0])
         if len(files) == 2:
             return _byte_level(*files)
-        return hf.Tokenizer.from_str(files[0].read_text(encoding="utf-8"))
+        return _from_json(files[0])
     except DataError:
         raise
     except Exception as error:  # the library raises bare Exception for whatever it does not like
         reason = " ".join(str(error).split())[:200]
         raise DataError(f"{files[0]} is not a tokenizer ({reason}); expected tokenizer.json or vocab.txt") from None
+
+
+def _from_json(file: Path) -> hf.Tokenizer:
+    content = file.read_text(encoding="utf-8")
+    backend = hf.Tokenizer.from_str(content)
+    # The library numbers added tokens itself, where their ids do not follow those of the model.
+    for token in json.loads(content).get("added_tokens") or []:
+        found = backend.token_to_id(token["content"])
+        if found != token["id"]:
+            raise DataError(
+                f"{file}: {token['content']} has id {token['id']} and would be read as {found}, because the ids have "
+                "gaps or are there twice; number its tokens anew"
+            )
+    return backend
 
 
 def _files_of(folder):

@@ -56,6 +56,12 @@ def test_a_glob_says_the_folders_that_it_matches(tmp_path, said):
     assert "1 (folders that a pattern matches)" in said() and "sub" in said() and "c.md" in said()
 
 
+def test_a_folder_that_was_read_as_a_pattern_is_said_also_where_that_matches_others(tmp_path, said):
+    make(tmp_path, "texts [12]/a.txt", "texts 1/b.txt")
+    assert names(tmp_path, tmp_path / "texts [12]/*.txt") == ["texts 1/b.txt"]
+    assert "'texts [12]' is there, but was read as a pattern" in said()
+
+
 def test_links_to_folders_are_followed_and_those_that_lead_back_end(tmp_path, said):
     make(tmp_path / "elsewhere", "deep/b.txt")
     make(tmp_path / "texts", "a.txt")

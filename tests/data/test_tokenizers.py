@@ -156,6 +156,13 @@ def test_a_vocabulary_whose_ids_have_gaps_is_refused(tmp_path, hole):
         load_pretrained(write_tokenizer(tmp_path, model))
 
 
+@pytest.mark.parametrize("special", [{"</s>": 7}, {"</s>": 1}, {"</s>": 3, "<mask>": 2}])
+def test_added_tokens_that_would_get_other_ids_are_refused(tmp_path, special):
+    folder = write_tokenizer(tmp_path, words("cat", "dog", unk_token="cat"), special)
+    with pytest.raises(DataError, match=r"tokenizer\.json: \S+ has id \d and would be read as \d"):
+        load_pretrained(folder)
+
+
 def test_a_mask_and_a_beginning_of_any_id_are_taken_as_they_are(tmp_path):
     gemma = ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>")
     folder = write_tokenizer(tmp_path, bpe(*gemma), {name: i for i, name in enumerate(gemma)})
