@@ -136,9 +136,15 @@ class Tokenizer:
         return whole == parts[0] + parts[1]
 
     def _without_special(self, ids):
-        if self._special.keys().isdisjoint(ids):
-            return ids
-        return [part for i in ids for part in (self._spellings[i] if i in self._special else [i])]
+        for i in self._special.keys() & set(ids):
+            if i not in self._spellings:
+                self._spellings[i] = self._spelled_out(i)
+            ids = [part for j in ids for part in (self._spellings[i] if j == i else [j])]
+        return ids
+
+    @functools.cached_property
+    def _spellings(self) -> dict[int, list[int]]:
+        return {}
 
     @functools.cached_property
     def _special(self) -> dict[int, str]:
@@ -147,10 +153,6 @@ class Tokenizer:
         named = (i for i in (self.mask_id, self.bos_id, self.eos_id) if i is not None)
         ids = {*named, *(i for i, token in added.items() if token.special and i != self.unknown_id)}
         return {i: self.backend.id_to_token(i) for i in ids}
-
-    @functools.cached_property
-    def _spellings(self):
-        return _Computed(self._spelled_out)
 
     def _spelled_out(self, special_id) -> list[int]:
         """The ids of the name of a special token in two parts, or of the unknown one."""
@@ -224,17 +226,6 @@ class Tokenizer:
         if not isinstance(self.backend.model, models.WordLevel):
             return "all of Unicode"
         return repr("".join(sorted(token for token in self.backend.get_vocab() if len(token) == 1)))
-
-
-class _Computed(dict):
-    """A dictionary that computes what it does not have."""
-
-    def __init__(self, compute):
-        self.compute = compute
-
-    def __missing__(self, key):
-        self[key] = self.compute(key)
-        return self[key]
 
 
 def is_trained(config: DataConfig) -> bool:
