@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from commands import refused, run_command
 from micro import micro_config, micro_config_dict
-from test_cli import call, refused
 from vocabularies import vocabulary
 
 from kforcing_jax.config import DataConfig, parse
@@ -28,7 +28,7 @@ from kforcing_jax.workdir import Workdir
 def write_released(path, vocab_size, mask_id, student, num_layers=2, d_model=16, num_heads=2, **note):
     cfg = ModelConfig(vocab_size, mask_id, num_layers, d_model, num_heads)
     model = (PushForwardLM if student else CausalLM)(cfg)
-    params = init_params(model, jax.random.key(1))
+    params = jax.jit(init_params, static_argnums=0)(model, jax.random.key(1))
     # Zero-initialised parts would hide mistakes.
     params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), params)
     official.save(path, model, params, **note)
@@ -54,17 +54,17 @@ GPT2 = ("owt", "gpt2")
 @pytest.mark.parametrize(("data", "name"), [BERT, GPT2])
 @pytest.mark.parametrize("kind", ["ar", "pflm"])
 def test_a_released_file_continues_a_prompt(files, data, name, kind):
-    out = call(
+    out = run_command(
         "generate",
         f"--checkpoint={files[data, kind]}",
         f"--tokenizer={vocabulary(name)}",
         "--prompt=The bank also",
         "--max_new_tokens=6",
-        "--k=2",
+        *(["--k=2"] if kind == "pflm" else []),
         "--json",
     )
-    assert out.returncode == 0, out.stderr
-    result = json.loads(out.stdout)
+    assert out.status == 0, out.err
+    result = json.loads(out.out)
     tokenizer = open_released(files[data, kind], str(vocabulary(name))).tokenizer
     prompt = tokenizer.encode_prompt("The bank also")
     assert result["tokens"][0][: len(prompt)] == prompt
@@ -77,16 +77,16 @@ def test_ids_need_no_tokenizer(files, monkeypatch, tmp_path):
         monkeypatch.setenv(name, str(tmp_path))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     flags = [f"--checkpoint={files['lm1b', 'pflm']}", "--max_new_tokens=4"]
-    out = call("generate", *flags, "--prompt_ids=101,1996", "--json")
-    assert out.returncode == 0 and "bert-base-uncased is not here" in out.stderr
-    assert json.loads(out.stdout)["tokens"][0][:2] == [101, 1996]
-    refused(call("generate", *flags, "--prompt=the"), "tokenizer 'bert-base-uncased'", "tokenizer.json")
+    out = run_command("generate", *flags, "--prompt_ids=101,1996", "--json")
+    assert out.status == 0 and "bert-base-uncased is not here" in out.err
+    assert json.loads(out.out)["tokens"][0][:2] == [101, 1996]
+    refused(run_command("generate", *flags, "--prompt=the"), "tokenizer 'bert-base-uncased'", "tokenizer.json")
 
 
 def test_prefixes_are_completed_and_bad_lines_reported(files, tmp_path):
     lines = ['{"prefix": "[CLS] the bank also reported that it"}', "", "{", '{"prefix": "[CLS] short"}']
     (tmp_path / "prefixes.jsonl").write_text("\n".join(lines) + "\n")
-    out = call(
+    out = run_command(
         "generate",
         f"--checkpoint={files['lm1b', 'pflm']}",
         f"--tokenizer={vocabulary('bert-base-uncased')}",
@@ -94,8 +94,8 @@ def test_prefixes_are_completed_and_bad_lines_reported(files, tmp_path):
         f"--output_dir={tmp_path / 'out'}",
         "--num_samples=2",
     )
-    assert out.returncode == 0, out.stderr
-    assert [line.split(": ")[0].split(", ")[1] for line in out.stderr.strip().splitlines()] == [
+    assert out.status == 0, out.err
+    assert [line.split(": ")[0].split(", ")[1] for line in out.err.strip().splitlines()] == [
         "line 2",
         "line 3",
         "line 4",
@@ -116,16 +116,20 @@ def test_a_student_is_evaluated_against_its_teacher(files, tmp_path):
         "--max_new_tokens=6",
         "--k=2",
     ]
-    out = call("evaluate", *flags, f"--teacher={files['lm1b', 'ar']}", f"--output_dir={tmp_path / 'out'}", "--json")
-    assert out.returncode == 0, out.stderr
-    figures = json.loads(out.stdout)
+    out = run_command(
+        "evaluate", *flags, f"--teacher={files['lm1b', 'ar']}", f"--output_dir={tmp_path / 'out'}", "--json"
+    )
+    assert out.status == 0, out.err
+    figures = json.loads(out.out)
     assert len(figures["agreement"]) == len(figures["chance"]) == 2
     assert {"sample_nll", "sample_entropy", "distinct_2", "repetition_4", "throughput"} <= figures.keys()
     assert json.loads((tmp_path / "out/evaluation.json").read_text()) == figures
-    refused(call("evaluate", *flags, f"--teacher={files['lm1b', 'pflm']}"), "is a student", "give the AR checkpoint")
-    refused(call("evaluate", *flags, f"--teacher={files['owt', 'ar']}"), "50258 ids", "30522")
-    refused(call("evaluate", f"--checkpoint={files['lm1b', 'pflm']}"), "--prefix_file is missing")
-    refused(call("evaluate", *flags, f"--scorer={tmp_path / 'none'}"), "scorer", "no such folder")
+    refused(
+        run_command("evaluate", *flags, f"--teacher={files['lm1b', 'pflm']}"), "is a student", "give the AR checkpoint"
+    )
+    refused(run_command("evaluate", *flags, f"--teacher={files['owt', 'ar']}"), "50258 ids", "30522")
+    refused(run_command("evaluate", f"--checkpoint={files['lm1b', 'pflm']}"), "--prefix_file is missing")
+    refused(run_command("evaluate", *flags, f"--scorer={tmp_path / 'none'}"), "scorer", "no such folder")
 
 
 def test_a_tokenizer_of_another_vocabulary_is_refused(files):
@@ -194,9 +198,9 @@ def test_an_exported_student_keeps_to_what_its_file_says(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     write_released(tmp_path / "k2.safetensors", 13, 12, student=True, window=2, seq_len=12, eos_id=3)
     flags = ["--checkpoint=~/k2.safetensors", "--prompt_ids=1,2", "--json"]
-    assert json.loads(call("generate", *flags, "--max_new_tokens=6").stdout)["passes"] == [3]
-    refused(call("generate", *flags, "--k=3"), "k = 3 exceeds the window", "trained with, 2")
-    refused(call("generate", *flags, "--max_new_tokens=11"), "2 tokens and 11 new ones", "of 12 positions")
+    assert json.loads(run_command("generate", *flags, "--max_new_tokens=6").out)["passes"] == [3]
+    refused(run_command("generate", *flags, "--k=3"), "k = 3 exceeds the window", "trained with, 2")
+    refused(run_command("generate", *flags, "--max_new_tokens=11"), "2 tokens and 11 new ones", "of 12 positions")
     released = open_released(tmp_path / "k2.safetensors")
     assert (released.window, released.seq_len, released.eos_id, released.tau_range) == (2, 12, 3, None)
 
@@ -235,5 +239,5 @@ def test_flags_that_would_have_no_effect_are_refused(files, tmp_path, command, f
     flags = [flag.format(file=tmp_path / "file") for flag in flags]
     if command == "generate" and "--prefix_file" not in flags[0]:
         flags.append("--prompt_ids=1")
-    out = call(command, f"--checkpoint={files['lm1b', 'pflm']}", *flags)
+    out = run_command(command, f"--checkpoint={files['lm1b', 'pflm']}", *flags)
     refused(out, *(words.format(file=tmp_path / "file") for words in says))
