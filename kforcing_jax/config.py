@@ -33,7 +33,7 @@ def _positive(name, value):
 
 def check_tau(name: str, tau: float):
     """A temperature is in [1e-6, 1000]; at the least of them only the likeliest token is drawn."""
-    if not 1e-6 <= tau <= 1e3:
+    if not 9.99999e-7 <= tau <= 1e3:  # f32 rounds 1e-6 down
         raise ConfigError(f"{name} = {tau} is not in [1e-6, 1000]")
 
 
@@ -233,12 +233,22 @@ class EvaluationConfig:
     samples: int = 64  # continuations whose NLL, entropy and repetition are measured
     prompt_length: int = 16
     new_tokens: int = 48
+    tau: float = 0.0  # of all stages' samples; 0: 1, or the nearest to it that every student is trained for
+    speed_batches: tuple[int, ...] = (1, 8, 64)  # requests that are decoded together where stages are timed
+    speed_rounds: int = 7  # timed runs of every stage at each of them
     joint_contexts: int = 8  # enumerable teachers only: contexts at which the joint is compared
     joint_samples: int = 20_000  # blocks drawn at each of them
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            _at_least(f"evaluation.{field.name}", getattr(self, field.name), 1)
+            if field.type is int:
+                _at_least(f"evaluation.{field.name}", getattr(self, field.name), 1)
+        if not self.speed_batches:
+            raise ConfigError("evaluation.speed_batches is empty; it should hold at least one number of requests")
+        for batch_size in self.speed_batches:
+            _at_least("evaluation.speed_batches", batch_size, 1)
+        if self.tau:
+            check_tau("evaluation.tau", self.tau)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -271,6 +281,7 @@ class Config:
         _check_stages(self.stages, self.data.seq_len)
         for name in self.students:
             self._check_teachers_temperatures(name)
+        self._check_evaluations_temperature()
         if self.evaluation.prompt_length + self.evaluation.new_tokens > self.data.seq_len:
             raise ConfigError(
                 f"evaluation.prompt_length + evaluation.new_tokens = "
@@ -283,6 +294,22 @@ class Config:
         """Student stages by name, in the order in which they are trained."""
         named = [(name, stage) for name, stage in self.stages.items() if stage.window]
         return dict(sorted(named, key=lambda item: (item[1].window, item[1].teacher == "ar")))
+
+    @property
+    def evaluation_tau(self) -> float:
+        """The temperature at which all stages are sampled, so that they can be compared."""
+        least = max((stage.tau_min for stage in self.students.values()), default=1.0)
+        most = min((stage.tau_max for stage in self.students.values()), default=1.0)
+        return self.evaluation.tau or min(max(1.0, least), most)
+
+    def _check_evaluations_temperature(self):
+        tau = self.evaluation_tau
+        for name, stage in self.students.items():
+            if not stage.tau_min <= tau <= stage.tau_max:
+                raise ConfigError(
+                    f"evaluation.tau = {tau:g} is not one that stages.{name.replace('-', '_')} is trained for, "
+                    f"tau_min, tau_max = {stage.tau_min:g}, {stage.tau_max:g}; stages are compared at one temperature"
+                )
 
     def _check_teachers_temperatures(self, name):
         """A student knows the temperatures it was trained with; the AR teacher, which has logits, knows all."""
@@ -377,9 +404,21 @@ def _convert(expected, value, path):
         return _build(expected, value, path)
     if expected is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if expected == tuple[int, ...]:
+        return _whole_numbers(value, path)
     if isinstance(expected, type) and type(value) is not expected:
         raise ConfigError(f"{path} = {value!r} should be of type {expected.__name__}")
     return value
+
+
+def _whole_numbers(value, path) -> tuple[int, ...]:
+    """From a list, as JSON has it, from one number, or from the text of a flag: 1,8,64."""
+    parts = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
+    if isinstance(value, str) and all(part.strip().isdecimal() for part in parts):
+        parts = [int(part) for part in parts]
+    if any(type(part) is not int for part in parts):
+        raise ConfigError(f"{path} = {value!r} should be whole numbers, such as 1,8,64")
+    return tuple(parts)
 
 
 def _check_stages(stages, seq_len):

@@ -50,13 +50,15 @@ def _evaluate_run():
     processes.start()
     import jax
 
+    from kforcing_jax.evaluation.aligned import samples_text
     from kforcing_jax.evaluation.suite import evaluate
-    from kforcing_jax.evaluation.tables import samples_text, table
+    from kforcing_jax.evaluation.tables import table
+    from kforcing_jax.sharding import make_mesh_that_fits
     from kforcing_jax.workdir import Workdir
 
     def opened():
         workdir = Workdir.open(_WORKDIR.value)
-        return workdir, workdir.corpus(), _scorer()
+        return workdir, workdir.corpus(), make_mesh_that_fits(workdir.config), _scorer()
 
     summary = evaluate(*processes.together(opened))
     if jax.process_index() == 0:
@@ -72,8 +74,7 @@ def _evaluate_checkpoint():
     scorer = _scorer()
 
     from kforcing_jax.cli.prompts import complete_prefixes, write_completions
-    from kforcing_jax.evaluation.released import evaluate_released
-    from kforcing_jax.evaluation.tables import figures_text
+    from kforcing_jax.evaluation.released import evaluate_released, figures_text
     from kforcing_jax.interop.released import open_released, open_teacher
 
     released = open_released(CHECKPOINT.value, TOKENIZER.value, WEIGHTS.value)

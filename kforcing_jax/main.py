@@ -5,6 +5,8 @@ python -m kforcing_jax.main --config=configs/tiny.py --workdir=runs/tiny
 
 import contextlib
 import logging
+import shlex
+import sys
 
 from absl import flags
 
@@ -27,8 +29,9 @@ def main(_):
     # Heavy imports come after the configuration is known to be right.
     import jax
 
+    from kforcing_jax.evaluation.aligned import samples_text
     from kforcing_jax.evaluation.suite import evaluate
-    from kforcing_jax.evaluation.tables import samples_text, table
+    from kforcing_jax.evaluation.tables import table
     from kforcing_jax.interop.released import check_teacher_of
     from kforcing_jax.sharding import check_divisible, make_mesh
     from kforcing_jax.training import curriculum
@@ -43,7 +46,8 @@ def main(_):
     with contextlib.ExitStack() as stack:
         workdir, corpus = processes.together(lambda: _claimed(config, stack))
         curriculum.run(workdir, corpus, mesh)
-        summary = evaluate(workdir, corpus)
+        command = shlex.join(["python", "-m", "kforcing_jax.main", *sys.argv[1:]])
+        summary = evaluate(workdir, corpus, mesh, command=command)
     if jax.process_index() == 0:
         print(f"\n{table(summary)}\n\n{samples_text(summary)}\n\nReport: {workdir.path / 'report.html'}")
 

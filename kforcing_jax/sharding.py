@@ -9,6 +9,7 @@ import re
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from kforcing_jax.config import Config, MeshConfig
@@ -73,6 +74,14 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
         # `jax.make_mesh` arranges whole slices by their wiring, and refuses odd parts of one.
         return Mesh(np.array(devices[:used]).reshape(sizes), AXES, axis_types=types)
     return jax.make_mesh(sizes, AXES, axis_types=types, devices=devices)
+
+
+def make_mesh_that_fits(config: Config) -> Mesh:
+    """The mesh of a run, or one over the devices that are here, for a trained run that is used elsewhere."""
+    try:
+        return make_mesh(config.mesh)
+    except ConfigError:
+        return make_mesh(MeshConfig(data=1 if jax.process_count() == 1 else -1))
 
 
 def check_divisible(config: Config, mesh: Mesh):
@@ -150,6 +159,13 @@ def put_validation(batches, mesh: Mesh):
     whole = jax.tree.leaves(batches)[0].shape[1] % (mesh.shape["data"] * mesh.shape["fsdp"])
     sharding = replicated(mesh) if whole else NamedSharding(mesh, PartitionSpec(None, ROWS))
     return jax.device_put(batches, sharding)
+
+
+def to_host(x: jax.Array) -> np.ndarray:
+    """The whole array, on every process. All processes that hold a part of it have to call this together."""
+    if not (x.is_fully_addressable or x.is_fully_replicated):
+        x = multihost_utils.process_allgather(x, tiled=True)
+    return np.asarray(x)
 
 
 def constrain(x: jax.Array, *spec) -> jax.Array:

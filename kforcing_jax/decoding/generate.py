@@ -16,6 +16,7 @@ from kforcing_jax.models import CausalLM
 from kforcing_jax.models.keys import KeyValue, Known, UpTo
 from kforcing_jax.models.lm import consecutive
 from kforcing_jax.noise import LARGEST_UNIFORM, position_noise
+from kforcing_jax.sharding import to_host
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,8 +91,8 @@ def generate(
         k=k,
         penalised=frequency_penalty != 0,
     )
-    _check_finite(np.asarray(finite_B))
-    return _assemble(prompts, np.asarray(new_BxT)[:, :max_new_tokens], k, eos_id, model.cfg.mask_id)
+    _check_finite(to_host(finite_B))
+    return _assemble(prompts, to_host(new_BxT)[:, :max_new_tokens], k, eos_id, model.cfg.mask_id)
 
 
 class _State(NamedTuple):

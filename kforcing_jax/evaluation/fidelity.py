@@ -111,14 +111,12 @@ def exact_joint(teacher: CausalLM, params, contexts_CxN: jax.Array, window: int,
     blocks_AxT = np.indices((states,) * (window - 1)).reshape(window - 1, -1).T
     first_CxE, later_CxAxTxE = _conditionals(teacher, params, contexts_CxN, blocks_AxT, tau)
     joint = to_host(first_CxE).astype(np.float64)
-    by_block = (
-        to_host(later_CxAxTxE).astype(np.float64).reshape(contexts, *(states,) * (window - 1), window - 1, states)
-    )
+    by_block = to_host(later_CxAxTxE).reshape(contexts, *(states,) * (window - 1), window - 1, states)
     for offset in range(1, window):
         # P(token | its first `offset` predecessors) does not depend on the later ones: take any.
         later = (0,) * (window - 1 - offset)
         conditional = by_block[(slice(None),) * (1 + offset) + later + (offset - 1,)]
-        joint = joint[..., None] * conditional
+        joint = joint[..., None] * conditional.astype(np.float64)
     return joint
 
 

@@ -10,7 +10,7 @@ from kforcing_jax.decoding.completions import Completions, complete
 from kforcing_jax.evaluation.external import external_figures
 from kforcing_jax.evaluation.fidelity import agreement
 from kforcing_jax.evaluation.intervals import text_report
-from kforcing_jax.evaluation.samples import measure
+from kforcing_jax.evaluation.samples import under_teacher
 from kforcing_jax.evaluation.scorer import Scorer
 from kforcing_jax.evaluation.text_metrics import new_tokens
 from kforcing_jax.interop.released import Released
@@ -36,8 +36,7 @@ def evaluate_released(
     teacher = teacher or (None if is_student else released)
     if teacher:
         generation = Generation(completions.tokens, completions.lengths, passes=np.zeros(0))
-        under_teacher = measure(teacher.model, teacher.params, generation, length)
-        figures |= {name: under_teacher[name] for name in ("sample_nll", "sample_entropy")}
+        figures |= under_teacher(teacher.model, teacher.params, generation, length)
     if teacher and is_student:
         figures |= _agreement(released, completions, teacher)
     if scorer:
@@ -80,3 +79,20 @@ def _batches(texts, batch_size) -> Batch:
     return jax.tree.map(
         lambda x_RxN: jnp.asarray(x_RxN).reshape(-1, batch_size, x_RxN.shape[1]), Batch(tokens_RxN, segments_RxN)
     )
+
+
+def figures_text(figures: dict) -> str:
+    """The figures, a line each, with their intervals where they have one."""
+    flat = {name: value for name, value in figures.items() if not isinstance(value, dict)}
+    for group in ("throughput", "external"):
+        flat |= {f"{group}.{name}": value for name, value in figures.get(group, {}).items()}
+    names = [name for name in flat if not name.endswith("_interval")]
+    width = max(map(len, names))
+    return "\n".join(f"{name:<{width}}  {_figure(flat[name], flat.get(f'{name}_interval'))}" for name in names)
+
+
+def _figure(value, interval) -> str:
+    if isinstance(value, list):
+        return " ".join(f"{share:.2f}" for share in value)
+    text = f"{value:,.4g}" if isinstance(value, float) else str(value if value is not None else "-")
+    return text + (f"  [{interval[0]:,.4g}, {interval[1]:,.4g}]" if interval else "")

@@ -8,32 +8,33 @@ import html
 import itertools
 import json
 import math
-import os
 import re
+import string
 from pathlib import Path
 
+from kforcing_jax.data.whole_file import write_text
+from kforcing_jax.evaluation.aligned import prompt_text, sample_blocks
 from kforcing_jax.evaluation.plots import Line, panel
 from kforcing_jax.evaluation.tables import (
-    columns_for,
-    continuations,
+    WHY_LITTLE_GAIN,
     in_order,
     is_number,
-    label_width,
-    origin,
-    sample_blocks,
+    legend,
+    quality_columns,
+    speed_batches,
+    speed_columns,
     stages_of,
     table_rows,
+    versus,
     window_of,
 )
+from kforcing_jax.training.progress import clock
 
+_TEMPLATE = string.Template(Path(__file__).with_name("report_page.html").read_text(encoding="utf-8"))
 # Points of a plotted line; longer histories are averaged down to this many.
 _MOST_POINTS = 250
-
-
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 _PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-
-
 _BLUE, _ORANGE, _GREY = _PALETTE[0], _PALETTE[1], "#555555"
 
 
@@ -46,26 +47,21 @@ def write_report(workdir: Path) -> Path:
       The path of the page.
     """
     workdir = Path(workdir)
-    summary = _read_json(workdir / "summary.json")
-    history = _read_metrics(workdir / "metrics.jsonl")
-    stages = stages_of(summary)
+    summary, config = (_read_json(workdir / name) for name in ("summary.json", "config.json"))
+    history, stages = _read_metrics(workdir / "metrics.jsonl"), stages_of(summary)
     sections = [
         _results_section(stages),
         _samples_section(summary.get("samples") or []),
-        _quality_section(stages),
-        _joint_section(stages),
+        _passes_section(stages),
         _training_section(history, stages),
-        _config_section(_read_json(workdir / "config.json")),
+        _config_section(config),
     ]
-    page = _PAGE.format(
+    page = _TEMPLATE.substitute(
         title=html.escape(f"K-Forcing run {workdir.resolve().name}"),
-        origin="".join(f"<p>{html.escape(line)}</p>" for line in origin(summary)),
-        style=_STYLE,
+        facts=_definitions(_facts(summary, stages)),
         sections="\n".join(filter(None, sections)),
     )
-    temporary = workdir / "report.html.tmp"
-    temporary.write_text(page, encoding="utf-8")
-    os.replace(temporary, workdir / "report.html")
+    write_text(workdir / "report.html", page)
     return workdir / "report.html"
 
 
@@ -92,68 +88,79 @@ def _read_metrics(path) -> dict[str, list[dict]]:
     return in_order(history)
 
 
+def _facts(summary, stages):
+    """What figures mean nothing without, as far as it is known."""
+    facts = {name: summary.get(name) for name in ("command", "revision", "device", "date", "data")}
+    sizes = {name: stage["parameters"] for name, stage in stages.items() if "parameters" in stage}
+    facts["parameters"] = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
+    facts["seed"] = summary.get("seed")
+    seconds = [sum(s["seconds"] for s in stages.values() if is_number(s.get("seconds")))]
+    if is_number(summary.get("evaluation_seconds")):
+        seconds.append(summary["evaluation_seconds"])
+        facts["time"] = f"{clock(sum(seconds))}: training {clock(seconds[0])}, evaluation {clock(seconds[1])}"
+        facts["temperature"] = f"all stages are sampled at tau = {summary.get('tau', 1.0):g}"
+    return [(name, str(fact)) for name, fact in facts.items() if fact not in (None, "")]
+
+
+def _definitions(pairs):
+    items = "".join(f"<div><dt>{html.escape(name)}</dt><dd>{html.escape(text)}</dd></div>" for name, text in pairs)
+    return f"<dl>{items}</dl>"
+
+
 def _results_section(stages):
     if not stages:
         return _section("Results", "<p>No stage has ended yet.</p>")
-    columns = columns_for(stages)
-    sides = [' class="left"' if column.per_offset else "" for column in columns]
-    head = "".join(
-        f'<th scope="col"{side}>{html.escape(column.name)}</th>' for column, side in zip(columns, sides, strict=True)
-    )
-    rows = [
-        f'<tr><th scope="row">{html.escape(name)}</th>'
-        + "".join(f"<td{side}>{html.escape(cell)}</td>" for cell, side in zip(cells, sides, strict=True))
-        + "</tr>"
-        for name, *cells in table_rows(stages, columns)
-    ]
-    legend = "".join(f"<div><dt>{html.escape(c.name)}</dt><dd>{html.escape(c.meaning)}</dd></div>" for c in columns)
-    return _section(
-        "Results",
-        f'<div class="wide"><table>\n<thead><tr><th scope="col">stage</th>{head}</tr></thead>',
-        "<tbody>\n" + "\n".join(rows) + "\n</tbody></table></div>",
-        f"<dl>{legend}</dl>",
-    )
+    speed = speed_columns(stages)
+    speeds = [_table(stages, speed), f"<p>{html.escape(WHY_LITTLE_GAIN)}</p>"] if speed else []
+    return _section("Results", _table(stages, quality_columns(stages)), *speeds)
+
+
+def _table(stages, columns):
+    sides = [' class="left"' if column.to_the_left else "" for column in columns]
+
+    def row(first, cells, tag):
+        cells = zip(cells, sides, strict=True)
+        return f"<tr>{first}{''.join(f'<{tag}{side}>{html.escape(cell)}</{tag}>' for cell, side in cells)}</tr>"
+
+    head = row("<th>stage</th>", [column.name for column in columns], "th")
+    rows = [row(f"<th>{html.escape(name)}</th>", cells, "td") for name, *cells in table_rows(stages, columns)]
+    body = f"<thead>{head}</thead>\n<tbody>\n" + "\n".join(rows) + "\n</tbody>"
+    return f'<div class="wide"><table>\n{body}</table></div>\n{_definitions(legend(columns))}'
 
 
 def _samples_section(samples):
     if not samples:
         return ""
-    return _section(
-        "Samples",
-        "<p>One prompt, continued by every stage from the same noise. <mark>Marked</mark> characters differ from the "
-        "AR teacher's at the same place.</p>",
-        *map(_sample_html, samples),
+    note = (
+        "Prompts of the validation text, each continued by every stage from the same noise. <mark>Marked</mark> is the "
+        "first character that differs from the AR teacher's; <i>after it</i> the texts that are continued differ too."
     )
+    return _section("Samples", f"<p>{note}</p>", *map(_sample_html, samples))
 
 
 def _sample_html(sample):
-    width, teacher = label_width(sample), continuations(sample).get("ar")
     blocks = [
-        "\n".join(
-            f"<b>{html.escape(label)}</b>{' ' * (width - len(label))}  "
-            + (_marked(chunk, teacher[start:]) if teacher is not None and label != "prompt" else _escape(chunk))
-            for label, start, chunk in block
-        )
+        "\n".join(f"<b>{html.escape(label)}</b>  {_marked(text, same)}" for label, text, same in block)
         for block in sample_blocks(sample)
     ]
-    seed = html.escape(str(sample.get("seed", "-")))
-    return f'<p class="note">Seed {seed}</p>\n<pre class="wide">' + "\n\n".join(blocks) + "</pre>"
+    return (
+        f'<p class="note">{html.escape(prompt_text(sample))}</p>\n<pre class="wide">' + "\n\n".join(blocks) + "</pre>"
+    )
 
 
-def _marked(chunk, reference):
-    """Escaped text in which the runs of characters that differ from the reference are marked."""
-    differs = [character != reference[i : i + 1] for i, character in enumerate(chunk)]
-    runs = itertools.groupby(zip(differs, chunk, strict=True), key=lambda pair: pair[0])
-    texts = [(marked, _escape("".join(character for _, character in run))) for marked, run in runs]
-    return "".join(f"<mark>{text}</mark>" if marked else text for marked, text in texts)
+def _marked(text, same):
+    """Escaped, with the first difference marked and the rest grey; `same` characters come before it."""
+    first, after = max(same, 0), max(same + 1, 0)
+    marked = f"<mark>{_escape(text[first:after])}</mark>" if text[first:after] else ""
+    return _escape(text[:first]) + marked + (f"<i>{_escape(text[after:])}</i>" if text[after:] else "")
 
 
 def _escape(text):
     """Escaped; the line break's sign, which many monospace fonts lack, gets an element that holds it to one column."""
-    return html.escape(text).replace("⏎", "<i>⏎</i>")
+    return html.escape(text).replace("⏎", "<s>⏎</s>")
 
 
-def _quality_section(stages):
+def _passes_section(stages):
     """What more tokens per pass cost in quality, and what they give in speed."""
     quality = [
         *_over_passes(stages, "sample_nll", "NLL", _BLUE, "AR NLL"),
@@ -164,41 +171,37 @@ def _quality_section(stages):
         *_over_passes(stages, "block_agreement", "block", _ORANGE),
         *_over_passes(stages, "chance", "chance", _GREY, dashes="--"),
     ]
-    speed = _over_passes(stages, "tokens_per_second", "students", _BLUE, "AR")
-    panels = [
-        panel("quality", "Samples under the AR teacher", "nats per token", quality, passes=True),
-        panel("fidelity", "Agreement with the AR teacher", "share of tokens or blocks", fidelity, (0, 1), passes=True),
-        panel("speed", "Decoding", "useful tokens per second", speed, (0, None), passes=True),
-    ]
-    hollow = " Hollow: distilled from the AR teacher itself." if any(map(_is_from_ar, stages)) else ""
-    note = f"Filled: each student distilled from the one before it.{hollow} Dotted: the AR teacher, at 1."
-    return _panels("Quality and speed over tokens per pass", note, panels)
-
-
-def _joint_section(stages):
-    """The distribution itself, for teachers whose joint can be enumerated."""
-    lines = [
+    joint = [
         *_over_passes(stages, "joint_tv", "students", _BLUE),
         *_over_passes(stages, "joint_tv_null", "AR null", _GREY, dashes="--"),
     ]
-    panels = [panel("joint", "Distance to the exact joint", "total variation", lines, (0, None), passes=True)]
-    note = "AR null: a sample of the same size from the teacher's joint. A perfect student lies on it."
-    return _panels("Joint distribution of blocks", note, panels)
+    widest = max((window_of(name) for name in stages if window_of(name)), default=1)
+    speed = [Line("AR", [(1, 1), (widest, 1)], _GREY, ":")] if speed_batches(stages) else []
+    for batch, colour in zip(speed_batches(stages), itertools.cycle(_PALETTE), strict=False):
+        speed += _over_passes(stages, versus(batch), batch, colour)
+    panels = [
+        panel("Samples under the AR teacher", "nats per token", quality, passes=True),
+        panel("Agreement with the AR teacher", "share of tokens or blocks", fidelity, (0, 1), passes=True),
+        panel("Decoding", "speed over AR, by requests at a time", speed, (0, None), passes=True),
+        panel("Distance to the exact joint", "total variation", joint, (0, None), passes=True),
+    ]
+    hollow = " Hollow: distilled from the AR teacher itself." if any(map(_is_from_ar, stages)) else ""
+    note = f"Filled: each student distilled from the one before it.{hollow} Dotted: the AR teacher."
+    return _panels("Quality and speed over tokens per pass", note, panels)
 
 
 def _training_section(history, stages):
     """Loss and agreement over the steps of every stage."""
-    losses = [panel(f"loss-{name}", name, "loss, nats", _loss_lines(records)) for name, records in history.items()]
-    agreements = [
-        panel(f"agreement-{name}", name, "agreement", _agreement_lines(records, stages.get(name, {})), (0, 1))
+    panels = [panel(name, "loss, nats", _loss_lines(records)) for name, records in history.items()] + [
+        panel(name, "agreement", _agreement_lines(records, stages.get(name, {})), (0, 1))
         for name, records in history.items()
     ]
-    loss_note = "On training batches: of the AR teacher on text, of each student on its teacher's tokens."
     note = (
-        "On training batches: how often the student's token is the one of the teacher that it learns from. "
-        "Chance is that of two independent draws of the AR teacher."
+        "On training batches. Loss: of the AR teacher on text, of each student on its teacher's tokens. Agreement: how "
+        "often the student's token is the one of the teacher that it learns from. Chance: of two independent draws of "
+        "the AR teacher."
     )
-    return _panels("Training loss", loss_note, losses) + _panels("Training agreement", note, agreements)
+    return _panels("Training", note, panels)
 
 
 def _over_passes(stages, key, label, colour, ar_label="", dashes="-"):
@@ -219,9 +222,10 @@ def _is_from_ar(name):
     return name.endswith("-from-ar")
 
 
-def _mean(values):
-    """Of a list, or of one value; NaN when there is nothing to average."""
-    numbers = [v for v in (values if isinstance(values, list) else [values]) if is_number(v)]
+def _mean(value):
+    """Of a list, the median of a ratio, or a number itself; NaN when there is nothing to average."""
+    value = value.get("median") if isinstance(value, dict) else value
+    numbers = [v for v in (value if isinstance(value, list) else [value]) if is_number(v)]
     return sum(numbers) / len(numbers) if numbers else math.nan
 
 
@@ -259,9 +263,7 @@ def _over_steps(records, key):
 
 def _panels(heading, note, panels):
     panels = [panel for panel in panels if panel]
-    if not panels:
-        return ""
-    return _section(heading, f"<p>{note}</p>", '<div class="panels">', *panels, "</div>")
+    return _section(heading, f"<p>{note}</p>", '<div class="panels">', *panels, "</div>") if panels else ""
 
 
 def _config_section(config):
@@ -275,54 +277,3 @@ def _config_section(config):
 
 def _section(heading, *content):
     return "\n".join([f"<section>\n<h2>{heading}</h2>", *content, "</section>\n"])
-
-
-_STYLE = """
-:root { color-scheme: light; }
-body { margin: 0 auto; padding: 2rem 1.25rem 4rem; max-width: 72rem; background: #fff; color: #1c1c1c;
-       font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif; }
-h1 { font-size: 1.75rem; line-height: 1.2; margin: 0; overflow-wrap: anywhere; }
-h2 { font-size: 1.2rem; margin: 2.75rem 0 .5rem; padding-top: .75rem; border-top: 1px solid #d5d5d5; }
-p { margin: .25rem 0 .75rem; max-width: 46rem; }
-header p, .note, dl, figcaption { color: #4a4a4a; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; white-space: nowrap; }
-th, td { padding: .35rem .6rem; text-align: right; border-bottom: 1px solid #e2e2e2; }
-th { font-weight: 600; }
-thead th { border-bottom: 2px solid #1c1c1c; }
-th:first-child, .left { text-align: left; }
-dl { columns: 2 26rem; column-gap: 2.5rem; font-size: .85rem; margin: 1rem 0; }
-dl div { display: flex; gap: .75rem; break-inside: avoid; padding: .1rem 0; }
-dt { flex: 0 0 5.2rem; font-weight: 600; color: #1c1c1c; }
-dd { margin: 0; }
-pre { margin: 0 0 1.5rem; padding: 1rem; background: #f6f6f4; border-radius: 4px; line-height: 1.5;
-      font: .85rem/1.55 ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace; }
-pre i { display: inline-block; width: 1ch; overflow: hidden; vertical-align: bottom; font-style: normal; }
-mark { background: #ffe3b8; color: inherit; box-shadow: inset 0 -2px #d55e00; }
-.panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(20rem, 100%), 1fr)); gap: 1.25rem; }
-figure { margin: 0; }
-figcaption { font-weight: 600; font-size: .95rem; margin-bottom: .25rem; }
-svg { display: block; width: 100%; max-width: 26rem; height: auto; }
-svg * { stroke-linejoin: round; stroke-linecap: butt; }
-svg text { font-family: system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif !important; }
-summary { cursor: pointer; margin-bottom: .5rem; }
-"""
-
-
-_PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body>
-<header><h1>{title}</h1>{origin}</header>
-<main>
-{sections}
-</main>
-</body>
-</html>
-"""

@@ -1,52 +1,103 @@
-"""Samples of teacher and students: what the AR teacher thinks of them, and how fast they came."""
+"""Samples of teacher and students: where they start, what the AR teacher thinks of them, and how fast they come."""
 
 import functools
-import time
+from collections.abc import Iterable, Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kforcing_jax.data.pipeline import Corpus
 from kforcing_jax.decoding import Generation, generate
-from kforcing_jax.evaluation.text_metrics import distinct_n, repetition, token_entropy
+from kforcing_jax.evaluation.text_metrics import distinct_n, new_tokens, repetition, token_entropy
+from kforcing_jax.evaluation.timing import in_turns
 from kforcing_jax.models import CausalLM
+from kforcing_jax.sharding import to_host
 
-_TIMED_RUNS = 3
 
+def prompts(corpus: Corpus, count: int, length: int, kept: int = 0) -> np.ndarray:
+    """Up to `count` beginnings of validation text, (count, length), that begin with a word where text has words.
 
-def decode(model, params, prompts_BxP: np.ndarray, **settings) -> tuple[Generation, float]:
-    """Continues the prompts with `generate`: what it decoded, and its useful tokens (up to EOS) per second.
+    Where rows are cut from running text they begin anywhere in it, after `kept` tokens of their own (a BOS).
 
-    The rate is the median of three runs after the one that compiles.
+    Raises:
+      DataError: no document is longer than `length` tokens.
     """
-    decoded = generate(model, params, prompts_BxP, **settings)
-    seconds = []
-    for _ in range(_TIMED_RUNS):
-        start = time.perf_counter()
-        generate(model, params, prompts_BxP, **settings)
-        seconds.append(time.perf_counter() - start)
-    return decoded, float((decoded.lengths - prompts_BxP.shape[1]).sum() / np.median(seconds))
+    texts = corpus.beginnings(count, length)
+    if corpus.segmented:  # documents, from their beginning
+        return np.stack([text_M[:length] for text_M in texts])
+    firsts = [first_word(corpus.tokenizer, text_M, kept, len(text_M) - length + kept) for text_M in texts]
+    pieces = [(text_M[:kept], text_M[first:]) for text_M, first in zip(texts, firsts, strict=True)]
+    return np.stack([np.concatenate(piece)[:length] for piece in pieces])
 
 
-def measure(teacher: CausalLM, teacher_params, decoded: Generation, prompt_length: int) -> dict:
-    """Figures of decoded continuations, up to their EOS.
+def first_word(tokenizer, tokens_N: np.ndarray, least: int, most: int) -> int:
+    """The first index in (least, most] where a word begins: after an EOS, or at white space. `least` if there is none.
+
+    What is at `least` itself may be the middle of a word.
+    """
+    before = tokenizer.decode(tokens_N[: least + 1])
+    for index in range(least + 1, most + 1):
+        whole = tokenizer.decode(tokens_N[: index + 1])
+        piece = whole[len(before) :]
+        after_space = before[-1:].isspace() or piece[:1].isspace()
+        if tokens_N[index - 1] == tokenizer.eos_id or (after_space and piece.strip()):
+            return index
+        before = whole
+    return least
+
+
+def speeds(
+    stages: Mapping[str, tuple], prompts_RxP: np.ndarray, batches: Iterable[int], rounds: int, **settings
+) -> dict[str, dict[str, dict]]:
+    """How fast `stages` (name to model, parameters, tokens per pass) decode, taking turns, every text at full length.
 
     Returns:
-      sample_nll, sample_entropy: nats per token under the AR teacher, given prompt and sample so far. Low NLL with
-        low entropy is repetition, not quality.
-      token_entropy, distinct_2, repetition_4: of the samples alone, see `text_metrics`.
+      By stage and by number of requests (text, as JSON wants it): raw tokens_per_second, from the median; of students
+      also vs_ar, how much faster than `ar` within a round: median, and first and last quartile (low, high).
     """
-    rows = [tokens[prompt_length:length] for tokens, length in zip(decoded.tokens, decoded.lengths, strict=True)]
-    nll_BxM, entropy_BxM = map(np.asarray, _under_teacher(teacher, teacher_params, decoded.tokens))
-    position_M = np.arange(1, decoded.tokens.shape[1])
-    new_BxM = (position_M >= prompt_length) & (position_M < decoded.lengths[:, None])
-    return {
-        "sample_nll": float(nll_BxM[new_BxM].mean()),
-        "sample_entropy": float(entropy_BxM[new_BxM].mean()),
+    found = {name: {} for name in stages}
+    for batch in batches:
+        rows = prompts_RxP[np.arange(batch) % len(prompts_RxP)]
+        programs = {
+            name: functools.partial(generate, model, params, rows, k=k, seeds=np.arange(batch), **settings)
+            for name, (model, params, k) in stages.items()
+        }
+        times = in_turns(programs, rounds)
+        for name in stages:
+            rate = batch * settings["max_new_tokens"] / times.median(name)
+            versus = {} if name == "ar" else {"vs_ar": times.ratio("ar", name)}
+            found[name][str(batch)] = {"tokens_per_second": round(rate, 1)} | versus
+    return found
+
+
+def measure(teacher: CausalLM, teacher_params, decoded: Generation, prompt_length: int, eos_id: int | None) -> dict:
+    """Figures of decoded continuations.
+
+    Returns:
+      sample_nll, sample_entropy: see `under_teacher`.
+      token_entropy, distinct_2, repetition_4: of the texts up to their EOS and without it, see `text_metrics`.
+      tokens_per_pass: tokens up to and with EOS over the forward passes that they took.
+    """
+    texts = zip(decoded.tokens, decoded.lengths, strict=True)
+    rows = [new_tokens(tokens, prompt_length, length, eos_id) for tokens, length in texts]
+    return under_teacher(teacher, teacher_params, decoded, prompt_length) | {
         "token_entropy": token_entropy(rows),
         "distinct_2": distinct_n(rows, 2),
         "repetition_4": repetition(rows, 4),
+        "tokens_per_pass": float((decoded.lengths - prompt_length).sum() / decoded.passes.sum()),
     }
+
+
+def under_teacher(teacher: CausalLM, params, decoded: Generation, prompt_length: int) -> dict:
+    """sample_nll and sample_entropy: nats per token (EOS included) under the AR teacher at tau = 1.
+
+    Given prompt and sample so far. Low NLL with low entropy is repetition, not quality.
+    """
+    nll_BxM, entropy_BxM = map(to_host, _under_teacher(teacher, params, decoded.tokens))
+    position_M = np.arange(1, decoded.tokens.shape[1])
+    new_BxM = (position_M >= prompt_length) & (position_M < decoded.lengths[:, None])
+    return {"sample_nll": float(nll_BxM[new_BxM].mean()), "sample_entropy": float(entropy_BxM[new_BxM].mean())}
 
 
 @functools.partial(jax.jit, static_argnames="teacher")

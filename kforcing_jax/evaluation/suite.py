@@ -1,20 +1,26 @@
 """The whole evaluation of a run: every finished stage against the AR teacher, into summary.json and report.html."""
 
+import dataclasses
 import datetime
 import logging
+import time
 import zlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
+from kforcing_jax.config import EvaluationConfig
 from kforcing_jax.data.pipeline import Corpus
 from kforcing_jax.errors import RunError
 from kforcing_jax.evaluation.external import external_figures
 from kforcing_jax.evaluation.fidelity import agreement, compare_with_joint, exact_joint, student_counts
+from kforcing_jax.evaluation.provenance import device, revision
 from kforcing_jax.evaluation.report import write_report
-from kforcing_jax.evaluation.samples import decode, measure
+from kforcing_jax.evaluation.samples import generate, measure, prompts, speeds
 from kforcing_jax.evaluation.scorer import Scorer
+from kforcing_jax.sharding import replicated
 from kforcing_jax.training.checkpoints import finished_stages, load_stage
 from kforcing_jax.training.records import stage_progress
 from kforcing_jax.workdir import Workdir
@@ -23,42 +29,162 @@ _LOG = logging.getLogger("kforcing_jax")
 
 # Noise seed of the first continued prompt; the others count up.
 _FIRST_SEED = 0
+# Prompts whose continuations are shown.
+_SHOWN = 3
 # The largest joint that is enumerated, in blocks.
 _MOST_BLOCKS = 100_000
 
 
-def evaluate(workdir: Workdir, corpus: Corpus, scorer: Scorer | None = None) -> dict:
-    """Measures all finished stages; returns what it writes to summary.json. With a scorer also `external` figures.
+def evaluate(workdir: Workdir, corpus: Corpus, mesh: Mesh, scorer: Scorer | None = None, command: str = "") -> dict:
+    """Measures all finished stages on a mesh; returns what it writes to summary.json.
 
-    Of several processes each does the same on its own first device, and the first one writes.
+    With a scorer also `external` figures. `command` is what the run was started with, for the report. All processes of
+    a run have to call this together; the first one writes.
 
     Raises:
       RunError: the AR teacher is not finished.
     """
-    settings = workdir.config.evaluation
-    teacher, teacher_params = load_stage(workdir, "ar", corpus)
+    start = time.perf_counter()
     if not workdir.is_writable():
         _LOG.warning(f"{workdir.path} is not writable: what is measured will not be kept")
-    key = jax.random.fold_in(jax.random.key(workdir.config.seed), zlib.crc32(b"evaluation"))
-    texts = corpus.beginnings(settings.samples, settings.prompt_length)
-    prompts_BxP = np.stack([text_M[: settings.prompt_length] for text_M in texts])
-    stages, continuations = {}, {}
-    for name in finished_stages(workdir):
-        _LOG.info(f"{name:<11} evaluating")
-        model, params = load_stage(workdir, name, corpus)
-        decoded, speed = _decode(workdir, corpus, name, model, params, prompts_BxP)
-        measured = measure(teacher, teacher_params, decoded, settings.prompt_length)
-        measured |= {"tokens_per_second": round(speed, 1), "tokens_per_pass": _tokens_per_pass(workdir, name)}
+    with jax.set_mesh(mesh):
+        weights = {name: stage_progress(workdir, name).get("weights") for name in finished_stages(workdir)}
+        run = _Run.load(workdir, corpus, mesh, ["ar", *(name for name in weights if name != "ar")])
+        stages = {}
+        continuations = {}
+        for name in run.models:
+            _LOG.info(f"{name:<11} evaluating")
+            decoded = run.decode(name)
+            stages[name] = run.measure(name, decoded, scorer) | {"weights": weights[name]}
+            continuations[name] = run.texts(decoded)
+        for name, speed in run.speeds().items():
+            stages[name] |= _speed_figures(speed, run.useful_share(stages[name].pop("new_tokens")))
+    general = {
+        "device": device(mesh),
+        "date": datetime.date.today().isoformat(),
+        "revision": revision(),
+        "data": f"{workdir.config.data.source}, {corpus.describe()}",
+        "seed": workdir.config.seed,
+        "tau": run.tau,
+        "evaluation_seconds": round(time.perf_counter() - start, 1),
+        "samples": run.samples(continuations),
+    }
+    return _keep(workdir, general | ({"command": command} if command else {}), stages)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """What is evaluated: models with parameters on the mesh, and what all of them continue, under the same noise."""
+
+    workdir: Workdir
+    corpus: Corpus
+    models: dict[str, tuple]
+    prompts_BxP: np.ndarray
+    key: jax.Array
+
+    @classmethod
+    def load(cls, workdir: Workdir, corpus: Corpus, mesh: Mesh, names: list[str]) -> "_Run":
+        settings, framed = workdir.config.evaluation, workdir.config.data.packing == "framed"
+        models = {name: load_stage(workdir, name, corpus, mesh) for name in names}
+        prompts_BxP = prompts(corpus, settings.samples, settings.prompt_length, kept=int(framed))
+        key = jax.random.fold_in(jax.random.key(workdir.config.seed), zlib.crc32(b"evaluation"))
+        return cls(workdir, corpus, models, prompts_BxP, jax.device_put(key, replicated(mesh)))
+
+    @property
+    def settings(self) -> EvaluationConfig:
+        return self.workdir.config.evaluation
+
+    @property
+    def tau(self) -> float:
+        return self.workdir.config.evaluation_tau
+
+    def window(self, name) -> int:
+        return self.workdir.config.stages[name].window
+
+    def decode(self, name):
+        model, params = self.models[name]
+        seeds = _FIRST_SEED + np.arange(len(self.prompts_BxP))
+        settings = dict(max_new_tokens=self.settings.new_tokens, k=max(self.window(name), 1), tau=self.tau)
+        return generate(model, params, self.prompts_BxP, seeds=seeds, eos_id=self.corpus.eos_id, **settings)
+
+    def measure(self, name, decoded, scorer) -> dict:
+        length = self.settings.prompt_length
+        measured = measure(*self.models["ar"], decoded, length, self.corpus.eos_id)
+        measured["parameters"] = sum(leaf.size for leaf in jax.tree.leaves(self.models[name][1]))
+        measured["new_tokens"] = int((decoded.lengths - length).sum())
         if scorer:
-            rows = decoded.tokens, decoded.lengths, settings.prompt_length, corpus.tokenizer
+            rows = decoded.tokens, decoded.lengths, length, self.corpus.tokenizer
             measured["external"] = external_figures(scorer, *rows)
-        if workdir.config.stages[name].window:
-            measured |= _measure_map(workdir, corpus, name, model, params, teacher, teacher_params, key)
-        stages[name] = measured | {"weights": stage_progress(workdir, name).get("weights")}
-        continuations[name] = corpus.tokenizer.decode(decoded.tokens[0, settings.prompt_length : decoded.lengths[0]])
-    prompt = corpus.tokenizer.decode(prompts_BxP[0])
-    samples = [{"prompt": prompt, "seed": _FIRST_SEED, "continuations": continuations}]
-    general = {"device": _device(), "date": datetime.date.today().isoformat(), "samples": samples}
+        if self.window(name):
+            measured |= self._agreement(name) | self._joint(name)
+        return measured
+
+    def _agreement(self, name):
+        settings = self.settings
+        return agreement(
+            *self.models["ar"],
+            *self.models[name],
+            self.corpus.validation_batches(settings.rows, settings.batch_size),
+            self.key,
+            window=self.window(name),
+            tau=self.tau,
+            eos_id=self.corpus.eos_id,
+        )
+
+    def _joint(self, name):
+        """The distribution itself, where it can be enumerated."""
+        window, settings = self.window(name), self.settings
+        is_small = (self.corpus.vocab_size - 1) ** window <= _MOST_BLOCKS
+        if self.workdir.config.data.source != "markov" or not is_small:
+            return {}
+        # Half a row leaves room for the window inside the positions that were trained.
+        rows_RxN = self.corpus.validation_rows(settings.joint_contexts).tokens
+        contexts_CxN = jnp.asarray(rows_RxN[:, : rows_RxN.shape[1] // 2])
+        joint = exact_joint(*self.models["ar"], contexts_CxN, window, tau=self.tau)
+        counts = student_counts(
+            *self.models[name], contexts_CxN, window, settings.joint_samples, self.key, tau=self.tau
+        )
+        return compare_with_joint(counts, joint, self.workdir.config.seed)
+
+    def speeds(self):
+        settings = self.settings
+        sizes = ", ".join(map(str, settings.speed_batches))
+        _LOG.info(f"{'speed':<11} all stages in turns, {sizes} requests at a time")
+        stages = {name: (*model, max(self.window(name), 1)) for name, model in self.models.items()}
+        shared = dict(max_new_tokens=settings.new_tokens, tau=self.tau)
+        return speeds(stages, self.prompts_BxP, settings.speed_batches, settings.speed_rounds, **shared)
+
+    def useful_share(self, new_tokens: int) -> float:
+        """Of the tokens of texts at full length: those up to EOS."""
+        return new_tokens / (len(self.prompts_BxP) * self.settings.new_tokens)
+
+    def texts(self, decoded) -> list[str]:
+        """The first continuations, as text."""
+        rows = list(zip(decoded.tokens, decoded.lengths, strict=True))
+        return [self.corpus.tokenizer.decode(tokens[self.settings.prompt_length : end]) for tokens, end in rows]
+
+    def samples(self, continuations) -> list[dict]:
+        """A few different prompts, and what every stage made of them."""
+        shown = {}
+        for row, prompt_P in enumerate(self.prompts_BxP):
+            shown.setdefault(self.corpus.tokenizer.decode(prompt_P).lstrip(), row)
+        return [
+            {
+                "prompt": prompt,
+                "seed": _FIRST_SEED + row,
+                "continuations": {name: texts[row] for name, texts in continuations.items()},
+            }
+            for prompt, row in list(shown.items())[:_SHOWN]
+        ]
+
+
+def _speed_figures(speed, useful_share):
+    largest = speed[max(speed, key=int)]
+    return {"speed": speed, "tokens_per_second": round(useful_share * largest["tokens_per_second"], 1)}
+
+
+def _keep(workdir, general, stages) -> dict:
+    """Adds what was measured to summary.json and writes the report, where that can be done; returns the summary."""
     try:
         with workdir.changed_summary() as summary:
             _merge(workdir, summary, general, stages)
@@ -83,50 +209,3 @@ def _merge(workdir, summary, general, stages):
             before = {"steps": workdir.config.stages[name].last_step, "seconds": round(progress.get("seconds", 0.0), 1)}
         before.pop("external", None)  # of the samples before
         summary["stages"][name] = before | measured
-
-
-def _decode(workdir, corpus, name, model, params, prompts_BxP):
-    """Every stage continues the same prompts under the same noise."""
-    return decode(
-        model,
-        params,
-        prompts_BxP,
-        max_new_tokens=workdir.config.evaluation.new_tokens,
-        k=_tokens_per_pass(workdir, name),
-        tau=workdir.config.stages[name].tau_max,
-        seeds=_FIRST_SEED + np.arange(len(prompts_BxP)),
-        eos_id=corpus.eos_id,
-    )
-
-
-def _tokens_per_pass(workdir, name):
-    return max(workdir.config.stages[name].window, 1)
-
-
-def _measure_map(workdir, corpus, name, student, params, teacher, teacher_params, key):
-    """Agreement with the teacher, and the joint distribution where it can be enumerated."""
-    settings, window = workdir.config.evaluation, workdir.config.stages[name].window
-    measured = agreement(
-        teacher,
-        teacher_params,
-        student,
-        params,
-        corpus.validation_batches(settings.rows, settings.batch_size),
-        key,
-        window=window,
-        tau=workdir.config.stages[name].tau_max,
-        eos_id=corpus.eos_id,
-    )
-    if workdir.config.data.source == "markov" and (corpus.vocab_size - 1) ** window <= _MOST_BLOCKS:
-        # Half a row leaves room for the window inside the positions that were trained.
-        rows_RxN = corpus.validation_rows(settings.joint_contexts).tokens
-        contexts_CxN = jnp.asarray(rows_RxN[:, : rows_RxN.shape[1] // 2])
-        joint = exact_joint(teacher, teacher_params, contexts_CxN, window)
-        counts = student_counts(student, params, contexts_CxN, window, settings.joint_samples, key)
-        measured |= compare_with_joint(counts, joint, workdir.config.seed)
-    return measured
-
-
-def _device() -> str:
-    device = jax.devices()[0]
-    return f"{jax.device_count()} x {device.device_kind} ({device.platform}), jax {jax.__version__}"

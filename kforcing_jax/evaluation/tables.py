@@ -1,4 +1,4 @@
-"""A run's figures as a table, and its samples aligned, for the terminal; report.py shows the same on a page.
+"""A run's figures as tables for the terminal; report.py shows the same on a page.
 
 What the summary does not hold yet is shown as "-".
 """
@@ -6,28 +6,30 @@ What the summary does not hold yet is shown as "-".
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from kforcing_jax.training.progress import clock
 
-# Characters of a sample on one line, next to its label.
-_SAMPLE_WIDTH = 96
+_VS_AR = (
+    "speed over AR's, so many requests at a time: median [quartiles] of rounds in which all stages take turns; "
+    "unclear: the quartiles are further apart than the median is from 1"
+)
+WHY_LITTLE_GAIN = (
+    "A student's pass carries 2k rows of every text (the k tokens before, k of noise), AR's carries one: that costs "
+    "little where a pass waits for weights or launches, and nearly all of the gain in a tiny model on a CPU."
+)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Column:
-    """One figure per stage: `show(stage, ar)` gives its text."""
+class Column:
+    """One figure per stage: `show(stage)` gives its text."""
 
     name: str
     meaning: str
-    show: Callable[[dict, dict], str]
-    per_offset: bool = False  # aligned to the left, so that offset j is below offset j
+    show: Callable[[dict], str]
+    to_the_left: bool = False  # so that offset j is below offset j
     needs: str = ""  # the column is left out when no stage has this key
     terminal: bool = True  # the page has room for all columns, a terminal has not
-
-
-def _value(key, digits):
-    return lambda stage, ar: f"{stage[key]:,.{digits}f}" if is_number(stage.get(key)) else "-"
 
 
 def is_number(value) -> bool:
@@ -35,114 +37,141 @@ def is_number(value) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value)
 
 
+def _number_text(value, digits):
+    return f"{value:,.{digits}f}" if is_number(value) else "-"
+
+
 def _short(value):
     """A fraction in few characters: .70."""
-    return f"{value:.2f}".removeprefix("0") if is_number(value) else "-"
+    return _number_text(value, 2).removeprefix("0")
 
 
-def _per_offset(key):
-    return lambda stage, ar: " ".join(map(_short, stage.get(key) or [])) or "-"
+def _number(name, key, digits, meaning, **settings):
+    return Column(name, meaning, lambda stage: _number_text(stage.get(key), digits), **settings)
 
 
-def _time(stage, ar):
+def _offsets(name, meaning):
+    return Column(name, meaning, lambda stage: " ".join(map(_short, stage.get(name) or [])) or "-", to_the_left=True)
+
+
+def _loss(name, meaning, of_ar):
+    def show(stage):
+        return _number_text(stage.get("validation_loss"), 3) if (stage["name"] == "ar") == of_ar else "-"
+
+    return Column(name, meaning, show, terminal=False)
+
+
+def _time(stage):
     return clock(stage["seconds"]) if is_number(stage.get("seconds")) else "-"
 
 
-def _speed_up(stage, ar):
-    own, teacher = stage.get("tokens_per_second"), ar.get("tokens_per_second")
-    return f"{own / teacher:.2f}x" if is_number(own) and is_number(teacher) and teacher > 0 else "-"
+def _p_values(stage):
+    tests = (stage.get(key) or {} for key in ("joint_g_test", "joint_g_test_null"))
+    return ", ".join(_number_text(test.get("p_value"), 3) for test in tests)
 
 
 def gen_ppl_text(figures: dict) -> str:
     """A perplexity with its interval: 104.8 [98.1, 112.0]."""
-    if not is_number(figures.get("gen_ppl")):
-        return "-"
     interval = figures.get("gen_ppl_interval")
-    return f"{figures['gen_ppl']:.1f}" + (f" [{interval[0]:.1f}, {interval[1]:.1f}]" if interval else "")
+    return _number_text(figures.get("gen_ppl"), 1) + (f" [{interval[0]:.1f}, {interval[1]:.1f}]" if interval else "")
 
 
-def _p_value(key):
-    return lambda stage, ar: _value("p_value", 3)(stage.get(key) or {}, ar)
+def ratio_text(ratio: dict | None) -> str:
+    """A ratio of times with its quartiles, and whether they are further apart than it is from 1."""
+    if not ratio:
+        return "-"
+    unclear = ratio["high"] - ratio["low"] > abs(ratio["median"] - 1)
+    return f"{ratio['median']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]{' unclear' if unclear else ''}"
 
 
-_COLUMNS = (
-    _Column("steps", "training steps", _value("steps", 0), terminal=False),
-    _Column("time", "duration of the training", _time, terminal=False),
-    _Column("loss", "validation loss, nats per token", _value("validation_loss", 3), terminal=False),
-    _Column(
-        "agreement",
-        "per offset: how often the student's token is the one that the AR teacher draws from the same noise",
-        _per_offset("agreement"),
-        per_offset=True,
+_QUALITY = (
+    _number("steps", "steps", 0, "training steps", terminal=False),
+    Column("time", "duration of the training", _time, terminal=False),
+    _loss("loss on text", "validation loss of the AR teacher, nats per token", of_ar=True),
+    _loss("loss vs teacher", "of a student, on the tokens of the teacher that it learns from", of_ar=False),
+    _offsets("agreement", "per offset: how often the student's token is what the AR teacher draws from the same noise"),
+    _offsets("chance", "per offset: how often two independent draws of the AR teacher are equal"),
+    _number("block", "block_agreement", 2, "how often all offsets agree; 1 - block bounds a block's total variation"),
+    _number("NLL", "sample_nll", 2, "of the samples under the AR teacher, nats per token"),
+    _number(
+        "entropy", "sample_entropy", 2, "of the AR teacher there; low with low NLL is repetition, not quality"
     ),
-    _Column(
-        "chance",
-        "per offset: how often two independent draws of the AR teacher are equal",
-        _per_offset("chance"),
-        per_offset=True,
-    ),
-    _Column(
-        "block",
-        "how often all offsets of a window agree; 1 - block bounds its total variation from above",
-        lambda stage, ar: _short(stage.get("block_agreement")),
-    ),
-    _Column("NLL", "of the samples under the AR teacher, nats per token", _value("sample_nll", 2)),
-    _Column(
-        "entropy",
-        "of the AR teacher along the samples, nats per token; low NLL with low entropy is repetition, not quality",
-        _value("sample_entropy", 2),
-    ),
-    _Column("token H", "entropy of the tokens within a sample, nats", _value("token_entropy", 2), terminal=False),
-    _Column("distinct", "distinct bigrams over all bigrams of the samples", _value("distinct_2", 2)),
-    _Column("repeat", "share of a sample's 4-grams that repeat an earlier one", _value("repetition_4", 2)),
-    _Column(
+    _number("token H", "token_entropy", 2, "entropy of the tokens within a sample, nats", terminal=False),
+    _number("distinct", "distinct_2", 2, "distinct bigrams over all bigrams of the samples"),
+    _number("repeat", "repetition_4", 2, "share of a sample's 4-grams that repeat an earlier one"),
+    Column(
         "Gen-PPL",
         "perplexity of the samples under the external scorer, and its 95 % interval over prompts",
-        lambda stage, ar: gen_ppl_text(stage.get("external") or {}),
+        lambda stage: gen_ppl_text(stage.get("external") or {}),
         needs="external",
     ),
-    _Column("tokens/s", "useful tokens (up to EOS) per second of the compiled decoder", _value("tokens_per_second", 0)),
-    _Column("vs AR", "tokens per second over those of the AR teacher", _speed_up),
-    _Column(
-        "TV",
-        "total variation between the blocks' distribution and the AR teacher's exact joint",
-        _value("joint_tv", 3),
-        needs="joint_tv",
-    ),
-    _Column(
-        "AR null",
-        "TV of an AR sample of the same size; no student can be expected below it",
-        _value("joint_tv_null", 3),
-        needs="joint_tv",
-    ),
-    _Column(
+    _number("TV", "joint_tv", 3, "total variation between blocks and the AR teacher's exact joint", needs="joint_tv"),
+    _number("AR null", "joint_tv_null", 3, "TV of an AR sample of that size: no student is below", needs="joint_tv"),
+    Column(
         "G-test",
-        "p-value: the chance of a G statistic this large, were the blocks the teacher's own",
-        _p_value("joint_g_test"),
-        needs="joint_g_test",
-        terminal=False,
-    ),
-    _Column(
-        "null G-test",
-        "the same for the AR sample",
-        _p_value("joint_g_test_null"),
+        "p-values: the chance of such a G statistic, were the blocks the teacher's own; of the student, of the AR null",
+        _p_values,
         needs="joint_g_test",
         terminal=False,
     ),
 )
 
 
+def quality_columns(stages: dict) -> list[Column]:
+    """The columns that some stage has figures for."""
+    return [c for c in _QUALITY if not c.needs or any(c.needs in stage for stage in stages.values())]
+
+
+def speed_columns(stages: dict) -> list[Column]:
+    """Of decoding: one column of ratios per number of requests. None before the first evaluation."""
+    batches = speed_batches(stages)
+    if not batches:
+        return []
+
+    return [
+        _number("tokens/pass", "tokens_per_pass", 2, "tokens of the samples per forward pass"),
+        _number("tokens/s", "tokens_per_second", 0, f"useful ones (up to EOS), {batches[-1]} requests at a time"),
+        *(
+            Column(versus(batch), _VS_AR, lambda stage, key=versus(batch): ratio_text(stage.get(key)))
+            for batch in batches
+        ),
+    ]
+
+
+def _ratio(name):
+    return Column(name, _VS_AR, lambda stage: ratio_text(stage.get(name)))
+
+
+def speed_batches(stages: dict) -> list[str]:
+    """The numbers of requests that decoding was timed with."""
+    return sorted({batch for stage in stages.values() for batch in stage.get("speed", {})}, key=int)
+
+
+def versus(batch: str) -> str:
+    """What a stage's speed over AR's with so many requests at a time is called."""
+    return f"vs AR, {batch}"
+
+
 def table(summary: dict) -> str:
-    """The stages of a run as a plain-text table with a legend, within 120 columns at k <= 4.
+    """The stages of a run as plain-text tables with legends, within 120 columns at k <= 4.
 
     Args:
       summary: what summary.json holds. Keys may be missing and are shown as "-".
     """
     stages = stages_of(summary)
-    columns = [column for column in columns_for(stages) if column.terminal]
+    quality = [column for column in quality_columns(stages) if column.terminal]
+    origin = " - ".join(str(summary[key]) for key in ("device", "date") if summary.get(key))
+    tau = [f"all sampled at tau = {summary['tau']:g}"] if is_number(summary.get("tau")) else []
+    parts = ["\n".join(filter(None, [origin, *tau, _plain(stages, quality)]))]
+    if speed_columns(stages):
+        parts.append(f"{_plain(stages, speed_columns(stages))}\n{WHY_LITTLE_GAIN}")
+    return "\n\n".join(parts)
+
+
+def _plain(stages, columns):
     rows = [["stage", *(column.name for column in columns)], *table_rows(stages, columns)]
     widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
-    to_the_left = [True, *(column.per_offset for column in columns)]
+    to_the_left = [True, *(column.to_the_left for column in columns)]
     lines = [
         "  ".join(
             cell.ljust(width) if left else cell.rjust(width)
@@ -151,101 +180,38 @@ def table(summary: dict) -> str:
         for cells in rows
     ]
     rule = "  ".join("-" * width for width in widths)
-    legend = [f"{column.name:<9}  {column.meaning}" for column in columns]
-    return "\n".join([*origin(summary), lines[0], rule, *lines[1:], "", *legend])
+    return "\n".join([lines[0], rule, *lines[1:], "", *(f"{name:<11}  {text}" for name, text in legend(columns))])
 
 
-def figures_text(figures: dict) -> str:
-    """The figures of a released checkpoint, a line each, with their intervals where they have one."""
-    flat = {name: value for name, value in figures.items() if not isinstance(value, dict)}
-    for group in ("throughput", "external"):
-        flat |= {f"{group}.{name}": value for name, value in figures.get(group, {}).items()}
-    names = [name for name in flat if not name.endswith("_interval")]
-    width = max(map(len, names))
-    return "\n".join(f"{name:<{width}}  {_figure(flat[name], flat.get(f'{name}_interval'))}" for name in names)
+def legend(columns: list[Column]) -> list[tuple[str, str]]:
+    """(names, meaning), each meaning once."""
+    names = {}
+    for column in columns:
+        names.setdefault(column.meaning, column.name.split(",")[0])
+    return [(name, meaning) for meaning, name in names.items()]
 
 
-def _figure(value, interval) -> str:
-    if isinstance(value, list):
-        return " ".join(map(_short, value))
-    text = f"{value:,.4g}" if isinstance(value, float) else str(value if value is not None else "-")
-    return text + (f"  [{interval[0]:,.4g}, {interval[1]:,.4g}]" if interval else "")
+def table_rows(stages: dict, columns: list[Column]) -> list[list[str]]:
+    """One row of text per stage, its name first."""
+    return [[name, *(column.show(stage) for column in columns)] for name, stage in stages.items()]
 
 
-def samples_text(summary: dict) -> str:
-    """The continuations of each prompt under the same noise, below each other, character under character.
-
-    Long ones are wrapped in blocks of all stages. Line breaks, and whatever else would move a terminal's cursor, are
-    shown as one visible character. Scripts whose characters are wider than one column do not align.
-    """
-    return "\n\n".join(_sample_text(sample) for sample in summary.get("samples") or [])
+def stages_of(summary: dict) -> dict[str, dict]:
+    """What summary.json holds of each stage in order, with its name, and its speeds over AR's by `versus`."""
+    stages = in_order(summary.get("stages") or {})
+    return {name: {"name": name} | (stage or {}) | _ratios(stage or {}) for name, stage in stages.items()}
 
 
-def stages_of(summary) -> dict[str, dict]:
-    """What summary.json holds of each stage, in order."""
-    return in_order(summary.get("stages") or {})
+def _ratios(stage):
+    return {versus(batch): speed.get("vs_ar") for batch, speed in (stage.get("speed") or {}).items()}
 
 
 def in_order(by_stage: dict) -> dict:
-    """AR first, then students by window."""
-    return {name: by_stage[name] or {} for name in sorted(by_stage, key=_place)}
-
-
-def _place(name):
-    """A sort key: AR first, then students by window; at one window, the paper's recipe first."""
-    return name != "ar", window_of(name) or math.inf, name
+    """AR first, then students by window; at one window, the paper's recipe first."""
+    return dict(sorted(by_stage.items(), key=lambda item: (item[0] != "ar", window_of(item[0]) or math.inf, item[0])))
 
 
 def window_of(name: str) -> int | None:
     """The window in a stage's name; None for the AR teacher."""
     match = re.match(r"k(\d+)", name)
     return int(match[1]) if match else None
-
-
-def columns_for(stages) -> list[_Column]:
-    """The columns that some stage has figures for."""
-    return [c for c in _COLUMNS if not c.needs or any(c.needs in stage for stage in stages.values())]
-
-
-def table_rows(stages, columns):
-    """One row of text per stage, its name first."""
-    ar = stages.get("ar", {})
-    return [[name, *(column.show(stage, ar) for column in columns)] for name, stage in stages.items()]
-
-
-def origin(summary) -> list[str]:
-    """One line with device and date, without which figures mean nothing; none when they are not known."""
-    known = [str(summary[key]) for key in ("device", "date") if summary.get(key)]
-    return [" - ".join(known)] if known else []
-
-
-def _sample_text(sample):
-    width = label_width(sample)
-    blocks = [
-        "\n".join(f"{label:<{width}}  {chunk}".rstrip() for label, _, chunk in block) for block in sample_blocks(sample)
-    ]
-    return "\n\n".join([f"One prompt, one noise (seed {sample.get('seed', '-')}):", *blocks])
-
-
-def sample_blocks(sample) -> Iterator[list[tuple[str, int, str]]]:
-    """Blocks of lines (label, start, characters): those of the prompt, then those of all stages together."""
-    for group in ({"prompt": _one_line(sample.get("prompt") or "")}, continuations(sample)):
-        for start in range(0, max(map(len, group.values()), default=0), _SAMPLE_WIDTH):
-            yield [(name, start, text[start : start + _SAMPLE_WIDTH]) for name, text in group.items()]
-
-
-def continuations(sample) -> dict[str, str]:
-    """The continuations by stage, in order, each as one visible line."""
-    texts = sample.get("continuations") or {}
-    return {name: _one_line(texts[name] or "") for name in sorted(texts, key=_place)}
-
-
-def label_width(sample) -> int:
-    """Width of the column of stage names."""
-    return max(map(len, ["prompt", *continuations(sample)]))
-
-
-def _one_line(text):
-    """Character for character, visible: text can hold line breaks, and escape sequences that terminals obey."""
-    visible = text.replace("\n", "⏎").replace("\t", " ")
-    return "".join(character if character.isprintable() else "·" for character in visible)

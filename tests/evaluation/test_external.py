@@ -42,16 +42,17 @@ def test_a_run_has_external_figures_next_to_its_own(scorer, tmp_path):
     config = micro_config()
     workdir = Workdir.claim(tmp_path, config)
     corpus = workdir.corpus()
-    curriculum.run(workdir, corpus, make_mesh(config.mesh))
-    summary = evaluate(workdir, corpus, scorer)
+    mesh = make_mesh(config.mesh)
+    curriculum.run(workdir, corpus, mesh)
+    summary = evaluate(workdir, corpus, mesh, scorer)
     assert summary == json.loads(workdir.summary_path.read_text())
     for stage in summary["stages"].values():
         low, high = stage["external"]["gen_ppl_interval"]
         assert 1 < low <= stage["external"]["gen_ppl"] <= high
-    _, header, _, *rows = table(summary).splitlines()
+    _, _, header, _, *rows = table(summary).splitlines()
     assert {"Gen-PPL", "entropy", "distinct", "repeat"} <= set(header.split())
     for stage, row in zip(summary["stages"].values(), rows, strict=False):
         assert gen_ppl_text(stage["external"]) in row
     assert "Gen-PPL" in (tmp_path / "report.html").read_text()
     # Without a scorer, figures of what may have been other samples are not kept.
-    assert "external" not in evaluate(workdir, corpus)["stages"]["ar"]
+    assert "external" not in evaluate(workdir, corpus, mesh)["stages"]["ar"]
