@@ -106,7 +106,7 @@ def traced_programs():
         )
 
 
-@pytest.mark.parametrize("name, program", traced_programs(), ids=lambda x: x if isinstance(x, str) else "")
+@pytest.mark.parametrize("name, program", list(traced_programs()), ids=lambda x: x if isinstance(x, str) else "")
 def test_everything_else_multiplies_f32_at_the_highest_precision_too(name, program):
     """Decoding and prefill, rollout, evaluation, validation: TPUs and GPUs would take less by default."""
     config = config_with("dense")
