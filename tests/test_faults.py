@@ -285,7 +285,7 @@ def test_a_full_disk_is_one_line(trained, tmp_path, monkeypatch):
     done = main(trained[0], tmp_path / "run")
     assert done.status == 2 and "Traceback" not in done.err
     assert done.err.splitlines()[-1].endswith(
-        "ar/checkpoints/2 cannot be written: RESOURCE_EXHAUSTED: Error writing No space left on device"
+        "ar/checkpoints cannot be written: RESOURCE_EXHAUSTED: Error writing No space left on device"
     )
 
 

@@ -1,9 +1,8 @@
 """What the entry points share: flags, and errors as one line with a non-zero exit."""
 
-import atexit
-import contextlib
 import difflib
 import logging as python_logging
+import multiprocessing
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -35,10 +34,7 @@ def run(main: Callable[[Sequence[str]], None]):
         except UserError as error:
             _fail(str(error))
         except KeyboardInterrupt:
-            print("error: interrupted; the same command goes on where it stopped", file=sys.stderr, flush=True)
-            sys.stdout.flush()
-            # Not sys.exit: a compilation in another thread would crash while the interpreter ends.
-            os._exit(2)
+            _fail("interrupted; the same command goes on where it stopped")
         except OSError as error:
             _fail(f"{error.filename or type(error).__name__}: {error.strerror or error}")
         except RuntimeError as error:
@@ -46,8 +42,12 @@ def run(main: Callable[[Sequence[str]], None]):
                 raise
             _fail(" ".join(str(error).split()))
 
-    with _said_in_one_line(), _own_flags(main):
+    _speak_on_any_terminal()
+    try:
         app.run(guarded, flags_parser=_parse_flags)
+    finally:
+        if not _is_own_process():
+            _forget_flags(main)
 
 
 def config_from_flag(flag: flags.FlagHolder) -> Config:
@@ -84,39 +84,36 @@ def _parse_flags(argv):
     return rest
 
 
-@contextlib.contextmanager
-def _said_in_one_line():
-    """Nothing beside our own lines, and those on any terminal: libraries print tracebacks of what we have reported."""
+def _speak_on_any_terminal():
+    """What cannot be shown is escaped, and libraries say nothing of their own about errors that we report."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a notebook's has not
             stream.reconfigure(errors="backslashreplace")
-    hook = sys.unraisablehook
-    _mute()
-    atexit.register(_mute)  # threads may speak until then
-    try:
-        yield
-    finally:
-        sys.unraisablehook = hook
-
-
-def _mute():
-    sys.unraisablehook = lambda unraisable: None
     python_logging.getLogger("asyncio").disabled = True
+    if _is_own_process():
+        sys.unraisablehook = lambda unraisable: None
 
 
-@contextlib.contextmanager
-def _own_flags(main):
-    """Afterwards flags are as before, so that a command can run again in the same interpreter."""
-    try:
-        yield
-    finally:
-        module = sys.modules.get(main.__module__)
-        if main.__module__ == "__main__":  # it is executed anew, and defines them again
-            for flag in list(flags.FLAGS.flags_by_module_id_dict().get(id(module), [])):
-                delattr(flags.FLAGS, flag.name)
-        flags.FLAGS.unparse_flags()
+def _forget_flags(main):
+    """As they were before, so that a command can run again in the same interpreter: then it defines its own again."""
+    if main.__module__ == "__main__":
+        module = id(sys.modules["__main__"])
+        for flag in list(flags.FLAGS.flags_by_module_id_dict().get(module, [])):
+            delattr(flags.FLAGS, flag.name)
+    flags.FLAGS.unparse_flags()
+
+
+def _is_own_process() -> bool:
+    """Not in a notebook or a test, which have replaced the terminal and go on afterwards."""
+    return sys.stderr is sys.__stderr__
 
 
 def _fail(message: str):
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    if _is_own_process():
+        sys.stdout.flush()
+        for child in multiprocessing.active_children():
+            child.terminate()
+        # Not sys.exit: threads of libraries would say more, or crash in a compilation, while the interpreter ends.
+        os._exit(2)
     sys.exit(2)

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -40,7 +41,7 @@ class StageCheckpoints:
     def __init__(self, directory: Path):
         self._directory = directory.resolve()
         options = ocp.CheckpointManagerOptions(max_to_keep=2)
-        with self._written("checkpoints"):
+        with self._written():
             handlers = {name: handler() for name, handler in _ITEMS.items()}
             self._manager = ocp.CheckpointManager(self._directory, options=options, item_handlers=handlers)
 
@@ -53,7 +54,7 @@ class StageCheckpoints:
 
     def __exit__(self, kind, *exception):
         try:
-            with self._written("the last checkpoint"):
+            with self._written():
                 self._manager.close()
         except RunError:
             if kind is None:  # otherwise there is an error already, most likely this one
@@ -81,15 +82,15 @@ class StageCheckpoints:
 
     def _save(self, step, progress, **trees):
         items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
-        with self._written(step):
+        with self._written():
             self._manager.save(step, args=ocp.args.Composite(progress=ocp.args.JsonSave(progress), **items))
 
     @contextlib.contextmanager
-    def _written(self, what):
+    def _written(self):
         try:
             yield
         except Exception as error:  # orbax and tensorstore raise many kinds for a full disk
-            raise RunError(f"{self._directory / str(what)} cannot be written: {_one_line(error)}") from None
+            raise RunError(f"checkpoints in {self._directory} cannot be written: {_one_line(error)}") from None
 
     def restore(self, abstract: TrainState) -> tuple[TrainState, dict]:
         """The newest good state, on the shardings of the abstract one, and what was saved as its `progress`.
@@ -176,7 +177,9 @@ def _restore_args(abstract: dict | None):
 
 
 def _one_line(error) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    """The beginning and the end of what tensorstore and orbax say: the file and the reason."""
+    text = re.sub(r" \[[a-z_ ]+='.*", "", " ".join(str(error).split())) or type(error).__name__
+    return text if len(text) < 400 else f"{text[:200]} ... {text[-200:]}"
 
 
 def _shapes(tree) -> dict[str, tuple]:
