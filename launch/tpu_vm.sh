@@ -16,19 +16,18 @@ usage: launch/tpu_vm.sh COMMAND [--FLAG=VALUE ...] [-- OVERRIDE ...]
   stop     end the process on all workers
   delete   give the slice back; the bucket keeps the run
 
-flags, and their environment variables:
-  --name=kforcing                  KFORCING_NAME              of the slice
-  --zone=ZONE                      KFORCING_ZONE              with quota for the accelerator type
-  --project=PROJECT                KFORCING_PROJECT
-  --accelerator-type=v5litepod-8   KFORCING_ACCELERATOR_TYPE
-  --runtime-version=VERSION        KFORCING_RUNTIME_VERSION   by default what suits the type
-  --spot, --no-spot                KFORCING_SPOT=false        spot by default
-  --bucket=BUCKET                  KFORCING_BUCKET            holds the runs; in the zone's region
-  --config=configs/lm1b.py         KFORCING_CONFIG            a path in the repository
-  --run=RUN                        KFORCING_RUN               by default the name of the config
-  --repo=URL                       KFORCING_REPO              install from git instead of this checkout
-  --ref=HEAD                       KFORCING_REF               branch, tag or commit
-  --worker=0                       KFORCING_WORKER            for logs
+flags, or environment variables (KFORCING_ZONE, KFORCING_ACCELERATOR_TYPE, ...):
+  --name=kforcing                  of the slice
+  --zone=ZONE                      with quota for the accelerator type
+  --project=PROJECT
+  --accelerator-type=v5litepod-8
+  --runtime-version=VERSION        by default what suits the type
+  --spot, --no-spot                spot by default
+  --bucket=BUCKET                  holds the runs; in the zone's region
+  --config=configs/lm1b.py         a path in the repository
+  --run=RUN                        by default the name of the config
+  --repo=URL, --ref=HEAD           install this branch, tag or commit from git instead of this checkout
+  --worker=0                       for logs
   --dry-run                        print the commands, one a line; run none
 
 What follows -- goes to kforcing_jax.main, for example -- --config.mesh.fsdp=8. All settings are kept in
@@ -36,15 +35,12 @@ What follows -- goes to kforcing_jax.main, for example -- --config.mesh.fsdp=8. 
 EOF
 }
 
-# Kept from one command to the next.
+# Kept from one command to the next, as are the overrides of the last start.
 settings=(zone project accelerator_type runtime_version spot bucket config run repo ref)
-zone='' project='' accelerator_type='' runtime_version='' spot='' bucket='' config='' run='' repo='' ref=''
-name='' worker='' dry_run='' started=''
-overrides=()
-
+zone='' project='' accelerator_type=v5litepod-8 runtime_version='' spot=true bucket='' config=configs/lm1b.py run='' repo=''
+ref=HEAD name=${KFORCING_NAME:-kforcing} worker=0 dry_run='' started='' given=() overrides=() new_overrides=()
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-mount=/mnt/kforcing
-unit=kforcing_jax
+mount=/mnt/kforcing unit=kforcing_jax
 exec 3>&1 # where --dry-run prints, also from within $(...)
 
 fail() {
@@ -63,11 +59,11 @@ quote() {
 
 execute() {
   local argument line=''
-  if [[ $dry_run ]]; then
+  if [[ ! $dry_run ]]; then
+    "$@"
+  else
     for argument in "$@"; do line+=" $(quote "$argument")"; done
     echo "${line# }" >&3
-  else
-    "$@"
   fi
 }
 
@@ -78,92 +74,70 @@ on() { # WORKER SCRIPT
   execute gcloud compute tpus tpu-vm ssh "$name" "${where[@]}" --worker="$1" --command="$2"
 }
 
-set_flag() { # FLAG VALUE
-  local setting=${1//-/_}
-  [[ " name worker ${settings[*]} " == *" $setting "* ]] || fail "unknown flag --$1; see --help"
-  [[ $2 != *$'\n'* ]] || fail "--$1 has a line break"
-  printf -v "$setting" %s "$2"
-}
-
 parse() {
+  local flag
   while (($#)); do
+    flag=${1%%=*} flag=${flag#--} flag=${flag//-/_}
     case $1 in
       -h | --help) usage && exit ;;
       --dry-run) dry_run=yes ;;
-      --spot) spot=true ;;
-      --no-spot) spot=false ;;
+      --spot) given+=(spot=true) ;;
+      --no-spot) given+=(spot=false) ;;
+      --name=*) name=${1#*=} ;;
       --)
-        shift
-        overrides=("$@")
+        new_overrides=("${@:2}")
         return
         ;;
       --*=*)
-        local flag=${1%%=*}
-        set_flag "${flag#--}" "${1#*=}"
+        [[ " worker ${settings[*]} " == *" $flag "* ]] || fail "unknown flag --${flag//_/-}; see --help"
+        given+=("$flag=${1#*=}")
         ;;
-      --*)
-        (($# > 1)) || set_flag "${1#--}" '' # names an unknown flag as such
-        (($# > 1)) || fail "$1 needs a value"
-        set_flag "${1#--}" "$2"
-        shift
-        ;;
-      *) fail "unexpected argument $1; see --help" ;;
+      *) fail "unexpected argument $1; flags are --FLAG=VALUE, see --help" ;;
     esac
     shift
   done
 }
 
-from_environment() {
+# Flags win over the environment, that over the last time, and this over the defaults.
+settle() {
   local setting variable
-  for setting in name worker "${settings[@]}"; do
+  state=${XDG_STATE_HOME:-$HOME/.local/state}/kforcing_jax/$name
+  # shellcheck source=/dev/null
+  [[ $command == create || ! -f $state/settings ]] || source "$state/settings"
+  [[ $command != start ]] || overrides=(${new_overrides[@]+"${new_overrides[@]}"})
+  for setting in worker "${settings[@]}"; do
     variable=KFORCING_$(tr '[:lower:]' '[:upper:]' <<< "$setting")
-    [[ ${!setting} ]] || printf -v "$setting" %s "${!variable-}"
+    [[ ! ${!variable-} ]] || printf -v "$setting" %s "${!variable}"
   done
-}
-
-# Settings that neither flag nor environment gave, and the overrides of the last start.
-from_last_time() {
-  local line key
-  [[ -f $state/settings ]] || return 0
-  while IFS= read -r line; do
-    key=${line%%=*}
-    case $key in
-      started) started=yes ;;
-      override) [[ $command == start ]] || overrides+=("${line#*=}") ;;
-      *) [[ ${!key} ]] || printf -v "$key" %s "${line#*=}" ;;
-    esac
-  done < "$state/settings"
+  for setting in ${given[@]+"${given[@]}"}; do printf -v "${setting%%=*}" %s "${setting#*=}"; done
+  bucket=${bucket#gs://} folder=${config##*/}
+  folder=${run:-${folder%%.*}}
+  where=(--zone="$zone" --project="$project")
 }
 
 keep() {
-  local setting override
+  local setting
   [[ ! $dry_run ]] || return 0
   mkdir -p "$state"
   {
-    for setting in "${settings[@]}"; do
-      [[ ! ${!setting} ]] || echo "$setting=${!setting}"
-    done
-    [[ ! $started ]] || echo started=yes
-    for override in ${overrides[@]+"${overrides[@]}"}; do echo "override=$override"; done
+    for setting in started "${settings[@]}"; do printf '%s=%q\n' "$setting" "${!setting}"; done
+    for setting in ${overrides[@]+"${overrides[@]}"}; do printf 'overrides+=(%q)\n' "$setting"; done
   } > "$state/settings"
 }
 
 check() {
-  local override setting
+  local override
   [[ $name =~ ^[a-z][-a-z0-9]*$ ]] || fail "--name=$name should be lower-case letters, digits and hyphens"
-  for setting in zone project; do
-    [[ ${!setting} ]] || fail "--$setting is missing"
-  done
+  [[ $zone ]] || fail "--zone is missing"
+  [[ $project ]] || fail "--project is missing"
   [[ $spot == true || $spot == false ]] || fail "--spot=$spot should be true or false"
   [[ $worker =~ ^[0-9]+$ ]] || fail "--worker=$worker should be a number"
-  case $command in setup | start | resume) check_run ;; esac
+  [[ $command == start || ! ${new_overrides[*]+given} ]] || fail "$command takes no overrides; start does"
+  [[ $command != resume || $started ]] || fail "$name was never started from here; use create, setup and start"
   for override in ${overrides[@]+"${overrides[@]}"}; do
-    [[ $override != *$'\n'* ]] || fail "an override has a line break"
-    [[ $override == --* ]] || fail "override $override should be a flag of kforcing_jax.main"
+    [[ $override == --* && $override != *$'\n'* ]] || fail "override ${override%%$'\n'*} should be a flag of kforcing_jax.main, on one line"
   done
-}
-
-check_run() {
+  case $command in create | logs | status | stop | delete) return ;; esac
   [[ $bucket ]] || fail "--bucket is missing"
   [[ $bucket =~ ^[a-z0-9][-_.a-z0-9]*$ ]] || fail "--bucket=$bucket should be the name of a bucket, without folders"
   [[ $folder =~ ^[A-Za-z0-9][-_.A-Za-z0-9]*$ ]] || fail "--run=$folder should be letters, digits and . - _"
@@ -175,28 +149,22 @@ queued_state() {
   execute gcloud compute tpus queued-resources list "${where[@]}" --filter="name~/$name\$" --format='value(state.state)'
 }
 
-node_state() {
-  execute gcloud compute tpus tpu-vm describe "$name" "${where[@]}" --format='value(state)'
-}
+node_state() { execute gcloud compute tpus tpu-vm describe "$name" "${where[@]}" --format='value(state)'; }
 
 request() {
-  local version=$runtime_version tier=()
+  local version tier=()
   [[ $spot == false ]] || tier=(--spot)
-  if [[ ! $version ]]; then
-    case $accelerator_type in
-      v5litepod-*) version=v2-alpha-tpuv5-lite ;;
-      v5p-*) version=v2-alpha-tpuv5 ;;
-      v6e-*) version=v2-alpha-tpuv6e ;;
-      *) version=tpu-ubuntu2204-base ;;
-    esac
-  fi
+  case $accelerator_type in
+    v5litepod-*) version=v2-alpha-tpuv5-lite ;;
+    v5p-*) version=v2-alpha-tpuv5 ;;
+    v6e-*) version=v2-alpha-tpuv6e ;;
+    *) version=tpu-ubuntu2204-base ;;
+  esac
   execute gcloud compute tpus queued-resources create "$name" --node-id="$name" "${where[@]}" \
-    --accelerator-type="$accelerator_type" --runtime-version="$version" ${tier[@]+"${tier[@]}"}
+    --accelerator-type="$accelerator_type" --runtime-version="${runtime_version:-$version}" ${tier[@]+"${tier[@]}"}
 }
 
-remove() {
-  execute gcloud compute tpus queued-resources delete "$name" "${where[@]}" --force --quiet
-}
+remove() { execute gcloud compute tpus queued-resources delete "$name" "${where[@]}" --force --quiet; }
 
 wait_until_ready() {
   local queued node
@@ -251,8 +219,8 @@ set_up() {
   local archive=$state/kforcing_jax.tar.gz
   if [[ ! $repo ]]; then
     if [[ ! $dry_run ]]; then
-      git -C "$root" rev-parse --git-dir > /dev/null 2>&1 || fail "$root is no git checkout; give --repo=URL"
-      git -C "$root" diff --quiet HEAD || fail "$root has changes that are not committed; commit them, or give --repo"
+      git -C "$root" diff --quiet HEAD 2> /dev/null ||
+        fail "$root has changes that are not committed, or is no git checkout; commit them, or give --repo"
       mkdir -p "$state"
     fi
     execute git -C "$root" archive --format=tar.gz --output="$archive" "$ref"
@@ -328,24 +296,13 @@ status() {
 
 command=${1-}
 case $command in
-  create | setup | start | logs | status | resume | stop | delete) shift ;;
+  create | setup | start | logs | status | resume | stop | delete) ;;
   -h | --help) usage && exit ;;
-  '') fail "which command? See --help" ;;
-  *) fail "unknown command $command; see --help" ;;
+  *) fail "which command? There is no ${command:-empty one}; see --help" ;;
 esac
-parse "$@"
-from_environment
-name=${name:-kforcing} worker=${worker:-0}
-state=${XDG_STATE_HOME:-$HOME/.local/state}/kforcing_jax/$name
-[[ $command == start || ! ${overrides[*]+given} ]] || fail "$command takes no overrides; start does"
-[[ $command == create ]] || from_last_time
-bucket=${bucket#gs://} spot=${spot:-true} ref=${ref:-HEAD} config=${config:-configs/lm1b.py}
-accelerator_type=${accelerator_type:-v5litepod-8}
-config_name=${config##*/}
-folder=${run:-${config_name%%.*}}
+parse "${@:2}"
+settle
 check
-where=(--zone="$zone" --project="$project")
-[[ $command != resume || $started ]] || fail "$name was never started from here; use create, setup and start"
 [[ $dry_run ]] || command -v gcloud > /dev/null ||
   fail "gcloud is not installed; see https://cloud.google.com/sdk/docs/install"
 
