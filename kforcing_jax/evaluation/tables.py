@@ -6,6 +6,7 @@ What the summary does not hold yet is shown as "-".
 import dataclasses
 import math
 import re
+import textwrap
 from collections.abc import Callable
 
 from kforcing_jax.training.progress import clock
@@ -93,9 +94,7 @@ _QUALITY = (
     _offsets("chance", "per offset: how often two independent draws of the AR teacher are equal"),
     _number("block", "block_agreement", 2, "how often all offsets agree; 1 - block bounds a block's total variation"),
     _number("NLL", "sample_nll", 2, "of the samples under the AR teacher, nats per token"),
-    _number(
-        "entropy", "sample_entropy", 2, "of the AR teacher there; low with low NLL is repetition, not quality"
-    ),
+    _number("entropy", "sample_entropy", 2, "of the AR teacher there; low with low NLL is repetition, not quality"),
     _number("token H", "token_entropy", 2, "entropy of the tokens within a sample, nats", terminal=False),
     _number("distinct", "distinct_2", 2, "distinct bigrams over all bigrams of the samples"),
     _number("repeat", "repetition_4", 2, "share of a sample's 4-grams that repeat an earlier one"),
@@ -131,10 +130,7 @@ def speed_columns(stages: dict) -> list[Column]:
     return [
         _number("tokens/pass", "tokens_per_pass", 2, "tokens of the samples per forward pass"),
         _number("tokens/s", "tokens_per_second", 0, f"useful ones (up to EOS), {batches[-1]} requests at a time"),
-        *(
-            Column(versus(batch), _VS_AR, lambda stage, key=versus(batch): ratio_text(stage.get(key)))
-            for batch in batches
-        ),
+        *(_ratio(versus(batch)) for batch in batches),
     ]
 
 
@@ -164,7 +160,7 @@ def table(summary: dict) -> str:
     tau = [f"all sampled at tau = {summary['tau']:g}"] if is_number(summary.get("tau")) else []
     parts = ["\n".join(filter(None, [origin, *tau, _plain(stages, quality)]))]
     if speed_columns(stages):
-        parts.append(f"{_plain(stages, speed_columns(stages))}\n{WHY_LITTLE_GAIN}")
+        parts.append(f"{_plain(stages, speed_columns(stages))}\n{textwrap.fill(WHY_LITTLE_GAIN, 118)}")
     return "\n\n".join(parts)
 
 
@@ -180,7 +176,10 @@ def _plain(stages, columns):
         for cells in rows
     ]
     rule = "  ".join("-" * width for width in widths)
-    return "\n".join([lines[0], rule, *lines[1:], "", *(f"{name:<11}  {text}" for name, text in legend(columns))])
+    explained = [
+        textwrap.fill(f"{name:<11}  {text}", 118, subsequent_indent=" " * 13) for name, text in legend(columns)
+    ]
+    return "\n".join([lines[0], rule, *lines[1:], "", *explained])
 
 
 def legend(columns: list[Column]) -> list[tuple[str, str]]:

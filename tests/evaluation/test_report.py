@@ -1,29 +1,43 @@
-"""The table, the aligned samples and the self-contained page."""
+"""The tables, the aligned samples and the self-contained page."""
 
+import base64
+import html
 import json
 import re
+import xml.etree.ElementTree
 
 import pytest
 
+from kforcing_jax.evaluation.aligned import sample_blocks, samples_text
 from kforcing_jax.evaluation.report import write_report
-from kforcing_jax.evaluation.tables import samples_text, table
+from kforcing_jax.evaluation.tables import WHY_LITTLE_GAIN, ratio_text, table
 
 AR = {"steps": 5, "seconds": 61.8, "validation_loss": 1.7, "sample_nll": 1.83, "sample_entropy": 1.85}
 AR |= {"token_entropy": 2.7, "distinct_2": 0.17, "repetition_4": 0.01, "tokens_per_second": 10_000.0}
+AR |= {"parameters": 1234, "tokens_per_pass": 1.0}
 K4 = AR | {"agreement": [0.66, 0.54, 0.45, 0.36], "chance": [0.34, 0.33, 0.32, 0.3], "block_agreement": 0.1}
-K4 |= {"tokens_per_second": 16_000.0}
+K4 |= {"tokens_per_second": 16_000.0, "tokens_per_pass": 3.9, "validation_loss": 0.9}
+CLEAR, UNCLEAR = {"median": 1.44, "low": 1.38, "high": 1.5}, {"median": 1.05, "low": 0.9, "high": 1.2}
+AR |= {"speed": {batch: {"tokens_per_second": 1.0} for batch in ("1", "8", "64")}}
+K4 |= {"speed": {batch: {"vs_ar": r} for batch, r in (("1", CLEAR), ("8", UNCLEAR), ("64", CLEAR))}}
 JOINT = {
     "joint_tv": 0.081,
     "joint_tv_null": 0.068,
     "joint_g_test": {"p_value": 0.0},
     "joint_g_test_null": {"p_value": 0.4},
 }
-SAMPLE = {"prompt": "<b>&", "seed": 7, "continuations": {"ar": "one\ntwo", "k1": "one two", "k4": "\x1b[31mx"}}
+SAMPLE = {
+    "prompt": "<b>&",
+    "seed": 7,
+    "continuations": {"ar": "one\ntwo", "k1": "one two", "k2": "", "k4": "\x1b[31mx"},
+}
 SUMMARY = {
     "stages": {"k4-from-ar": K4, "k4": K4, "k10": {"steps": 3}, "ar": AR},
-    "samples": [SAMPLE],
+    "samples": [SAMPLE, SAMPLE | {"prompt": "other"}],
     "device": "1 x cpu",
     "date": "2026-11-23",
+    "tau": 0.5,
+    "evaluation_seconds": 20.0,
 }
 
 
@@ -43,20 +57,50 @@ def workdir(tmp_path):
     return tmp_path
 
 
-def test_the_table_lists_stages_by_window_with_the_teacher_first():
-    names = [line.split()[0] for line in table(SUMMARY).splitlines() if re.match(r"ar|k\d", line)]
-    assert names == ["ar", "k4", "k4-from-ar", "k10"]
+def row(stage, which=0):
+    return [line for line in table(SUMMARY).splitlines() if re.match(rf"{stage}\s", line)][which]
 
 
-def test_the_table_shows_every_offset_next_to_chance_and_the_speed_up():
-    row = next(line for line in table(SUMMARY).splitlines() if line.startswith("k4 "))
-    assert ".66 .54 .45 .36" in row and ".34 .33 .32 .30" in row and "1.60x" in row
+def test_the_tables_list_stages_by_window_with_the_teacher_first():
+    names = [line.split()[0] for line in table(SUMMARY).splitlines() if re.match(r"(ar|k\d\S*)\s", line)]
+    assert names == ["ar", "k4", "k4-from-ar", "k10"] * 2
+
+
+def test_the_table_shows_every_offset_next_to_chance():
+    assert ".66 .54 .45 .36" in row("k4") and ".34 .33 .32 .30" in row("k4")
+
+
+def test_speeds_are_ratios_with_their_spread_beside_tokens_per_pass():
+    speeds = row("k4", which=1)
+    assert re.sub(" +", " ", speeds) == ("k4 3.90 16,000 1.44 [1.38, 1.50] 1.05 [0.90, 1.20] unclear 1.44 [1.38, 1.50]")
+    header = next(line for line in table(SUMMARY).splitlines() if "tokens/pass" in line)
+    assert re.findall(r"vs AR, \d+", header) == ["vs AR, 1", "vs AR, 8", "vs AR, 64"]
+    assert WHY_LITTLE_GAIN in table(SUMMARY).replace("\n", " ") and "2k rows" in WHY_LITTLE_GAIN
+
+
+@pytest.mark.parametrize(("low", "high", "unclear"), [(1.3, 1.55, False), (1.2, 1.8, True), (0.9, 1.7, True)])
+def test_a_spread_larger_than_the_effect_is_said(low, high, unclear):
+    assert ("unclear" in ratio_text({"median": 1.4, "low": low, "high": high})) == unclear
+
+
+def test_the_temperature_of_all_samples_is_in_the_table():
+    assert "tau = 0.5\n" in table(SUMMARY)
+
+
+def test_a_loss_on_text_and_one_against_a_teacher_are_two_columns(workdir):
+    page = write_report(workdir).read_text()
+    head = re.findall(r"<th[^>]*>(.*?)</th>", re.search(r"<thead>.*?</thead>", page, re.DOTALL)[0])
+    cells = {name: re.search(rf"<th>{name}</th>(.*?)</tr>", page)[1] for name in ("ar", "k4")}
+    cells = {name: re.findall(r"<td[^>]*>(.*?)</td>", text) for name, text in cells.items()}
+    text, teacher = head.index("loss on text") - 1, head.index("loss vs teacher") - 1
+    assert [cells["ar"][text], cells["ar"][teacher]] == ["1.700", "-"]
+    assert [cells["k4"][text], cells["k4"][teacher]] == ["-", "0.900"]
 
 
 def test_what_is_not_measured_yet_is_a_dash():
-    row = next(line for line in table(SUMMARY).splitlines() if line.startswith("k10"))
-    assert set(row.split()[1:]) == {"-"}
+    assert set(row("k10").split()[1:]) == set(row("k10", which=1).split()[1:]) == {"-"}
     assert "ar" not in table({"stages": {}}).split()
+    assert "vs AR" not in table({"stages": {"ar": {"steps": 3}}})
 
 
 def test_joint_columns_appear_only_when_there_is_a_joint():
@@ -65,32 +109,64 @@ def test_joint_columns_appear_only_when_there_is_a_joint():
     assert "AR null" in with_joint and "0.081" in with_joint and "0.068" in with_joint
 
 
-def test_the_table_fits_120_columns():
+def test_the_tables_fit_120_columns():
     wide = {"stages": {"ar": AR, "k4-from-ar": K4 | JOINT}}
     assert max(map(len, table(wide).splitlines())) <= 120
 
 
-def test_samples_are_aligned_character_under_character():
-    lines = [line for line in samples_text(SUMMARY).splitlines() if line.startswith(("ar", "k"))]
-    assert [line.split()[0] for line in lines] == ["ar", "k1", "k4"]
-    assert lines[0].index("one⏎two") == lines[1].index("one two")
-    assert "\x1b" not in samples_text(SUMMARY)
+def test_samples_are_aligned_with_a_caret_under_the_first_difference():
+    assert samples_text({"samples": [SAMPLE]}).splitlines() == [
+        "Prompt (noise seed 7): <b>&",
+        "ar  one⏎two",
+        "k1  one two",
+        "       ^",
+        "k2  (end)",
+        "    ^",
+        "k4  ·[31mx",
+        "    ^",
+    ]
+
+
+def test_long_samples_have_no_empty_rows_and_one_mark():
+    texts = {"ar": "a" * 250, "k1": "a" * 120 + "b" * 130, "k2": "a" * 90}
+    blocks = list(sample_blocks({"continuations": texts}))
+    assert [[label.strip() for label, _, _ in block] for block in blocks] == [
+        ["ar", "k1", "k2"],
+        ["ar", "k1"],
+        ["ar", "k1"],
+    ]
+    assert all(text for block in blocks for _, text, _ in block)
+    carets = [line for line in samples_text({"samples": [{"continuations": texts}]}).splitlines() if "^" in line]
+    assert carets == [" " * (4 + 120 - 96) + "^"]
+
+
+def test_the_page_marks_the_first_difference_and_greys_what_follows(workdir):
+    page = write_report(workdir).read_text()
+    assert "<b>k1</b>  one<mark> </mark><i>two</i>" in page and "<b>ar</b>  one<s>⏎</s>two" in page
+    assert page.count("Prompt (noise seed 7)") == 2
 
 
 def test_the_page_needs_nothing_but_itself(workdir):
     page = write_report(workdir).read_text()
-    assert not re.search(r"<script|<link|<img|@import|url\(\s*['\"]?http|(src|href)=['\"](?!#)", page)
-    assert page.count("<svg") >= 5
+    assert not re.search(r"<script|<link|@import|url\(\s*['\"]?http|src=['\"](?!data:)", page)
+    images = re.findall(r'src="data:image/svg\+xml;base64,([^"]+)"', page)
+    assert len(images) == 6
+    for image in images:
+        xml.etree.ElementTree.fromstring(base64.b64decode(image))
+
+
+def test_the_head_says_what_this_is_and_where_it_comes_from(workdir):
+    facts = {"command": "python -m kforcing_jax.main --config=<x>", "revision": "abc-dirty", "seed": 0, "data": "news"}
+    (workdir / "summary.json").write_text(json.dumps(SUMMARY | facts))
+    head = re.search(r"<header>.*</header>", write_report(workdir).read_text(), re.DOTALL)[0]
+    known = ["arXiv 2606.10820", *map(str, facts.values()), "1 x cpu", "2026-11-23", "ar 1,234", "tau = 0.5", "3:25"]
+    for fact in known:
+        assert html.escape(fact) in head
 
 
 def test_everything_that_comes_from_the_run_is_escaped(workdir):
     page = write_report(workdir).read_text()
     assert "&lt;script&gt;" in page and "&lt;b&gt;&amp;" in page and "<b>&" not in page
-
-
-def test_ids_are_unique_across_the_plots(workdir):
-    ids = re.findall(r'\bid="([^"]+)"', write_report(workdir).read_text())
-    assert len(ids) == len(set(ids)) > 0
 
 
 def test_a_page_without_any_result_is_still_a_page(tmp_path):
