@@ -1,6 +1,7 @@
 """The notebook, executed for real; its run is the one whose figures configs/tiny.py promises."""
 
 import contextlib
+import copy
 import glob
 import importlib.machinery
 import importlib.util
@@ -79,20 +80,36 @@ def test_too_little_memory_is_said_in_one_line(notebook, tmp_path):
 
 
 @pytest.mark.smoke
-def test_training_goes_on_when_its_cell_was_interrupted(notebook, tmp_path):
+def test_a_short_run_goes_on_when_its_cell_was_interrupted_and_fills_every_cell(notebook, tmp_path):
     def interrupt(text):
-        if "k1          step     25/60" in text:
+        if "k1          step     25/" in text:
             manager.interrupt_kernel()
 
-    with kernel(tmp_path, KFORCING_COLAB_STEPS="60") as (manager, client):
+    compiled_fast = {name: value for name, value in os.environ.items() if name.startswith("JAX_DISABLE")}
+    with kernel(tmp_path, KFORCING_COLAB_STEPS="30", **compiled_fast) as (manager, client):
         for cell in ("memory", "install", "device"):
             assert execute(client, source(notebook, cell))[1] is None
         printed, error = execute(client, source(notebook, "train"), on_text=interrupt)
         assert error[0] == "KeyboardInterrupt" and "k1          done" not in printed
-        printed, error = execute(client, source(notebook, "train"))
-        assert error is None
+        outputs = run_all(notebook, manager, client)
+    printed = "".join(output.text for output in outputs["train"] if output.output_type == "stream")
     assert "ar          finished, skipped" in printed and "k1          goes on from step" in printed
     assert "k1          done" in printed and "vs AR" in printed
+
+
+def run_all(notebook, manager, client):
+    """The outputs of every cell, by its name, of all of them executed in order: none failed, and what is to be seen is."""
+    notebook = copy.deepcopy(notebook)
+    nbclient.NotebookClient(notebook, timeout=1200, km=manager, kc=client).execute()
+    outputs = {cell.id: cell.outputs for cell in notebook.cells if cell.cell_type == "code"}
+    assert not any(output.output_type == "error" for cell in outputs.values() for output in cell)
+    table = next(output.data["text/html"] for output in outputs["compare"] if "text/html" in output.get("data", {}))
+    for stage in ("ar", "k1", "k2", "k4"):
+        assert table.count(f"<td>{stage}</td>") == 3
+    for cell in ("curves", "figures"):
+        assert any("image/png" in output.get("data", {}) for output in outputs[cell])
+    assert "<mark>" in table and "10 passes" in table and "40 passes" in table
+    return outputs
 
 
 @pytest.fixture
@@ -151,30 +168,15 @@ def test_an_interrupted_installation_is_done_again(notebook, bare_runtime, tmp_p
     assert [command[0] for command in bare_runtime] == ["git", "git", sys.executable, sys.executable]
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_whole_notebook_runs_in_time_and_its_students_follow_their_teacher(notebook, tmp_path):
     with kernel(tmp_path) as (manager, client):
         start = time.monotonic()
-        nbclient.NotebookClient(notebook, timeout=1200, km=manager, kc=client).execute()
+        run_all(notebook, manager, client)
         minutes = (time.monotonic() - start) / 60
-    _check_outputs(notebook)
-    _check_figures(json.loads((tmp_path / "runs/tiny/summary.json").read_text())["stages"])
     assert (tmp_path / "runs/tiny/report.html").stat().st_size > 10_000
     assert minutes < 12
-
-
-def _check_outputs(notebook):
-    outputs = {cell.id: cell.outputs for cell in notebook.cells if cell.cell_type == "code"}
-    assert not any(output.output_type == "error" for cell in outputs.values() for output in cell)
-    table = next(output.data["text/html"] for output in outputs["compare"] if "text/html" in output.get("data", {}))
-    for stage in ("ar", "k1", "k2", "k4"):
-        assert table.count(f"<td>{stage}</td>") == 3
-    for cell in ("curves", "figures"):
-        assert any("image/png" in output.get("data", {}) for output in outputs[cell])
-    assert "<mark>" in table and "10 passes" in table and "40 passes" in table
-
-
-def _check_figures(stages):
+    stages = json.loads((tmp_path / "runs/tiny/summary.json").read_text())["stages"]
     k1, k4, ar = stages["k1"], stages["k4"], stages["ar"]
     assert k1["agreement"][0] >= max(0.6, 1.8 * k1["chance"][0])
     for agreement, chance in zip(k4["agreement"], k4["chance"], strict=True):
