@@ -68,7 +68,7 @@ def merged(mesh, length: int, k: int, _) -> dict:
     pairs = splash.pairs(length, group) + length * group * k
 
     def attend(q, own, text):
-        return group_attention(q, own, text, Causal(), None, "splash")
+        return group_attention(q, own, text, Causal(), None, "splash", "default")
 
     shapes = [(_ROWS.value, length, group), (_ROWS.value, length, k), (_ROWS.value, length)]
     q, own, text = (_arrays(mesh, *shape, _HEADS, _WIDTH) for shape in shapes)
