@@ -98,7 +98,7 @@ def test_a_work_directory_of_another_config_is_left_alone(run):
 
 
 @pytest.mark.parametrize(
-    ("override", "says"),
+    ("flags", "says"),
     [
         ("--config.model.num_layer=3", ["model.num_layer is not a field", "did you mean model.num_layers?"]),
         ("--config.stages.k3.steps=3", ["stages.k3 is not a field", "did you mean stages.k"]),
@@ -109,10 +109,19 @@ def test_a_work_directory_of_another_config_is_left_alone(run):
         ("--config.stages.k1.tau_min=0.0", ["stages.k1.tau_min = 0.0 is not in [1e-6, 1000]"]),
         ("--confg=x", ["unknown flag --confg", "did you mean --config?"]),
         ("stray", ["unexpected argument 'stray'"]),
+        ("--num_processes=2", ["--coordinator_address and --process_id missing"]),
+        (
+            "--coordinator_address=here --num_processes=2 --process_id=0",
+            ["--coordinator_address=here should be host:port"],
+        ),
+        (
+            "--coordinator_address=localhost:1 --num_processes=2 --process_id=2",
+            ["--process_id=2 should be below --num_processes=2"],
+        ),
     ],
 )
-def test_a_bad_field_is_named_before_anything_is_written(tmp_path, override, says):
-    out = run_command("main", "--config=configs/tiny.py", f"--workdir={tmp_path / 'run'}", override)
+def test_a_bad_field_or_flag_is_named_before_anything_is_written(tmp_path, flags, says):
+    out = run_command("main", "--config=configs/tiny.py", f"--workdir={tmp_path / 'run'}", *flags.split())
     refused(out, *says)
     assert not (tmp_path / "run").exists()
 

@@ -1,20 +1,16 @@
-"""The configurations of `configs/`: all of them load, and (slow) markov reaches what it promises.
+"""The configurations of `configs/`: all of them load, and markov reaches what it promises.
 
 What tiny promises is checked on the run of the notebook, in tests/launch/test_colab.py.
 """
 
 import json
-import os
 import runpy
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from commands import REPOSITORY, start_command
 
 from kforcing_jax.config import parse
 
-REPOSITORY = Path(__file__).parents[1]
 CONFIGS = sorted((REPOSITORY / "configs").glob("*.py"))
 
 
@@ -36,23 +32,28 @@ def test_the_smoke_variant_is_the_same_run_in_tiny(name):
     assert smoke.model.d_model < real.model.d_model and smoke.stages["k4"].steps < 10
 
 
-def run_config(name, workdir, longest):
-    """summary.json's stages after `main` has run a config of the repository within `longest` seconds."""
-    command = [sys.executable, "-m", "kforcing_jax.main", f"--config=configs/{name}.py", f"--workdir={workdir}"]
+def run_markov(workdir, *flags):
+    """summary.json's stages after `main` has run configs/markov.py."""
     # As a user runs it: the settings that make other tests compile faster would make this one train slower.
-    environment = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0", "XLA_FLAGS": ""}
-    done = subprocess.run(
-        command, cwd=REPOSITORY, env=os.environ | environment, capture_output=True, text=True, timeout=longest
-    )
-    print(done.stdout)
-    assert done.returncode == 0, done.stderr[-2000:]
+    settings = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0", "XLA_FLAGS": ""}
+    done = start_command("main", "--config=configs/markov.py", f"--workdir={workdir}", *flags, **settings)
+    print(done.out)
+    assert done.status == 0, done.err[-2000:]
     assert (workdir / "report.html").stat().st_size > 10_000
     return json.loads((workdir / "summary.json").read_text())["stages"]
 
 
-@pytest.mark.slow
+@pytest.mark.smoke
+def test_a_short_markov_run_is_on_its_way_to_its_teachers_joint_distribution(tmp_path):
+    """A fifth of the steps, on sequences of the same chain: a student that ignores its noise has a TV of SHORT_CHANCE."""
+    stages = run_markov(tmp_path, *SHORT)
+    for name, tolerance in (("k1", 0.05), ("k2", 0.15)):
+        assert stages[name]["joint_tv"] <= stages[name]["joint_tv_null"] + tolerance, name
+
+
+@pytest.mark.full
 def test_markov_students_have_their_teachers_joint_distribution(tmp_path):
-    stages = run_config("markov", tmp_path, longest=900)
+    stages = run_markov(tmp_path)
     for name, tolerance in (("k1", 0.01), ("k2", 0.01), ("k4-from-ar", 0.05)):
         assert stages[name]["joint_tv"] <= stages[name]["joint_tv_null"] + tolerance, name
     assert {"joint_tv", "joint_tv_null"} <= stages["k4"].keys()

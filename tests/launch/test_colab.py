@@ -98,7 +98,7 @@ def test_a_short_run_goes_on_when_its_cell_was_interrupted_and_fills_every_cell(
 
 
 def run_all(notebook, manager, client):
-    """The outputs of every cell, by its name, of all of them executed in order: none failed, and what is to be seen is."""
+    """The outputs of every cell, executed in order, by its name: none failed, and what is to be seen is there."""
     notebook = copy.deepcopy(notebook)
     nbclient.NotebookClient(notebook, timeout=1200, km=manager, kc=client).execute()
     outputs = {cell.id: cell.outputs for cell in notebook.cells if cell.cell_type == "code"}
