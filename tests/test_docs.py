@@ -5,11 +5,10 @@ import runpy
 import shlex
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from commands import REPOSITORY, run_command
 
-REPOSITORY = Path(__file__).parents[1]
 PAGES = [
     REPOSITORY / "README.md",
     *sorted((REPOSITORY / "docs").glob("*.md")),
@@ -57,6 +56,16 @@ def _missing_field(config, path):
     return []
 
 
+def _help(program):
+    if program.startswith("kforcing_jax."):
+        try:
+            return run_command(program.removeprefix("kforcing_jax."), "--helpfull").out
+        except ImportError:
+            return ""
+    script = [sys.executable, program, "--helpfull"]
+    return subprocess.run(script, cwd=REPOSITORY, capture_output=True, text=True, timeout=120).stdout
+
+
 @pytest.fixture(scope="module")
 def flags_of():
     """program -> its flags, as it lists them itself."""
@@ -64,11 +73,7 @@ def flags_of():
 
     def ask(program):
         if program not in known:
-            start = ["-m", program] if program.startswith("kforcing_jax") else [program]
-            shown = subprocess.run(
-                [sys.executable, *start, "--helpfull"], cwd=REPOSITORY, capture_output=True, text=True, timeout=120
-            )
-            known[program] = set(re.findall(r"^\s+--(?:\[no\])?(\w+)", shown.stdout, re.MULTILINE))
+            known[program] = set(re.findall(r"^\s+--(?:\[no\])?(\w+)", _help(program), re.MULTILINE))
         return known[program]
 
     return ask
