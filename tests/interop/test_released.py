@@ -13,7 +13,7 @@ from vocabularies import vocabulary
 
 from kforcing_jax.config import DataConfig, parse
 from kforcing_jax.data.pretrained import digest
-from kforcing_jax.data.tokenizers import markov_tokenizer, train_tokenizer
+from kforcing_jax.data.tokenizers import train_tokenizer
 from kforcing_jax.errors import DataError, RunError
 from kforcing_jax.interop import official
 from kforcing_jax.interop.released import check_teacher_of, load_for, open_released
@@ -21,16 +21,15 @@ from kforcing_jax.models import CausalLM, ModelConfig, PushForwardLM, init_param
 from kforcing_jax.sharding import make_mesh
 from kforcing_jax.training import curriculum
 from kforcing_jax.training.checkpoints import finished_stages, load_stage
-from kforcing_jax.training.recipes import stage_model
+from kforcing_jax.training.recipes import Vocabulary, stage_model
 from kforcing_jax.workdir import Workdir
 
 
 def write_released(path, vocab_size, mask_id, student, num_layers=2, d_model=16, num_heads=2, **note):
     cfg = ModelConfig(vocab_size, mask_id, num_layers, d_model, num_heads)
     model = (PushForwardLM if student else CausalLM)(cfg)
-    params = jax.jit(init_params, static_argnums=0)(model, jax.random.key(1))
-    # Zero-initialised parts would hide mistakes.
-    params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), params)
+    shapes, rng = jax.eval_shape(lambda: init_params(model, jax.random.key(0))), np.random.default_rng(1)
+    params = jax.tree.map(lambda leaf: (0.3 * rng.normal(size=leaf.shape)).astype(np.float32), shapes)
     official.save(path, model, params, **note)
     return path
 
@@ -189,7 +188,7 @@ def test_a_teacher_has_to_be_an_ar_model_of_the_datas_vocabulary(released_teache
         check_teacher_of(with_teacher(student))
     config = micro_config()
     larger = dataclasses.replace(config.data, markov_states=6)
-    model = stage_model(dataclasses.replace(config, data=larger), "ar", markov_tokenizer(6))
+    model = stage_model(dataclasses.replace(config, data=larger), "ar", Vocabulary(7, 6, None))
     with pytest.raises(RunError, match="has vocab_size = 5, the tokenizer of the data says 7"):
         load_for(released_teacher, model)
 
