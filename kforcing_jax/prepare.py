@@ -9,12 +9,11 @@ The second form is for several runs that share their data. Training needs neithe
 import time
 
 from absl import flags
-from ml_collections import config_flags
 
 from kforcing_jax import cli
 from kforcing_jax.errors import ConfigError
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/; fields by --config.data.seq_len=128.")
+_CONFIG = flags.DEFINE_string("config", None, "A file of configs/; fields by --config.data.seq_len=128.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run directory, unless data.prepared says where.")
 _WORKERS = flags.DEFINE_integer("workers", None, "Processes; one per core by default.", lower_bound=1)
 
@@ -27,7 +26,7 @@ def main(_):
     import jax
 
     from kforcing_jax.data.pipeline import verify
-    from kforcing_jax.data.preparation import prepare
+    from kforcing_jax.data.preparation import is_prepared, prepare
     from kforcing_jax.workdir import Workdir
 
     # Nothing is computed here, and a TPU belongs to the process that wakes it.
@@ -37,7 +36,7 @@ def main(_):
     else:
         directory = Workdir.claim(_WORKDIR.value, config).data_path
     start = time.monotonic()
-    was_there = directory.exists()
+    was_there = is_prepared(directory)
     corpus = prepare(config.data, config.seed, directory, _WORKERS.value)
     if was_there:
         verify(directory)

@@ -13,11 +13,13 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from kforcing_jax.data.pipeline import Corpus
+from kforcing_jax.data.tokenizers import Tokenizer
 from kforcing_jax.errors import RunError
 from kforcing_jax.models import init_params
 from kforcing_jax.sharding import abstract_on, parameter_shardings, replicated
-from kforcing_jax.training.recipes import Vocabulary, stage_model
-from kforcing_jax.training.records import check_made_from, complete_steps
+from kforcing_jax.training.recipes import stage_model
+from kforcing_jax.training.records import check_made_from, complete_steps, run_vocabulary
 from kforcing_jax.training.step import TrainState
 from kforcing_jax.workdir import Workdir
 
@@ -197,7 +199,7 @@ def finished_stages(workdir: Workdir) -> list[str]:
     return [name for name in ["ar", *workdir.config.students] if is_finished(workdir, name)]
 
 
-def load_stage(workdir: Workdir, stage: str, vocabulary: Vocabulary, mesh: Mesh | None = None):
+def load_stage(workdir: Workdir, stage: str, tokens: Corpus | Tokenizer, mesh: Mesh | None = None):
     """(model, averaged weights) of a finished stage, spread over a mesh or whole on this process's first device.
 
     All processes of a run have to call this together.
@@ -209,8 +211,8 @@ def load_stage(workdir: Workdir, stage: str, vocabulary: Vocabulary, mesh: Mesh 
     """
     if not is_finished(workdir, stage):
         raise RunError(f"stage {stage} of {workdir.path} is not finished; run kforcing_jax.main on it again")
-    check_made_from(workdir, stage, vocabulary)
-    model = stage_model(workdir.config, stage, vocabulary)
+    check_made_from(workdir, stage, tokens)
+    model = stage_model(workdir.config, stage, run_vocabulary(workdir, tokens))
     with StageCheckpoints.of(workdir, stage) as checkpoints:
         params = checkpoints.restore_ema(abstract_params(model, mesh))
     return model, params if mesh else jax.tree.map(lambda x: x.addressable_data(0), params)

@@ -22,7 +22,7 @@ from kforcing_jax.training.checkpoints import StageCheckpoints, abstract_params,
 from kforcing_jax.training.objectives import mean_loss
 from kforcing_jax.training.progress import clock
 from kforcing_jax.training.recipes import predecessors, stage_model, stage_objective
-from kforcing_jax.training.records import check_made_from, made_from, stage_progress, weights_digest
+from kforcing_jax.training.records import check_made_from, made_from, run_vocabulary, stage_progress, weights_digest
 from kforcing_jax.training.stage import Stage, train
 from kforcing_jax.workdir import Workdir
 
@@ -72,7 +72,7 @@ def _has_good_end(workdir: Workdir, corpus: Corpus, name: str, mesh: Mesh) -> bo
         if "made_from" not in stage_progress(workdir, name):
             _LOG.warning(f"{name:<11} does not say what it came from, taken as it is")
         with StageCheckpoints.of(workdir, name) as checkpoints:
-            checkpoints.set_aside_damaged(abstract_params(stage_model(workdir.config, name, corpus), mesh))
+            checkpoints.set_aside_damaged(abstract_params(_model(workdir, corpus, name), mesh))
     return is_finished(workdir, name)
 
 
@@ -82,7 +82,7 @@ def _train_stage(workdir: Workdir, corpus: Corpus, name: str, mesh: Mesh):
     stage = Stage(
         name=name,
         config=settings,
-        objective=functools.partial(stage_objective, config, name, corpus),
+        objective=functools.partial(stage_objective, config, name, run_vocabulary(workdir, corpus)),
         initial_params=_initial_params(workdir, corpus, name, mesh),
         teacher_params=_teacher_params(workdir, corpus, name, mesh),
         batches=lambda first: corpus.train_batches(settings.batch_size, config.seed, first, *share),
@@ -97,18 +97,19 @@ def _train_stage(workdir: Workdir, corpus: Corpus, name: str, mesh: Mesh):
 def _import_stage(workdir: Workdir, corpus: Corpus, name: str, mesh: Mesh):
     """Takes the stage's weights from a released file."""
     path = workdir.config.stages[name].checkpoint
-    params = released.load_for(path, stage_model(workdir.config, name, corpus), corpus.tokenizer)
+    params = released.load_for(path, _model(workdir, corpus, name), corpus.tokenizer)
     _LOG.info(f"{name:<11} taken from {path}, not trained")
     with StageCheckpoints.of(workdir, name) as checkpoints:
         params = jax.device_put(params, parameter_shardings(params, mesh))
-        vocabulary = {"vocabulary": corpus.vocabulary_digest}  # it has not seen the data
-        progress = {"seconds": 0.0, "made_from": vocabulary, "weights": weights_digest(params)}
+        origin = made_from(workdir, name, corpus)
+        del origin["data"]  # it has not seen it
+        progress = {"seconds": 0.0, "made_from": origin, "weights": weights_digest(params)}
         checkpoints.save_imported(params, progress)
 
 
 def _summarise_stage(workdir: Workdir, corpus: Corpus, name: str, mesh: Mesh):
     """Adds steps, seconds and validation loss of a finished stage to summary.json."""
-    objective = stage_objective(workdir.config, name, corpus)
+    objective = stage_objective(workdir.config, name, run_vocabulary(workdir, corpus))
     _, params = load_stage(workdir, name, corpus, mesh)
     settings = workdir.config.evaluation
     batches = put_validation(corpus.validation_batches(settings.rows, settings.batch_size), mesh)
@@ -133,6 +134,10 @@ def _teacher_params(workdir: Workdir, corpus: Corpus, name: str, mesh: Mesh) -> 
     return load_stage(workdir, teacher, corpus, mesh)[1] if teacher else {}
 
 
+def _model(workdir: Workdir, corpus: Corpus, name: str):
+    return stage_model(workdir.config, name, run_vocabulary(workdir, corpus))
+
+
 def _stage_key(config: Config, name: str) -> jax.Array:
     """Depends on the name alone, so that adding a stage to a run changes nothing in the others."""
     return jax.random.fold_in(jax.random.key(config.seed), zlib.crc32(name.encode()))
@@ -143,7 +148,7 @@ def _initial_params(workdir, corpus, name, mesh):
 
     Every device makes its own part of them.
     """
-    model = stage_model(workdir.config, name, corpus)
+    model = _model(workdir, corpus, name)
     init = functools.partial(init_params, model)
     shardings = parameter_shardings(jax.eval_shape(init, jax.random.key(0)), mesh)
     key = jax.device_put(_stage_key(workdir.config, name), replicated(mesh))

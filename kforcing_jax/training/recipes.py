@@ -10,32 +10,20 @@ from kforcing_jax.training.objectives import Objective, distillation, language_m
 
 
 class Vocabulary(NamedTuple):
-    """What a model knows of a tokenizer; a Corpus and a Tokenizer have these attributes too."""
+    """What a model knows of a tokenizer, and the order in which its tokens lie on [0, 1) (None: that of the ids)."""
 
     vocab_size: int
     mask_id: int
     eos_id: int | None
+    cdf_order: CdfOrder | None = None
 
 
-def cdf_order(config: Config, vocab_size: int) -> CdfOrder | None:
-    """The order of tokens on [0, 1) in a run that begins; weights keep theirs (None: vocabulary order)."""
-    return CdfOrder.shuffled(vocab_size, config.seed) if config.model.cdf_order == "shuffled" else None
-
-
-def stage_model(
-    config: Config,
-    name: str,
-    vocabulary: Vocabulary,
-    dtype: str = "float32",
-    order: CdfOrder | None = None,
-) -> CausalLM | PushForwardLM:
+def stage_model(config: Config, name: str, vocabulary: Vocabulary, dtype: str = "float32") -> CausalLM | PushForwardLM:
     """The model of a stage, whose blocks compute in `dtype`; parameters are f32 in any case.
 
-    `order` is the `cdf_order` of its weights; by default that of the configuration. Where blocks compute in half
-    precision, no product has to be better than the hardware's usual.
+    Where blocks compute in half precision, no product has to be better than the hardware's usual.
     """
-    fields = dataclasses.asdict(config.model) | {"dtype": dtype}
-    fields["cdf_order"] = order or cdf_order(config, vocabulary.vocab_size)
+    fields = dataclasses.asdict(config.model) | {"dtype": dtype, "cdf_order": vocabulary.cdf_order}
     if dtype != "float32":
         fields["precision"] = "default"
     cfg = ModelConfig(vocab_size=vocabulary.vocab_size, mask_id=vocabulary.mask_id, **fields)

@@ -14,7 +14,11 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from kforcing_jax.config import predecessors
+from kforcing_jax.data.pipeline import Corpus
+from kforcing_jax.data.tokenizers import Tokenizer
 from kforcing_jax.errors import RunError
+from kforcing_jax.noise import CdfOrder
+from kforcing_jax.training.recipes import Vocabulary
 from kforcing_jax.workdir import Workdir
 
 
@@ -32,14 +36,35 @@ def stage_progress(workdir: Workdir, stage: str) -> dict:
     return {}
 
 
-def made_from(workdir: Workdir, stage: str, corpus) -> dict:
-    """What a stage is about to be made from: digests of the vocabulary, the data and its predecessors' weights."""
+def run_vocabulary(workdir: Workdir, tokens: Corpus | Tokenizer) -> Vocabulary:
+    """What the models of a run know of its tokens: in the order that weights have kept, or that the configuration says.
+
+    One order for all stages: students start from their teachers' output layers.
+    """
+    config = workdir.config
+    kept = [stage_progress(workdir, stage).get("made_from", {}).get("cdf_order") for stage in config.stages]
+    order = next((CdfOrder(tokens_V) for tokens_V in kept if tokens_V), None)
+    if order is None and config.model.cdf_order == "shuffled":
+        order = CdfOrder.shuffled(tokens.vocab_size, config.seed)
+    return Vocabulary(tokens.vocab_size, tokens.mask_id, tokens.eos_id, order)
+
+
+def made_from(workdir: Workdir, stage: str, corpus: Corpus) -> dict:
+    """What a stage is about to be made from, as JSON.
+
+    Digests of the vocabulary, the data and its predecessors' weights, and the order of its tokens on [0, 1).
+    """
     parents = zip(("teacher", "origin"), predecessors(workdir.config, stage), strict=True)
-    return _digests(corpus) | {
-        role: {"stage": parent, "weights": stage_progress(workdir, parent).get("weights")}
-        for role, parent in parents
-        if parent
-    }
+    order = run_vocabulary(workdir, corpus).cdf_order
+    return (
+        _digests(corpus)
+        | {"cdf_order": order and order.tokens_V.tolist()}
+        | {
+            role: {"stage": parent, "weights": stage_progress(workdir, parent).get("weights")}
+            for role, parent in parents
+            if parent
+        }
+    )
 
 
 def check_made_from(workdir: Workdir, stage: str, vocabulary):

@@ -2,17 +2,21 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import numpy as np
 import pytest
-from micro import micro_config
+from micro import micro_config, micro_config_dict
 
+from kforcing_jax.config import parse
 from kforcing_jax.errors import DataError, RunError
+from kforcing_jax.noise import CdfOrder
 from kforcing_jax.sharding import make_mesh
 from kforcing_jax.training import curriculum
 from kforcing_jax.training.checkpoints import finished_stages, load_stage
 from kforcing_jax.training.recipes import predecessors
+from kforcing_jax.training.records import stage_progress
 from kforcing_jax.workdir import Workdir
 
 K2_FROM_AR = {"k2-from-ar": dict(window=2, teacher="ar", steps=5, batch_size=4)}
@@ -58,7 +62,8 @@ def test_a_second_run_skips_finished_stages(finished, monkeypatch):
 def test_a_run_stopped_after_its_last_checkpoint_still_gets_its_summary(finished):
     workdir, _ = finished
     whole = workdir.summary()
-    workdir.write_summary({"stages": {name: s for name, s in whole["stages"].items() if name != "k2"}})
+    with workdir.changed_summary() as summary:
+        del summary["stages"]["k2"]
     train(workdir.path, workdir.config)
     assert workdir.summary()["stages"]["k2"].keys() == whole["stages"]["k2"].keys()
 
@@ -145,6 +150,7 @@ def test_what_has_left_no_trace_yet_may_change(finished, tmp_path):
     Workdir.claim(tmp_path, dataclasses.replace(joined, seed=1))
     Workdir.claim(tmp_path, dataclasses.replace(joined, seed=2))
     (tmp_path / "data").mkdir()
+    (tmp_path / "data/manifest.json").write_text("{}")
     with pytest.raises(RunError, match="seed = 2 there, 3 here"):
         Workdir.claim(tmp_path, dataclasses.replace(joined, seed=3))
 
@@ -157,7 +163,36 @@ def test_an_unfinished_or_foreign_directory_cannot_be_opened(tmp_path):
         Workdir.open(tmp_path)
 
 
-def test_a_directory_in_which_another_process_trains_is_refused(finished):
-    workdir, corpus = finished
-    with workdir.locked(), pytest.raises(RunError, match=r"is in use: another process trains there"):
-        curriculum.run(workdir, corpus, make_mesh(workdir.config.mesh))
+def test_what_was_measured_of_other_weights_is_not_kept(finished, tmp_path):
+    workdir = Workdir(shutil.copytree(finished[0].path, tmp_path / "run"), finished[0].config)
+    with workdir.changed_summary() as summary:
+        summary["stages"]["k1"] |= {"weights": "of another k1", "sample_nll": 9.0}
+        summary["stages"]["k8"] = {"steps": 3}
+    train(workdir.path, workdir.config)
+    after = workdir.summary()["stages"]
+    assert "sample_nll" not in after["k1"] and after["k1"]["weights"] != "of another k1" and "k8" not in after
+
+
+def test_a_run_made_before_stages_kept_their_origin_goes_on(finished, tmp_path, caplog):
+    workdir = Workdir(shutil.copytree(finished[0].path, tmp_path / "run"), finished[0].config)
+    for path in workdir.path.glob("stages/*/checkpoints/*/progress/metadata"):
+        path.write_text('{"seconds": 1.0}')
+    shutil.rmtree(workdir.path / "stages/k2")
+    train(workdir.path, workdir.config)
+    assert "k1          does not say what it came from" in caplog.text
+    weights = stage_progress(finished[0], "k2")["weights"]
+    assert stage_progress(workdir, "k2")["weights"] == weights
+
+
+def test_weights_keep_the_order_in_which_tokens_lie_on_the_unit_interval(tmp_path, monkeypatch):
+    """Also where a later version would shuffle otherwise."""
+    raw = micro_config_dict(ar=dict(steps=2), k1=dict(steps=2), k2=dict(steps=2))
+    raw.model.cdf_order = "shuffled"
+    workdir, corpus = train(tmp_path / "run", parse(raw))
+    order = CdfOrder.shuffled(corpus.vocab_size, raw.seed)
+    monkeypatch.setattr(CdfOrder, "shuffled", lambda *args: pytest.fail("a new order for weights that are there"))
+    for tokens in (corpus, workdir.tokenizer()):
+        assert all(load_stage(workdir, name, tokens)[0].cfg.cdf_order == order for name in ("ar", "k1", "k2"))
+    shutil.rmtree(workdir.path / "stages/k2")
+    train(workdir.path, workdir.config)
+    assert stage_progress(workdir, "k2")["made_from"]["cdf_order"] == order.tokens_V.tolist()
