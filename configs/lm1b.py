@@ -66,6 +66,6 @@ def _smoke(config) -> dict:
     config.data.seq_len = 32
     config.model.update(num_layers=2, d_model=32, num_heads=2)
     config.mesh.data = 1
-    config.evaluation.update(batch_size=4, rows=8, samples=4, prompt_length=6, new_tokens=12)
+    config.evaluation.update(batch_size=4, rows=8, samples=4, prompt_length=6, new_tokens=12, speed_batches=(4,))
     config.logging.update(log_every=2, checkpoint_every=2)
     return dict(steps=5, batch_size=4, learning_rate=1e-3, bfloat16_fraction=0.8)

@@ -153,6 +153,16 @@ REFUSED = [
     ({"evaluation__new_tokens": 0}, "evaluation.new_tokens = 0 should be at least 1"),
     ({"evaluation__joint_contexts": 0}, "evaluation.joint_contexts = 0 should be at least 1"),
     ({"evaluation__joint_samples": 0}, "evaluation.joint_samples = 0 should be at least 1"),
+    ({"evaluation__speed_batches": (8, 0)}, "evaluation.speed_batches = 0 should be at least 1"),
+    (
+        {"evaluation__speed_batches": ()},
+        "evaluation.speed_batches is empty; it should hold at least one number of requests",
+    ),
+    (
+        {"evaluation__speed_batches": "1,x"},
+        "evaluation.speed_batches = '1,x' should be whole numbers, such as 1,8,64",
+    ),
+    ({"evaluation__tau": 2000.0}, "evaluation.tau = 2000.0 is not in [1e-6, 1000]"),
     (
         {"evaluation__new_tokens": 49},
         "evaluation.prompt_length + evaluation.new_tokens = 65 exceeds data.seq_len = 64, "
@@ -270,3 +280,8 @@ def test_a_temperature_outside_its_range_is_refused_by_name(tau):
 @pytest.mark.parametrize("tau", [1e-6, 1.0, 1000.0])
 def test_a_temperature_inside_its_range_is_accepted(tau):
     check_tau("request.tau", tau)
+
+
+@pytest.mark.parametrize("given", [[1, 8], (1, 8), "1,8", "1, 8"])
+def test_whole_numbers_come_from_json_a_file_or_a_flag(given):
+    assert parse(valid(evaluation__speed_batches=given)).evaluation.speed_batches == (1, 8)
