@@ -16,8 +16,8 @@ _VS_AR = (
     "unclear: the quartiles are further apart than the median is from 1"
 )
 WHY_LITTLE_GAIN = (
-    "A student's pass carries 2k rows of every text (the k tokens before and k of noise) where AR's carries one: "
-    "nearly free where a pass waits for weights or kernels to start; a tiny model on a CPU pays for each and gains little."
+    "A student's pass carries 2k rows of every text (the k tokens before, k of noise), AR's carries one: nearly free "
+    "where a pass waits for weights or for kernels to start; on a CPU a tiny model pays for each, and gains little."
 )
 
 

@@ -23,11 +23,11 @@ from kforcing_jax.workdir import Workdir
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    config = micro_config(k1=dict(tau_min=0.2, tau_max=3.0))
-    workdir = Workdir.claim(tmp_path_factory.mktemp("run"), config)
+    """A run, said to have trained k1 with other temperatures than k2."""
+    workdir = Workdir.claim(tmp_path_factory.mktemp("run"), micro_config())
     corpus = workdir.corpus()
-    curriculum.run(workdir, corpus, make_mesh(config.mesh))
-    return workdir, corpus
+    curriculum.run(workdir, corpus, make_mesh(workdir.config.mesh))
+    return Workdir(workdir.path, micro_config(k1=dict(tau_min=0.2, tau_max=3.0))), corpus
 
 
 @pytest.fixture(scope="module")
