@@ -235,7 +235,7 @@ class EvaluationConfig:
     new_tokens: int = 48
     tau: float = 0.0  # of all stages' samples; 0: 1, or the nearest to it that every student is trained for
     speed_batches: tuple[int, ...] = (1, 8, 64)  # requests that are decoded together where stages are timed
-    speed_rounds: int = 7  # timed runs of every stage at each of them
+    speed_rounds: int = 5  # timed runs of every stage at each of them
     joint_contexts: int = 8  # enumerable teachers only: contexts at which the joint is compared
     joint_samples: int = 20_000  # blocks drawn at each of them
 
