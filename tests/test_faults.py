@@ -26,6 +26,9 @@ from kforcing_jax.errors import RunError
 from kforcing_jax.evaluation import suite
 from kforcing_jax.workdir import Workdir
 
+# Futures of tensorstore outlive the loop of a reading that has failed.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
