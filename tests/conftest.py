@@ -1,8 +1,8 @@
 """Tiny models shared by the tests, and the XLA settings that suit tests.
 
-Compiling takes most of the time here: less optimisation nearly halves it. Eight devices, so that sharded steps can be
-tested; what names no mesh runs on the first one. What several tests or the commands that they start compile is compiled
-once a session.
+Compiling takes most of the time here: less optimisation and an older code generator take a quarter of it. Eight
+devices, so that sharded steps can be tested; what names no mesh runs on the first one. What several tests or the
+commands that they start compile is compiled once a session.
 """
 
 import atexit
@@ -10,9 +10,11 @@ import os
 import shutil
 import tempfile
 
+from compiling import FAST_FLAGS
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+os.environ.setdefault("XLA_FLAGS", f"--xla_force_host_platform_device_count=8 {FAST_FLAGS}".strip())
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # pytest-xdist's workers have that of their parent
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="kforcing_jax_tests_")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
@@ -33,14 +35,6 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "torch" in item.fixturenames or hasattr(item.module, "torch"):
             item.add_marker("extras")
-
-
-@pytest.fixture
-def optimised():
-    """What is jitted in a test with this fixture is compiled as users compile it."""
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture

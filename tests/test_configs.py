@@ -7,7 +7,7 @@ import json
 import runpy
 
 import pytest
-from commands import REPOSITORY, start_command
+from commands import REPOSITORY, run_command, start_command
 
 from kforcing_jax.config import parse
 
@@ -32,28 +32,42 @@ def test_the_smoke_variant_is_the_same_run_in_tiny(name):
     assert smoke.model.d_model < real.model.d_model and smoke.stages["k4"].steps < 10
 
 
-def run_markov(workdir, *flags):
-    """summary.json's stages after `main` has run configs/markov.py."""
-    # As a user runs it: the settings that make other tests compile faster would make this one train slower.
-    settings = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0", "XLA_FLAGS": ""}
-    done = start_command("main", "--config=configs/markov.py", f"--workdir={workdir}", *flags, **settings)
-    print(done.out)
-    assert done.status == 0, done.err[-2000:]
-    assert (workdir / "report.html").stat().st_size > 10_000
-    return json.loads((workdir / "summary.json").read_text())["stages"]
+SHORT_MARKOV = """
+import runpy
+def get_config():
+    config = runpy.run_path("configs/markov.py")["get_config"]()
+    config.unlock()
+    del config.stages["k4"], config.stages["k4_from_ar"]
+    for name, steps in (("ar", 300), ("k1", 400), ("k2", 300)):
+        config.stages[name].steps = steps
+    config.evaluation.joint_samples = 5000
+    config.evaluation.speed_batches = (8,)
+    return config
+"""
 
 
 @pytest.mark.smoke
-def test_a_short_markov_run_is_on_its_way_to_its_teachers_joint_distribution(tmp_path):
-    """A fifth of the steps, on sequences of the same chain: a student that ignores its noise has a TV of SHORT_CHANCE."""
-    stages = run_markov(tmp_path, *SHORT)
-    for name, tolerance in (("k1", 0.05), ("k2", 0.15)):
-        assert stages[name]["joint_tv"] <= stages[name]["joint_tv_null"] + tolerance, name
+def test_a_short_markov_run_comes_near_its_teachers_joint_distribution(tmp_path):
+    """A student that ignores its noise has a TV of 0.7 and more; these come within 0.01 and 0.02 of the null."""
+    (tmp_path / "short.py").write_text(SHORT_MARKOV)
+    done = run_command("main", f"--config={tmp_path / 'short.py'}", f"--workdir={tmp_path / 'run'}")
+    assert done.status == 0, done.err[-2000:]
+    check_markov(tmp_path / "run", k1=0.03, k2=0.08)
 
 
 @pytest.mark.full
 def test_markov_students_have_their_teachers_joint_distribution(tmp_path):
-    stages = run_markov(tmp_path)
-    for name, tolerance in (("k1", 0.01), ("k2", 0.01), ("k4-from-ar", 0.05)):
+    # As a user runs it: the settings that make other tests compile faster would make this one train slower.
+    settings = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0", "XLA_FLAGS": ""}
+    done = start_command("main", "--config=configs/markov.py", f"--workdir={tmp_path}", **settings)
+    print(done.out)
+    assert done.status == 0, done.err[-2000:]
+    check_markov(tmp_path, k1=0.01, k2=0.01, **{"k4-from-ar": 0.05})
+
+
+def check_markov(workdir, **tolerances):
+    """Total variations within a tolerance of those of samples of the teacher itself."""
+    assert (workdir / "report.html").stat().st_size > 10_000
+    stages = json.loads((workdir / "summary.json").read_text())["stages"]
+    for name, tolerance in tolerances.items():
         assert stages[name]["joint_tv"] <= stages[name]["joint_tv_null"] + tolerance, name
-    assert {"joint_tv", "joint_tv_null"} <= stages["k4"].keys()

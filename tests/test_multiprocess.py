@@ -1,5 +1,6 @@
 """Several processes as one run: real processes on this machine, gloo between them."""
 
+import fcntl
 import json
 import os
 import re
@@ -12,7 +13,8 @@ import time
 import jax
 import numpy as np
 import pytest
-from commands import REPOSITORY
+from commands import REPOSITORY, run_command
+from compiling import FAST_FLAGS
 
 from kforcing_jax.training.checkpoints import load_stage
 from kforcing_jax.workdir import Workdir
@@ -32,12 +34,19 @@ STAGES = ("ar", "k1", "k2")
 pytestmark = pytest.mark.multiprocess
 
 
+def prepared(folder):
+    """A work directory with the data that several processes want to find there."""
+    (folder / "config.py").write_text(CONFIG)
+    assert run_command("prepare", f"--config={folder / 'config.py'}", f"--workdir={folder / 'run'}").status == 0
+    return folder / "run"
+
+
 def start(workdir, processes, devices, *flags):
     """The processes of a run with that many devices each."""
     (workdir.parent / "config.py").write_text(CONFIG)
     environment = os.environ | {
         "PYTHONPATH": f"{REPOSITORY}{os.pathsep}{REPOSITORY / 'tests'}",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {FAST_FLAGS}",
     }
     command = [sys.executable, "-m", "kforcing_jax.main", f"--config={workdir.parent / 'config.py'}"]
     command += [f"--workdir={workdir}", *flags]
@@ -80,7 +89,7 @@ def losses(workdir):
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
     """(workdir, outputs) of a run in two processes of two devices each."""
-    workdir = tmp_path_factory.mktemp("two") / "run"
+    workdir = prepared(tmp_path_factory.mktemp("two"))
     return workdir, finish(start(workdir, processes=2, devices=2))
 
 
@@ -103,9 +112,17 @@ def test_one_process_speaks_and_writes(two_processes):
     assert (workdir / "report.html").exists()
 
 
+def test_where_the_first_process_is_refused_the_others_do_not_wait(tmp_path):
+    workdir = prepared(tmp_path)
+    with (workdir / ".lock").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        logs = [process.communicate(timeout=120)[1] for process in start(workdir, processes=2, devices=1)]
+    assert all(f"error: {workdir} is in use: another process trains there" in log for log in logs)
+
+
 def test_a_run_that_was_told_to_end_and_then_killed_ends_like_one_that_was_not(two_processes, tmp_path):
     """First as a machine is told that is about to be taken away: one process has the signal, both stop after a step."""
-    workdir = tmp_path / "run"
+    workdir = prepared(tmp_path)
     processes = start(workdir, processes=2, devices=2)
     wait_for_step(workdir, "k1", 6, processes)
     processes[1].send_signal(signal.SIGTERM)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
+from compiling import OPTIMISED
 
 from kforcing_jax.noise import (
     CDF_ERROR_BOUND,
@@ -23,8 +24,7 @@ from kforcing_jax.noise import (
 VOCABULARIES = (2, 6, 97, 1000, 50_258)
 
 # As users compile it: the bound is one of optimised code.
-_OPTIMISED = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
-_jit = functools.partial(jax.jit, compiler_options=_OPTIMISED)
+_jit = functools.partial(jax.jit, compiler_options=OPTIMISED)
 
 
 @_jit

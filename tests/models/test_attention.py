@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiling import OPTIMISED
 
 from kforcing_jax.models.attention import block_length, choose_implementation, group_attention
 from kforcing_jax.models.keys import Causal, KeyValue, Past, UpTo
@@ -143,7 +144,7 @@ def compiled(implementation, length, group, gradient):
         return group_attention(q, windows, text, Causal(), None, implementation)
 
     function = jax.grad(lambda *x: attend(*x).sum(), argnums=(0, 1, 2)) if gradient else attend
-    return jax.jit(function).lower(*[jax.ShapeDtypeStruct(shape, jnp.float32)] * 3).compile()
+    return jax.jit(function).lower(*[jax.ShapeDtypeStruct(shape, jnp.float32)] * 3).compile(OPTIMISED)
 
 
 def test_blocks_skip_most_of_the_future():

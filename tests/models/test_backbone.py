@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiling import OPTIMISED
 
 from kforcing_jax.models import CausalLM, PushForwardLM, backbone, init_params, layers
 from kforcing_jax.models.backbone import Backbone, ModelConfig
@@ -149,7 +150,7 @@ def test_memory_of_the_loss_does_not_grow_with_all_logits(tiny_config):
     def temporary_bytes(length):
         hidden = jax.ShapeDtypeStruct((1, length, 1, 16), jnp.float32)
         targets = jax.ShapeDtypeStruct((1, length, 1), jnp.int32)
-        compiled = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(params, hidden, targets).compile()
+        compiled = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(params, hidden, targets).compile(OPTIMISED)
         return compiled.memory_analysis().temp_size_in_bytes
 
     short, long = temporary_bytes(32_768), temporary_bytes(131_072)
@@ -177,7 +178,7 @@ def test_keeping_more_takes_more_memory_and_repeats_less(tiny_config):
         params = jax.eval_shape(functools.partial(init_params, model), jax.random.key(0))
         tokens = jax.ShapeDtypeStruct((4, 96), jnp.int32)
         gradient = jax.jit(jax.grad(lambda p, t: model.apply({"params": p}, t).sum()))
-        compiled = gradient.lower(params, tokens).compile()
+        compiled = gradient.lower(params, tokens).compile(OPTIMISED)
         return compiled.memory_analysis().temp_size_in_bytes, compiled.cost_analysis()["flops"]
 
     memory, flops = zip(*map(memory_and_flops, backbone.REMAT_POLICIES), strict=True)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiling import OPTIMISED
 from micro import micro_config, micro_config_dict
 
 from kforcing_jax.config import MeshConfig, parse
@@ -149,7 +150,7 @@ def test_bfloat16_phases_keep_f32_parameters_and_optimiser_state():
 def test_the_old_state_is_donated():
     config = config_with("dense")
     step, arguments = stage_step(config, "ar", precision_phases(config.stages["ar"])[-1])
-    step(*arguments)
+    step.lower(*arguments).compile(OPTIMISED)(*arguments)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(arguments[0].params))
 
 
