@@ -26,7 +26,7 @@ _LOG = logging.getLogger("kforcing_jax")
 
 # Fields that change what is reported or where it runs, but not what is trained.
 _FREE = ("evaluation", "logging", "mesh")
-# Other data is noticed by what stages keep of theirs, see training.checkpoints.
+# Other data is noticed by what stages keep of theirs, see training.records.
 _FREE_FIELDS = ("data.prepared", "data.reader_processes")
 # Directories that this process has locked, and how many times.
 _LOCKED: dict[Path, int] = {}

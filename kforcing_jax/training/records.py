@@ -78,7 +78,7 @@ def check_made_from(workdir: Workdir, stage: str, vocabulary):
         if before.get(name) not in (now, None):
             raise RunError(
                 f"stage {stage} of {workdir.path} was trained with another {name} ({before[name][:8]}; that of "
-                f"{workdir.data_path} is {now[:8]}); set data.prepared back, or delete {folder}"
+                f"{workdir.data_path} is {now[:8]}); put back that data, or delete {folder}"
             )
     for parent in filter(None, map(before.get, ("teacher", "origin"))):
         now = stage_progress(workdir, parent["stage"]).get("weights")
