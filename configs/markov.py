@@ -5,7 +5,8 @@
 An AR teacher learns a random Markov chain of six states. Its joint over all 6^k blocks is computed exactly, and 20,000
 blocks of each student at each of 8 contexts are compared with it (total variation, G-test), next to a sample of the
 same size from that joint. k = 4 is trained twice: from the k = 2 student (`k4`, the paper's recipe) and from the AR
-teacher itself (`k4-from-ar`).
+teacher itself (`k4-from-ar`). Tokens lie on [0, 1) in the order of their ids: of six random
+states any order is as good.
 """
 
 from kforcing_jax.config import default_config, default_stage
