@@ -67,7 +67,7 @@ def free_port():
 
 def finish(processes):
     """(stdout, stderr) of every process, all of which end well."""
-    outputs = [process.communicate(timeout=300) for process in processes]
+    outputs = [process.communicate(timeout=600) for process in processes]
     assert all(process.returncode == 0 for process in processes), outputs
     return outputs
 
