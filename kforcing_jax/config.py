@@ -2,7 +2,7 @@
 
 The dataclasses below are the one place where fields, defaults and rules live. A file in `configs/` starts from
 `default_config()` and `default_stage()`, changes what it needs, and any field can be overridden on the command
-line (`--config.model.num_layers=6`).
+line.
 """
 
 import dataclasses

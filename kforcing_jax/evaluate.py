@@ -58,7 +58,7 @@ def _evaluate_run():
 
     def opened():
         workdir = Workdir.open(_WORKDIR.value)
-        return workdir, workdir.corpus(), make_mesh_that_fits(workdir.config), _scorer()
+        return workdir, workdir.prepared(), make_mesh_that_fits(workdir.config), _scorer()
 
     summary = evaluate(*processes.together(opened))
     if jax.process_index() == 0:
@@ -86,8 +86,9 @@ def _evaluate_checkpoint():
         k=released.tokens_per_pass(K.value),
         seq_len=released.seq_len,
         prefix_length=released.prefix_length,
+        tau=released.usual_tau,
     )
-    figures = evaluate_released(released, completions, teacher, scorer)
+    figures = evaluate_released(released, completions, teacher, scorer, released.usual_tau)
     if _OUTPUT_DIR.value:
         write_completions(_OUTPUT_DIR.value, completions, released.tokenizer, {"evaluation.json": figures})
     print(json.dumps(figures) if _JSON.value else figures_text(figures))

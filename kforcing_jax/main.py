@@ -32,30 +32,31 @@ def main(_):
     from kforcing_jax.evaluation.aligned import samples_text
     from kforcing_jax.evaluation.suite import evaluate
     from kforcing_jax.evaluation.tables import table
-    from kforcing_jax.interop.released import check_teacher_of
     from kforcing_jax.sharding import check_divisible, make_mesh
     from kforcing_jax.training import curriculum
-    from kforcing_jax.training.checkpoints import is_finished
-    from kforcing_jax.workdir import Workdir
 
     mesh = make_mesh(config.mesh)
     check_divisible(config, mesh)
-    # Before anything is written; a run that goes on has the teacher's weights, and no longer needs their file.
-    if not is_finished(Workdir.at(_WORKDIR.value, config), "ar"):
-        check_teacher_of(config)
     with contextlib.ExitStack() as stack:
         workdir, corpus = processes.together(lambda: _claimed(config, stack))
         curriculum.run(workdir, corpus, mesh)
         command = shlex.join(["python", "-m", "kforcing_jax.main", *sys.argv[1:]])
         summary = evaluate(workdir, corpus, mesh, command=command)
     if jax.process_index() == 0:
-        print(f"\n{table(summary)}\n\n{samples_text(summary)}\n\nReport: {workdir.path / 'report.html'}")
+        report = workdir.path / "report.html"
+        where = f"Report: {report}" if report.exists() else "No report: it could not be written"
+        print(f"\n{table(summary)}\n\n{samples_text(summary)}\n\n{where}")
 
 
 def _claimed(config, stack):
     """(work directory, data). Other runs are kept out of the directory until the stack is closed."""
+    from kforcing_jax.interop.released import check_teacher_of
+    from kforcing_jax.training.checkpoints import is_finished
     from kforcing_jax.workdir import Workdir
 
+    # Before anything is written; a run that goes on has the teacher's weights, and no longer needs their file.
+    if not is_finished(Workdir.at(_WORKDIR.value, config), "ar"):
+        check_teacher_of(config)
     stack.enter_context(Workdir.at(_WORKDIR.value, config).locked())
     workdir = Workdir.claim(_WORKDIR.value, config)
     _LOG.info(f"{'data':<11} {config.data.source}, preparing or reading {workdir.data_path}")

@@ -24,7 +24,7 @@ LARGEST_UNIFORM = 1.0 - 2.0**-_UNIFORM_BITS
 # |F_f32(v) - F_f64(v)| stays below this, two ulps of 1, for every v and V up to 50,258 (measured by test_noise.py).
 CDF_ERROR_BOUND = 2.0**-22
 
-# f32 holds sums of up to 256 multiples of this, none above 1, exactly.
+# f32 holds sums of up to 256 multiples of this, none above 1, exactly; longer blocks (V > 65,536) round once or twice.
 _COARSE = 2.0**-16
 
 # Named, so that a global setting of JAX cannot change a request's noise.

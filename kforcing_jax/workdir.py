@@ -15,7 +15,7 @@ from pathlib import Path
 import jax
 
 from kforcing_jax.config import Config, parse
-from kforcing_jax.data.pipeline import Corpus
+from kforcing_jax.data.pipeline import Corpus, load
 from kforcing_jax.data.places import expanded
 from kforcing_jax.data.preparation import prepare
 from kforcing_jax.data.tokenizers import Tokenizer
@@ -156,6 +156,10 @@ class Workdir:
                     "kforcing_jax.prepare with the same configuration and work directory first"
                 )
         return prepare(self.config.data, self.config.seed, self.data_path)
+
+    def prepared(self) -> Corpus:
+        """The prepared data as it is, whatever has become of the text since. Raises RunError when there is none."""
+        return load(self.config.data, self.config.seed, self.data_path)
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer of the prepared data. Raises RunError when there is none."""

@@ -40,11 +40,13 @@ from jax.experimental import topologies
 
 from kforcing_jax import cli
 from kforcing_jax.config import Config
+from kforcing_jax.data.choices import PACKINGS
 from kforcing_jax.data.packing import Batch
 from kforcing_jax.data.places import cache_folder
 from kforcing_jax.data.whole_file import write_text
 from kforcing_jax.errors import ConfigError
 from kforcing_jax.models import init_params, splash
+from kforcing_jax.noise import CdfOrder
 from kforcing_jax.sharding import (
     abstract_on,
     batch_sharding,
@@ -191,7 +193,7 @@ def _trace(config, name, phase, mesh):
     state = abstract_state(_abstract_params(config, name, mesh), stage, mesh)
     teacher_params = _abstract_params(config, teacher, mesh) if teacher else {}
     rows = jax.ShapeDtypeStruct((stage.batch_size, config.data.seq_len), jnp.int32, sharding=batch_sharding(mesh))
-    batch = Batch(rows, None if config.data.packing == "wrapped" else rows)
+    batch = Batch(rows, rows if PACKINGS[config.data.packing].segmented else None)
     key = abstract_on(jax.eval_shape(lambda: jax.random.key(0)), replicated(mesh))
     step = compiled_step(stage, functools.partial(stage_objective, config, name, vocabulary), phase, state)
     arguments = (state, teacher_params, batch, key)
@@ -202,7 +204,8 @@ def _trace(config, name, phase, mesh):
 def _vocabulary(config):
     """The largest vocabulary that the config allows; mask and EOS have the last ids."""
     size = config.data.markov_states + 1 if config.data.source == "markov" else config.data.vocab_size
-    return Vocabulary(size, size - 1, None if config.data.source == "markov" else size - 2)
+    order = CdfOrder.shuffled(size, config.seed) if config.model.cdf_order == "shuffled" else None
+    return Vocabulary(size, size - 1, None if config.data.source == "markov" else size - 2, order)
 
 
 def _abstract_params(config, name, mesh):

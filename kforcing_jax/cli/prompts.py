@@ -8,7 +8,7 @@ from kforcing_jax.cli.checkpoints import BATCH_SIZE, MAX_NEW_TOKENS, NUM_SAMPLES
 from kforcing_jax.data.places import expanded
 from kforcing_jax.data.tokenizers import Tokenizer
 from kforcing_jax.data.whole_file import write_text
-from kforcing_jax.decoding.completions import Completions, Prefix
+from kforcing_jax.decoding.completions import Completions, Prefix, complete
 from kforcing_jax.errors import ConfigError, DataError, RunError
 
 
@@ -19,8 +19,6 @@ def complete_prefixes(model, params, tokenizer, *, k: int, seq_len: int | None, 
       ConfigError: nothing says how prefixes become tokens, or how many new ones there are to be.
       DataError: the file has no usable line, or texts do not fit `seq_len`.
     """
-    from kforcing_jax.decoding.completions import complete
-
     length = PREFIX_LENGTH.value or prefix_length
     check_prefixes_fit(tokenizer, length)
     max_new_tokens = room_for(length, seq_len, MAX_NEW_TOKENS.value)

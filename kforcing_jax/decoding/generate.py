@@ -57,7 +57,7 @@ def generate(
       prompts: token ids, at least one each; lengths may differ.
       max_new_tokens: T, an upper bound on the new tokens of each request.
       k: tokens per pass, at most the window that the student was trained with.
-      tau: temperature, one or one per request, in (0, 1000].
+      tau: temperature, one or one per request, in [1e-6, 1000].
       seeds: one per request, in [0, 2^32); not needed when the noise is given.
       noise_BxT: the uniforms of the T new tokens of every request, instead of seeds.
       frequency_penalty: subtracted from a token's logit for every time it was generated in this request.
@@ -74,6 +74,8 @@ def generate(
     batch, width = len(prompts), max(len(prompt) for prompt in prompts)
     lengths_B = np.array([len(prompt) for prompt in prompts], np.int32)
     tau_B = _checked_tau(tau, batch)
+    if not _is_finite_number(frequency_penalty):
+        raise DataError(f"frequency_penalty = {frequency_penalty!r} should be a finite number")
     if noise_BxT is None:
         noise_BxT = _seeded_noise(seeds, lengths_B, max_new_tokens)
     else:
@@ -183,16 +185,15 @@ def _seeded_noise(seeds, lengths_B, max_new_tokens):
     if seeds is None or len(seeds) != len(lengths_B):
         given = "none" if seeds is None else len(seeds)
         raise DataError(f"one seed for each of {len(lengths_B)} prompts is needed, {given} given")
-    seeds_B = _whole_numbers(seeds, "seeds")
-    for seed in seeds_B:
-        if not 0 <= seed < 2**32:
-            raise DataError(f"seed {seed} is not in [0, 2^32)")
+    seeds_B = _whole_numbers(seeds, "seeds", 2**32)
     positions_BxT = lengths_B[:, None] + np.arange(max_new_tokens)
     return position_noise(jnp.asarray(seeds_B.astype(np.uint32)), jnp.asarray(positions_BxT))
 
 
 def _checked_noise(noise_BxT, shape):
     noise_BxT = np.asarray(noise_BxT)
+    if noise_BxT.dtype.kind not in "fiu":
+        raise DataError(f"noise has dtype {noise_BxT.dtype}; expected numbers")
     if noise_BxT.shape != shape:
         raise DataError(f"noise has shape {noise_BxT.shape}, expected {shape}")
     outside = noise_BxT[~((noise_BxT >= 0) & (noise_BxT < 1))]
@@ -203,36 +204,39 @@ def _checked_noise(noise_BxT, shape):
 
 
 def _checked_tau(tau, batch):
-    tau_B = np.asarray(tau, np.float32)
-    if tau_B.shape not in ((), (batch,)):
-        raise DataError(f"tau has shape {tau_B.shape}, expected one number or one for each of {batch} prompts")
+    tau_B = np.asarray(tau)
+    if tau_B.dtype.kind not in "fiu" or tau_B.shape not in ((), (batch,)):
+        raise DataError(f"tau = {tau!r} should be one number, or one for each of {batch} prompts")
     for value in tau_B.flat:
         check_tau("tau", float(value))
-    return np.broadcast_to(tau_B, (batch,))
+    return np.broadcast_to(tau_B.astype(np.float32), (batch,))
 
 
-def _whole_numbers(values, name) -> np.ndarray:
-    """An int64 array of what are integers already. Anything else would be cut without a word."""
+def _is_finite_number(value):
+    return np.ndim(value) == 0 and np.asarray(value).dtype.kind in "fiu" and bool(np.isfinite(value))
+
+
+def _whole_numbers(values, name, end) -> np.ndarray:
+    """A list of what are integers in [0, end) already, int64. Anything else would be cut without a word."""
     try:
         array = np.asarray(values)
-    except ValueError:
-        raise DataError(f"{name} should be a list of integers") from None
-    if array.size and array.dtype.kind not in "iu":
-        raise DataError(f"{name} holds {array.flat[0]!r}; expected integers")
+    except ValueError:  # lists of different lengths
+        array = np.empty(0)
+    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+        raise DataError(f"{name} should be a list of integers, not {values!r}")
+    outside = array[(array < 0) | (array >= end)]
+    if outside.size:
+        raise DataError(f"{name} has {outside[0]}, which is not in [0, {end})")
     return array.astype(np.int64)
 
 
 def _checked_prompts(prompts, vocab_size) -> list[np.ndarray]:
     if not len(prompts):
         raise DataError("no prompts given")
-    prompts = [_whole_numbers(prompt, f"prompt {row}") for row, prompt in enumerate(prompts)]
     for row, prompt in enumerate(prompts):
-        if prompt.ndim != 1 or prompt.size == 0:
+        if not np.size(prompt):
             raise DataError(f"prompt {row} is empty; start from a token, such as EOS")
-        outside = prompt[(prompt < 0) | (prompt >= vocab_size)]
-        if outside.size:
-            raise DataError(f"prompt {row} has id {outside[0]}, outside the vocabulary of {vocab_size} ids")
-    return [prompt.astype(np.int32) for prompt in prompts]
+    return [_whole_numbers(prompt, f"prompt {row}", vocab_size).astype(np.int32) for row, prompt in enumerate(prompts)]
 
 
 def _check_finite(finite_B):

@@ -18,9 +18,9 @@ from kforcing_jax.models import CausalLM
 
 
 def evaluate_released(
-    released: Released, completions: Completions, teacher: Released | None, scorer: Scorer | None
+    released: Released, completions: Completions, teacher: Released | None, scorer: Scorer | None, tau: float = 1.0
 ) -> dict:
-    """Figures of a released model's completions, and of its map where its AR teacher is given.
+    """Figures of a released model's completions at `tau`, and of its map where its AR teacher is given.
 
     Returns:
       throughput and the texts' own figures always; sample_nll and sample_entropy with a teacher (an AR model is its
@@ -30,7 +30,7 @@ def evaluate_released(
     prompt_of = np.arange(len(completions.tokens)) // completions.samples_per_prefix
     rows = zip(completions.tokens, completions.lengths, strict=True)
     eos_id, length = released.tokenizer.eos_id, completions.prefix_length
-    figures = {"throughput": completions.throughput}
+    figures = {"tau": tau, "throughput": completions.throughput}
     figures |= text_report([new_tokens(row, length, end, eos_id) for row, end in rows], prompt_of)
     is_student = not isinstance(released.model, CausalLM)
     teacher = teacher or (None if is_student else released)
@@ -38,14 +38,14 @@ def evaluate_released(
         generation = Generation(completions.tokens, completions.lengths, passes=np.zeros(0))
         figures |= under_teacher(teacher.model, teacher.params, generation, length)
     if teacher and is_student:
-        figures |= _agreement(released, completions, teacher)
+        figures |= _agreement(released, completions, teacher, tau)
     if scorer:
         rows = completions.tokens, completions.lengths, length, released.tokenizer
         figures["external"] = external_figures(scorer, *rows, prompt_of=prompt_of)
     return figures
 
 
-def _agreement(released, completions, teacher):
+def _agreement(released, completions, teacher, tau):
     """On the teacher's own texts: the contexts that a student meets when it decodes as it should."""
     throughput = completions.throughput
     texts = complete(
@@ -55,6 +55,7 @@ def _agreement(released, completions, teacher):
         max_new_tokens=throughput["max_new_tokens"],
         k=1,
         batch_size=throughput["batch_size"],
+        tau=tau,
         eos_id=released.tokenizer.eos_id,
     )
     return agreement(
@@ -65,7 +66,7 @@ def _agreement(released, completions, teacher):
         _batches(texts, throughput["batch_size"]),
         jax.random.key(0),
         window=throughput["K_per_step"],
-        tau=1.0,
+        tau=tau,
         eos_id=released.tokenizer.eos_id,
     )
 

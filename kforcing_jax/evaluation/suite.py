@@ -22,7 +22,7 @@ from kforcing_jax.evaluation.samples import generate, measure, prompts, speeds
 from kforcing_jax.evaluation.scorer import Scorer
 from kforcing_jax.sharding import replicated
 from kforcing_jax.training.checkpoints import finished_stages, load_stage
-from kforcing_jax.training.records import stage_progress
+from kforcing_jax.training.records import stage_progress, weights_digest
 from kforcing_jax.workdir import Workdir
 
 _LOG = logging.getLogger("kforcing_jax")
@@ -48,8 +48,10 @@ def evaluate(workdir: Workdir, corpus: Corpus, mesh: Mesh, scorer: Scorer | None
     if not workdir.is_writable():
         _LOG.warning(f"{workdir.path} is not writable: what is measured will not be kept")
     with jax.set_mesh(mesh):
-        weights = {name: stage_progress(workdir, name).get("weights") for name in finished_stages(workdir)}
-        run = _Run.load(workdir, corpus, mesh, ["ar", *(name for name in weights if name != "ar")])
+        recorded = {name: stage_progress(workdir, name).get("weights") for name in finished_stages(workdir)}
+        run = _Run.load(workdir, corpus, mesh, ["ar", *(name for name in recorded if name != "ar")])
+        # Of what was loaded: where the last checkpoint is damaged, that is an earlier one.
+        weights = {name: recorded[name] and weights_digest(params) for name, (_, params) in run.models.items()}
         stages = {}
         continuations = {}
         for name in run.models:
@@ -204,7 +206,7 @@ def _merge(workdir, summary, general, stages):
     for name, measured in stages.items():
         progress, before = stage_progress(workdir, name), summary["stages"].get(name, {})
         if progress.get("weights") != measured["weights"]:
-            continue  # trained again while it was measured
+            continue  # trained again while it was measured, or measured at an earlier checkpoint
         if before.get("weights") != measured["weights"]:
             before = {"steps": workdir.config.stages[name].last_step, "seconds": round(progress.get("seconds", 0.0), 1)}
         before.pop("external", None)  # of the samples before

@@ -48,6 +48,12 @@ class Released(NamedTuple):
         return (self.note["tau_min"], self.note["tau_max"]) if {"tau_min", "tau_max"} <= self.note.keys() else None
 
     @property
+    def usual_tau(self) -> float:
+        """1, or the temperature nearest to it that a student knows."""
+        low, high = self.tau_range or (1.0, 1.0)
+        return min(max(1.0, low), high)
+
+    @property
     def seq_len(self) -> int | None:
         """The longest text."""
         return self._said("seq_len")

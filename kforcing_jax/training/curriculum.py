@@ -5,6 +5,7 @@ import logging
 import zlib
 
 import jax
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from kforcing_jax.config import Config
@@ -54,7 +55,7 @@ def run(workdir: Workdir, corpus: Corpus, mesh: Mesh):
 def _run_stage(workdir: Workdir, corpus: Corpus, name: str, mesh: Mesh):
     # Again: what it came from may have been trained again just now.
     check_made_from(workdir, name, corpus)
-    if _has_good_end(workdir, corpus, name, mesh):
+    if _agreed(_has_good_end(workdir, corpus, name, mesh)):
         _LOG.info(f"{name:<11} finished, skipped")
     elif workdir.config.stages[name].checkpoint:
         _import_stage(workdir, corpus, name, mesh)
@@ -62,8 +63,14 @@ def _run_stage(workdir: Workdir, corpus: Corpus, name: str, mesh: Mesh):
         _train_stage(workdir, corpus, name, mesh)
     # Also for a stage whose run was stopped right after its last checkpoint.
     known = workdir.summary()["stages"].get(name, {})
-    if "validation_loss" not in known or known.get("weights") != stage_progress(workdir, name).get("weights"):
+    is_summarised = "validation_loss" in known and known.get("weights") == stage_progress(workdir, name).get("weights")
+    if not _agreed(is_summarised):
         _summarise_stage(workdir, corpus, name, mesh)
+
+
+def _agreed(decision: bool) -> bool:
+    """What the first process decides: others may see a file of a shared folder later, and wait in another place."""
+    return bool(multihost_utils.broadcast_one_to_all(decision)) if jax.process_count() > 1 else decision
 
 
 def _has_good_end(workdir: Workdir, corpus: Corpus, name: str, mesh: Mesh) -> bool:
@@ -121,7 +128,9 @@ def _summarise_stage(workdir: Workdir, corpus: Corpus, name: str, mesh: Mesh):
     _LOG.info(f"{name:<11} done in {clock(seconds)}, validation loss {loss:.4f} nats per token")
     with workdir.changed_summary() as summary:
         # What was measured of other weights goes.
-        summary["stages"][name] = {
+        before = summary["stages"].get(name, {})
+        kept = before if before.get("weights") == progress.get("weights") else {}
+        summary["stages"][name] = kept | {
             "steps": workdir.config.stages[name].last_step,
             "seconds": round(seconds, 1),
             "validation_loss": loss,

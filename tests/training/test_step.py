@@ -92,8 +92,9 @@ def traced_programs():
     tau, u, key = jnp.ones(2), jnp.zeros((2, 8, 2)), jax.random.key(0)
     decode_args = (TOKENS, jnp.full(2, 8), jnp.zeros((2, 4)), tau, jnp.float32(0), jnp.int32(11))
     for k, model in ((1, teacher), (2, student)):
-        yield f"decoding k={k}", lambda t, s, k=k, m=model: _decode(
-            m, t if k == 1 else s, *decode_args, k=k, penalised=False
+        yield (
+            f"decoding k={k}",
+            lambda t, s, k=k, m=model: _decode(m, t if k == 1 else s, *decode_args, k=k, penalised=False),
         )
     yield "rollout", lambda t, s: rollout(student, s, TOKENS, jnp.zeros((2, 8, 4)), tau, 2)
     yield "agreement", lambda t, s: _agreement_sums(teacher, t, student, s, TOKENS, None, u, tau, 11)
@@ -102,8 +103,9 @@ def traced_programs():
     yield "windows", lambda t, s: _windows_after(student, s, TOKENS[0], jnp.zeros((3, 2)))
     for name in ("ar", "k2"):
         objective = stage_objective(config, name, VOCABULARY)
-        yield f"validation of {name}", lambda t, s, o=objective, n=name: mean_loss(
-            o, t if n == "ar" else s, s, Batch(TOKENS[None]), key
+        yield (
+            f"validation of {name}",
+            lambda t, s, o=objective, n=name: mean_loss(o, t if n == "ar" else s, s, Batch(TOKENS[None]), key),
         )
 
 
