@@ -56,7 +56,7 @@ def test_a_finished_stage_is_written_as_a_file_that_loads_as_the_same_model(run,
 
 
 def test_what_there_is_no_stage_or_run_for_is_refused_and_nothing_is_written(run, tmp_path):
-    output = f"--output={tmp_path / 'model.ckpt'}"
+    output = f"--output={tmp_path / 'model.safetensors'}"
     unfinished = run_command("export", f"--workdir={run}", "--stage=k8", output)
     refused(unfinished, "--stage=k8 is not a finished stage of this run; finished: ar, k1, k2")
     refused(run_command("export", f"--workdir={tmp_path}", output), f"{tmp_path} is not a run directory")
@@ -66,7 +66,7 @@ def test_what_there_is_no_stage_or_run_for_is_refused_and_nothing_is_written(run
 
 def test_a_run_without_a_finished_stage_has_nothing_to_write(run, tmp_path):
     (tmp_path / "config.json").write_bytes((run / "config.json").read_bytes())
-    out = run_command("export", f"--workdir={tmp_path}", f"--output={tmp_path / 'model.ckpt'}")
+    out = run_command("export", f"--workdir={tmp_path}", f"--output={tmp_path / 'model.safetensors'}")
     refused(out, "this run has no finished stage; run kforcing_jax.main on it again")
 
 
@@ -94,10 +94,10 @@ def test_a_directory_that_is_not_writable_is_refused(tmp_path):
     tmp_path.chmod(0o500)
     if os.access(tmp_path, os.W_OK):
         pytest.skip("may write everywhere")
-    out = run_command("export", f"--workdir={tmp_path}", f"--output={tmp_path / 'model.ckpt'}")
+    out = run_command("export", f"--workdir={tmp_path}", f"--output={tmp_path / 'model.safetensors'}")
     refused(out, f"the directory {tmp_path} is not writable")
 
 
 def test_what_only_the_file_system_refuses_is_reported_in_one_line(run):
     out = run_command("export", f"--workdir={run}", f"--output={run / ('x' * 300)}.safetensors")
-    refused(out, "cannot be written: File name too long")
+    refused(out, "File name too long")
