@@ -10,6 +10,7 @@ import numpy as np
 
 from kforcing_jax.config import ATTENTIONS, PRECISIONS, REMATS
 from kforcing_jax.models.attention import group_attention
+from kforcing_jax.models.cache import Cache, attention, write
 from kforcing_jax.models.keys import ATTENDED, Causal, KeyValue, Known, Past, Text, UpTo
 from kforcing_jax.models.layers import LAYER_NORM_EPSILON, Output, rotary_angles, rotate
 from kforcing_jax.noise import CdfOrder
@@ -84,7 +85,7 @@ def _look_up(table_V, index):
 
 
 class Block(nn.Module):
-    """One layer. Returns its output and the keys and values of its own tokens.
+    """One layer: of a pass over groups that hang off a prefix, or of a chunk at the end of a cache.
 
     Every product with a weight says how its result is split (rows, and heads or columns over `tensor`): left alone, XLA
     gathers the rows of a batch as soon as that is less than the weights that `fsdp` has split.
@@ -92,28 +93,67 @@ class Block(nn.Module):
 
     cfg: ModelConfig
 
-    @nn.compact
-    def __call__(self, x_BxAxGxD, known: KeyValue | None, past: KeyValue | None, where: "Where"):
+    def setup(self):
         cfg = self.cfg
         dense = functools.partial(nn.DenseGeneral, dtype=cfg.dtype, precision=cfg.precision)
         norm = functools.partial(nn.LayerNorm, epsilon=LAYER_NORM_EPSILON, use_bias=False)
+        self.attn_norm = norm()
+        self.attn_qkv = dense((3, cfg.num_heads, cfg.head_width), use_bias=False)
+        self.attn_out = dense(cfg.d_model, axis=(-2, -1), use_bias=False)
+        self.mlp_norm = norm()
+        self.mlp_in = dense(4 * cfg.d_model)
+        self.mlp_out = dense(cfg.d_model)
 
-        h = norm(name="attn_norm")(x_BxAxGxD).astype(cfg.dtype)
-        qkv = dense((3, cfg.num_heads, cfg.head_width), use_bias=False, name="attn_qkv")(h)
-        qkv = constrain(qkv, ROWS, None, None, None, "tensor")
-        q, k, v = (qkv[..., i, :, :] for i in range(3))
-        cos, sin = where.angles
-        q, keys = rotate(q, cos, sin), KeyValue(rotate(k, cos, sin), v)
+    def __call__(self, x_BxAxGxD, known: KeyValue | None, past: KeyValue | None, where: "Where"):
+        """The layer's output, and the keys and values of its own tokens."""
+        cfg = self.cfg
+        q, keys = self._project(x_BxAxGxD, where.angles)
         prefix, own = (known, keys) if known is not None else _text_and_windows(keys)
         past = None if past is None else Past(past, where.past_length)
         attended = group_attention(q, own, prefix, where.reach, past, cfg.attention, cfg.precision)
-        attended = constrain(attended, ROWS, None, None, "tensor")
-        x_BxAxGxD += constrain(dense(cfg.d_model, axis=(-2, -1), use_bias=False, name="attn_out")(attended), ROWS)
+        return self._mix(x_BxAxGxD, attended), keys
 
-        h = norm(name="mlp_norm")(x_BxAxGxD).astype(cfg.dtype)
-        h = constrain(dense(4 * cfg.d_model, name="mlp_in")(h), ROWS, None, None, "tensor")
-        x_BxAxGxD += constrain(dense(cfg.d_model, name="mlp_out")(nn.gelu(h, approximate=True)), ROWS)
-        return x_BxAxGxD, keys
+    def append(self, x_BxGxD, angles, cache: Cache, start_B, live: int, rows_BxR=None):
+        """Writes the keys of a chunk of tokens from slot `start` of a cache on, then attends over what is live.
+
+        Args:
+          x_BxGxD: the chunk, and the rotary angles of its positions.
+          cache: keys and values (B, H, S, C), `start + G <= S`.
+          start_B: tokens before the chunk.
+          live: slots that hold anything, of all rows, the chunk included.
+          rows_BxR: the tokens whose output is wanted, all by default.
+
+        Returns:
+          x_BxRxD, and the cache with the chunk.
+        """
+        q, keys = self._project(x_BxGxD[:, None], angles)
+        cache = write(cache, jax.tree.map(lambda kv: kv[:, 0], keys), start_B)
+        q_BxGxHxC, row_BxG = q[:, 0], jnp.arange(x_BxGxD.shape[1])[None]
+        if rows_BxR is not None:
+            row_BxG = rows_BxR
+            x_BxGxD, q_BxGxHxC = (take_rows(rows, rows_BxR) for rows in (x_BxGxD, q_BxGxHxC))
+        attended = attention(q_BxGxHxC, cache, start_B[:, None] + row_BxG, live, self.cfg.precision)
+        return self._mix(x_BxGxD[:, None], attended[:, None])[:, 0], cache
+
+    def _project(self, x_BxAxGxD, angles):
+        """Queries, and keys with values, rotated to their positions."""
+        h = self.attn_norm(x_BxAxGxD).astype(self.cfg.dtype)
+        qkv = constrain(self.attn_qkv(h), ROWS, None, None, None, "tensor")
+        q, k, v = (qkv[..., i, :, :] for i in range(3))
+        return rotate(q, *angles), KeyValue(rotate(k, *angles), v)
+
+    def _mix(self, x_BxAxGxD, attended_BxAxGxHxC):
+        """What comes after attention: its output projection, and the MLP."""
+        attended = constrain(attended_BxAxGxHxC, ROWS, None, None, "tensor")
+        x_BxAxGxD += constrain(self.attn_out(attended), ROWS)
+        h = self.mlp_norm(x_BxAxGxD).astype(self.cfg.dtype)
+        h = constrain(self.mlp_in(h), ROWS, None, None, "tensor")
+        return x_BxAxGxD + constrain(self.mlp_out(nn.gelu(h, approximate=True)), ROWS)
+
+
+def take_rows(x_BxGxX, rows_BxR):
+    """Some tokens (B, R, ...) of every row."""
+    return jnp.take_along_axis(x_BxGxX, rows_BxR.reshape(*rows_BxR.shape, *[1] * (x_BxGxX.ndim - 2)), axis=1)
 
 
 def _text_and_windows(keys: KeyValue) -> tuple[KeyValue, KeyValue]:

@@ -1,5 +1,6 @@
 """The pieces of the models: rotary positions, the noise encoder, the output layer."""
 
+import functools
 import math
 
 import flax.linen as nn
@@ -41,15 +42,34 @@ class NoiseEncoder(nn.Module):
     d_model: int
     precision: str
 
-    @nn.compact
-    def __call__(self, u_x: jax.Array, tau_x: jax.Array) -> jax.Array:
-        def dense(name, width, x):
-            return constrain(nn.Dense(width, precision=self.precision, name=name)(x), ROWS)
+    def setup(self):
+        dense = functools.partial(nn.Dense, precision=self.precision)
+        self.project = dense(self.d_model)
+        self.norm = nn.LayerNorm(epsilon=LAYER_NORM_EPSILON)
+        self.mlp_in, self.mlp_out = dense(4 * self.d_model), dense(self.d_model)
 
+    def __call__(self, u_x: jax.Array, tau_x: jax.Array) -> jax.Array:
         features_xF = jnp.concatenate([fourier_features(u_x, self.d_model), fourier_features(tau_x, self.d_model)], -1)
-        x_xD = dense("project", self.d_model, features_xF)
-        h = nn.LayerNorm(epsilon=LAYER_NORM_EPSILON, name="norm")(x_xD)
-        return x_xD + dense("mlp_out", self.d_model, exact_gelu(dense("mlp_in", 4 * self.d_model, h)))
+        return self._mix(self.project(features_xF))
+
+    def of_tau(self, tau_x: jax.Array) -> jax.Array:
+        """What a temperature adds, (x, D): for `of_noise`."""
+        projection = self.project.variables["params"]
+        part_xD = jnp.dot(
+            fourier_features(tau_x, self.d_model), projection["kernel"][self.d_model :], precision=self.precision
+        )
+        return part_xD + projection["bias"]
+
+    def of_noise(self, u_x: jax.Array, of_tau_xD: jax.Array) -> jax.Array:
+        """e(u, tau) with `of_tau` of the temperature."""
+        kernel_DxD = self.project.variables["params"]["kernel"][: self.d_model]
+        part_xD = jnp.dot(fourier_features(u_x, self.d_model), kernel_DxD, precision=self.precision)
+        return self._mix(part_xD + of_tau_xD)
+
+    def _mix(self, x_xD):
+        x_xD = constrain(x_xD, ROWS)
+        h = constrain(self.mlp_in(self.norm(x_xD)), ROWS)
+        return x_xD + constrain(self.mlp_out(exact_gelu(h)), ROWS)
 
 
 @jax.custom_vjp

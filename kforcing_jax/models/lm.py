@@ -115,6 +115,14 @@ class LanguageModel(nn.Module):
         """f32 logits_xV in the order of the CDF."""
         return self.backbone.output(hidden_xD)
 
+    def embed(self, tokens_x: jax.Array) -> jax.Array:
+        """Embedded tokens (x, D)."""
+        return self.backbone.embed(tokens_x)
+
+    def normalise(self, x_xD: jax.Array) -> jax.Array:
+        """What the blocks give to the hidden states that the output layer takes, f32."""
+        return self.backbone.final_norm(x_xD.astype(jnp.float32))
+
     def per_token(self, function, hidden_BxAxGxD: jax.Array, *arrays_BxAxG: jax.Array):
         """function(ordered logits, *arrays) of every token, in chunks; see `Output.per_token`."""
         return self.backbone.output.per_token(function, hidden_BxAxGxD, *arrays_BxAxG)
@@ -181,6 +189,14 @@ class PushForwardLM(LanguageModel):
         noise_BxAxKxD = self.noise_encoder(noise_BxAxK, tau_BxAxK)
         return jnp.concatenate([self.backbone.embed(tokens_BxAxT), noise_BxAxKxD], axis=2)
 
+    def of_tau(self, tau_B: jax.Array) -> jax.Array:
+        """What `embed_noise` needs of a temperature, (B, D)."""
+        return self.noise_encoder.of_tau(tau_B)
+
+    def embed_noise(self, u_BxK: jax.Array, of_tau_BxD: jax.Array) -> jax.Array:
+        """Embedded noise tokens (B, K, D)."""
+        return self.noise_encoder.of_noise(u_BxK, of_tau_BxD[:, None])
+
     def drawable(self, result: Pass) -> jax.Array:
         """hidden_BxAxKxD of the noise tokens."""
         return result.noise.hidden
@@ -189,6 +205,11 @@ class PushForwardLM(LanguageModel):
         """Argmax, never the mask: the randomness is in the input. Noise and tau only complete the interface."""
         del u_x, tau_x
         return self.cfg.token_at(noise.argmax(self._possible(ordered_xV)))
+
+    def probability(self, ordered_xV: jax.Array) -> jax.Array:
+        """Of the token that `pick` gives."""
+        possible_xV = self._possible(ordered_xV)
+        return 1 / jnp.sum(jnp.exp(possible_xV - jnp.max(possible_xV, axis=-1, keepdims=True)), axis=-1)
 
 
 def init_params(model: CausalLM | PushForwardLM, key: jax.Array) -> dict:

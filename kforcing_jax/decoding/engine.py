@@ -1,0 +1,322 @@
+"""The engine: a fixed number of slots on a device, requests that come and go, a few programs compiled once.
+
+    engine = Engine(student=(model, params), slots=8, max_length=1024, k=4)
+    slot = engine.insert(Request(prompt, max_new_tokens=64, seed=3))
+    for update in engine.step(passes=4):
+        update.slot, update.tokens, update.is_finished
+
+What a request gives does not depend on the others, nor on when it came: its rows of every array are its own, and its
+noise belongs to its seed and its positions.
+"""
+
+import concurrent.futures
+import dataclasses
+import os
+from collections.abc import Iterable, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from kforcing_jax.decoding.memory import check_memory
+from kforcing_jax.decoding.passes import MODELS, Decoding, Models, slots_after_a_text
+from kforcing_jax.decoding.programs import Programs, Report
+from kforcing_jax.decoding.requests import MODES, Request
+from kforcing_jax.decoding.slots import Settings
+from kforcing_jax.errors import DataError
+from kforcing_jax.models.cache import BLOCK
+from kforcing_jax.models.cached import weights
+from kforcing_jax.sharding import platform, to_host
+
+# Prompts are read this many tokens at a time.
+CHUNKS = (16, 64)
+# More passes than any text has tokens.
+_ALL = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Update:
+    """What a step gave a request.
+
+    Attributes:
+      slot: where it runs, or ran.
+      tokens: the new ones.
+      is_finished: it has ended, and its slot is free.
+      passes: so far, by model.
+      error: why it was stopped before its end, if it was.
+    """
+
+    slot: int
+    tokens: list[int]
+    is_finished: bool
+    passes: dict[str, int]
+    error: DataError | None = None
+
+
+class Engine:
+    """Decodes up to `slots` requests at a time, each by itself, in any mode that its models allow."""
+
+    def __init__(
+        self,
+        *,
+        student: tuple | None = None,
+        teacher: tuple | None = None,
+        slots: int = 8,
+        max_length: int = 1024,
+        k: int = 1,
+        dtype: str | None = None,
+        mesh: jax.sharding.Mesh | None = None,
+    ):
+        """Compiles and allocates nothing yet.
+
+        Args:
+          student: (PushForwardLM, params), for modes `student` and `exact`.
+          teacher: (CausalLM, params), for modes `ar` and `exact`.
+          slots: requests at a time; on a mesh rounded up to what can be split over its rows.
+          max_length: positions of a text, prompt included.
+          k: the largest window, at most that which the student was trained with.
+          dtype: compute dtype of the blocks and of the caches, instead of the models' own.
+          mesh: `data` splits slots, `tensor` heads and columns. By default that of the parameters, if they have one.
+
+        Raises:
+          DataError: no model, models of different vocabularies, numbers below 1.
+        """
+        given = {name: pair for name, pair in (("student", student), ("teacher", teacher)) if pair is not None}
+        _check_engine(given, slots, max_length, k)
+        mesh = _mesh_of(given) if mesh is None else mesh
+        models = {name: _in_dtype(model, dtype) for name, (model, _) in given.items()}
+        models = Models(models.get("student"), models.get("teacher"), k if student is not None else 1)
+        beyond = max(slots_after_a_text(models.k), CHUNKS[-1])
+        self.programs = Programs(models, _rows(slots, mesh), _rounded_up(max_length + beyond, BLOCK), mesh)
+        self.weights = {name: weights(getattr(models, name).cfg, given[name][1], mesh) for name in given}
+        self.max_length = max_length
+        self.release()
+
+    # What a caller sees.
+
+    @property
+    def free_slots(self) -> int:
+        return self._requests.count(None)
+
+    @property
+    def modes(self) -> tuple[str, ...]:
+        """Those that the models allow."""
+        return tuple(mode for mode in MODES if set(MODELS[mode]) <= set(self.models.names))
+
+    def check(self, request: Request):
+        """Raises DataError or ConfigError for a request that this engine cannot serve."""
+        request.check(self._vocab_size)
+        if request.mode not in self.modes:
+            missing = [name for name in MODELS[request.mode] if name not in self.models.names]
+            raise DataError(f"mode = {request.mode!r} needs {missing[0]}=(model, params)")
+        if request.k is not None and request.mode != "ar" and request.k > self.models.k:
+            raise DataError(f"k = {request.k} exceeds the window of {self.models.k} tokens")
+        if request.end > self.max_length:
+            raise DataError(
+                f"a prompt of {len(request.prompt)} tokens and {request.max_new_tokens} new ones exceed the "
+                f"{self.max_length} positions of a slot"
+            )
+
+    def insert(self, request: Request) -> int:
+        """Gives a request a slot; the next step begins with it.
+
+        Raises:
+          DataError, ConfigError: what `check` raises, or no slot is free.
+          RunError: the device's memory does not suffice for the slots.
+        """
+        self.check(request)
+        if not self.free_slots:
+            raise DataError(f"all {self.slots} slots are taken; step until a request ends, or free one")
+        if self._state is None:
+            self._allocate([request.mode])
+        slot = self._requests.index(None)
+        self._requests[slot] = request
+        self._told[slot] = len(request.prompt)
+        self._new.append(slot)
+        return slot
+
+    def step(self, passes: int = _ALL, *, wait: bool = True) -> list[Update]:
+        """Reads new prompts, and gives every request up to `passes` passes of its mode.
+
+        Without `wait` it returns as soon as a request of a mode has ended, whose slot another one may want.
+
+        Returns:
+          An update for every request that was running.
+        """
+        if self._new:
+            self._admit()
+        running = {slot: request for slot, request in enumerate(self._requests) if request is not None}
+        if not running:
+            return []
+        alive_B = np.array([request is not None for request in self._requests])
+        live = self._live(max(request.end for request in running.values()))
+        for mode in dict.fromkeys(request.mode for request in running.values()):
+            names = MODELS[mode]
+            state, report = self.programs.compiled("run", mode, live)(
+                {name: self.weights[name] for name in names},
+                Decoding(self._state.slots, {name: self._state.caches[name] for name in names}),
+                alive_B,
+                np.int32(min(passes, _ALL)),
+                np.bool_(wait),
+            )
+            self._state = Decoding(state.slots, self._state.caches | state.caches)
+        report = jax.tree.map(to_host, report)
+        return [self._update(slot, report) for slot in running]
+
+    def free(self, slot: int):
+        """Drops a request; its slot is free at once."""
+        self._requests[slot] = None
+        if slot in self._new:
+            self._new.remove(slot)
+
+    def warm_up(self, modes: Iterable[str] | None = None):
+        """Compiles all that requests of these modes can need, by default of all that the models allow, and allocates.
+
+        After it nothing compiles, whatever requests come.
+
+        Raises:
+          RunError: the device's memory does not suffice for the slots.
+        """
+        modes = self.modes if modes is None else tuple(modes)
+        names = dict.fromkeys(name for mode in modes for name in MODELS[mode])
+        rows = ("all",) if self.slots == 1 else ("all", "one")
+        wanted = [("insert",)]
+        wanted += [("run", mode, live) for mode in modes for live in self._lives()]
+        wanted += [("prefill", n, r, chunk, live) for n in names for r in rows for chunk in CHUNKS for live in self._lives()]
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(lambda key: self.programs.compiled(*key), wanted))
+        if self._state is None:
+            self._allocate(modes)
+
+    def release(self):
+        """Gives the memory of slots and caches back; requests are dropped, what was compiled is kept."""
+        self._state: Decoding | None = None
+        self._requests: list[Request | None] = [None] * self.slots
+        self._told = [0] * self.slots  # tokens of each text that were reported
+        self._new: list[int] = []
+
+    # What happens to slots.
+
+    @property
+    def _device(self):
+        return jax.devices()[0] if self.programs.mesh is None else self.programs.mesh.local_devices[0]
+
+    @property
+    def models(self) -> Models:
+        return self.programs.models
+
+    @property
+    def slots(self) -> int:
+        return self.programs.slots
+
+    @property
+    def positions(self) -> int:
+        """Of a slot: the longest text, and what passes write beyond it."""
+        return self.programs.positions
+
+    @property
+    def _vocab_size(self):
+        return getattr(self.models, self.models.names[0]).cfg.vocab_size
+
+    def _allocate(self, modes: Sequence[str]):
+        """Slots and caches, if the memory suffices for them and for the largest program of these modes."""
+        programs = [self.programs.compiled("run", mode, self._lives()[-1]) for mode in modes]
+        temporary = max(program.memory_analysis().temp_size_in_bytes for program in programs)
+        check_memory(self.programs.state, self.slots, self.positions, temporary, self._device)
+        self._state = self.programs.compiled("empty")()
+
+    def _admit(self):
+        """Puts new requests into their rows and reads their prompts."""
+        settings, is_new_B, is_given_B = Settings.empty(self.slots), np.zeros(self.slots, bool), np.zeros(self.slots, bool)
+        tokens_BxS = np.zeros((self.slots, self.positions), np.int32)
+        noise_BxS = np.zeros((self.slots, self.positions), np.float32)
+        for slot in self._new:
+            request = self._requests[slot]
+            settings.fill(slot, request, request.k or self.models.k)
+            tokens_BxS[slot, : len(request.prompt)] = request.prompt
+            is_new_B[slot], is_given_B[slot] = True, request.noise is not None
+            if request.noise is not None:
+                noise_BxS[slot, len(request.prompt) : request.end] = request.noise
+        student = {name: self.weights[name] for name in ("student",) if name in self.weights}
+        slots = self.programs.compiled("insert")(student, self._state.slots, is_new_B, settings, tokens_BxS, noise_BxS, is_given_B)
+        self._state = self._state._replace(slots=slots)
+        new, self._new = self._new, []
+        for name in self.models.names:
+            self._read_prompts(name, [slot for slot in new if name in MODELS[self._requests[slot].mode]])
+
+    def _read_prompts(self, name: str, new: list[int]):
+        """Prompts into a model's caches, but for their last token; together where most slots are new."""
+        lengths = {slot: len(self._requests[slot].prompt) - 1 for slot in new}
+        if 2 * len(new) >= self.slots:
+            self._read(name, max(lengths.values()), None)
+        else:
+            for slot, length in lengths.items():
+                self._read(name, length, slot)
+
+    def _read(self, name: str, length: int, row: int | None):
+        slots, caches, done = self._state.slots, self._state.caches[name], 0
+        while done < length:
+            chunk = next((c for c in CHUNKS if length - done <= 2 * c), CHUNKS[-1])
+            rows, which = ("all", ()) if row is None else ("one", (np.int32(row),))
+            program = self.programs.compiled("prefill", name, rows, chunk, self._live(done + chunk))
+            slots, caches = program(self.weights[name], slots, caches, *which)
+            done += chunk
+        self._state = Decoding(slots, self._state.caches | {name: caches})
+
+    def _update(self, slot: int, report: Report) -> Update:
+        length, is_finite = int(report.length_B[slot]), bool(report.finite_B[slot])
+        tokens = report.tokens_BxS[slot, self._told[slot] : length].tolist()
+        self._told[slot] = length
+        is_finished = not report.running_B[slot]
+        if is_finished:
+            self._requests[slot] = None
+        passes = {name: int(passes_B[slot]) for name, passes_B in report.passes_B.items()}
+        return Update(slot, tokens, is_finished, passes, None if is_finite else DataError(_NOT_FINITE))
+
+    def _lives(self) -> list[int]:
+        """How many slots of a cache programs attend over: on a CPU a loop finds its own end."""
+        with self.programs.on_mesh():
+            if platform() == "cpu":
+                return [self.programs.positions]
+        lengths = [BLOCK * 2**i for i in range(1, 32) if BLOCK * 2**i < self.programs.positions]
+        return [*lengths, self.programs.positions]
+
+    def _live(self, length: int) -> int:
+        """For texts of up to `length` tokens."""
+        needed = min(length + slots_after_a_text(self.models.k), self.programs.positions)
+        return next(live for live in self._lives() if live >= needed)
+
+
+_NOT_FINITE = (
+    "the logits are not finite: the weights are damaged, or were trained with a learning rate that was too high"
+)
+
+
+def _check_engine(given, slots, max_length, k):
+    if not given:
+        raise DataError("an engine needs student=(model, params), teacher=(model, params), or both")
+    for name, value in (("slots", slots), ("max_length", max_length), ("k", k)):
+        if value < 1:
+            raise DataError(f"{name} = {value} should be at least 1")
+    sizes = {name: model.cfg.vocab_size for name, (model, _) in given.items()}
+    if len(set(sizes.values())) > 1:
+        raise DataError(f"the teacher has a vocabulary of {sizes['teacher']} tokens, the student one of {sizes['student']}")
+
+
+def _in_dtype(model, dtype):
+    return model if dtype is None else type(model)(dataclasses.replace(model.cfg, dtype=dtype))
+
+
+def _mesh_of(given) -> Mesh | None:
+    """The mesh on which the parameters lie, if there is one."""
+    shardings = [getattr(x, "sharding", None) for _, params in given.values() for x in jax.tree.leaves(params)]
+    return next((s.mesh for s in shardings if isinstance(s, NamedSharding) and s.mesh.size > 1), None)
+
+
+def _rows(slots, mesh):
+    """Slots, rounded up to what splits evenly."""
+    return slots if mesh is None else _rounded_up(slots, mesh.shape["data"] * mesh.shape["fsdp"])
+
+
+def _rounded_up(number, unit):
+    return number + -number % unit

@@ -1,0 +1,185 @@
+"""What an engine compiles: prefill, and one loop of passes for each mode.
+
+A pass leaves the last tokens of a text to the next one, which reads them together with what asks for the tokens after
+them: noise for a student, the last token itself for the teacher.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from kforcing_jax.decoding import strides
+from kforcing_jax.decoding.draw import draw, is_finite
+from kforcing_jax.decoding.requests import MODES
+from kforcing_jax.decoding.slots import Slots, at_positions, commit
+from kforcing_jax.models import CausalLM, PushForwardLM
+from kforcing_jax.models.cached import Weights, append, call
+
+# The models that a mode runs.
+MODELS = {"student": ("student",), "ar": ("teacher",), "exact": ("student", "teacher")}
+
+
+@dataclasses.dataclass(frozen=True)
+class Models:
+    """The models of an engine and the largest window: what its programs are compiled for."""
+
+    student: PushForwardLM | None
+    teacher: CausalLM | None
+    k: int
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(name for name in ("student", "teacher") if getattr(self, name) is not None)
+
+
+class Decoding(NamedTuple):
+    """What passes change: the slots, and the caches of every layer, by model."""
+
+    slots: Slots
+    caches: dict[str, tuple]
+
+
+class Drawn(NamedTuple):
+    """Tokens after the texts, the student's probabilities of its own, and whether the logits of a row are numbers."""
+
+    tokens_BxM: jax.Array
+    probabilities_BxM: jax.Array
+    is_finite_B: jax.Array
+
+
+def slots_after_a_text(k: int) -> int:
+    """How far beyond a text a pass writes at most: its last token is known, then k + 1 rows of known ones, then k."""
+    return 2 * k + 2
+
+
+def prefill(models: Models, name: str, chunk: int, live: int, weights: Weights, slots: Slots, caches, row=None):
+    """Reads the next `chunk` tokens of the texts, but for their last one, into a model's caches: (slots, caches).
+
+    Of all rows, or of one. Rows that are further already write only what is overwritten.
+    """
+    read_B, length_B, tokens_BxS, part = slots.cached_B[name], slots.length_B, slots.tokens_BxS, caches
+    if row is not None:
+        read_B, length_B, tokens_BxS, part = jax.tree.map(
+            lambda x: jax.lax.dynamic_slice_in_dim(x, row, 1), (read_B, length_B, tokens_BxS, part)
+        )
+    x_BxGxD = call(getattr(models, name), weights, "embed", at_positions(tokens_BxS, read_B, chunk))
+    _, part = append(getattr(models, name), weights, x_BxGxD, part, read_B, live)
+    read_B = jnp.maximum(read_B, jnp.minimum(read_B + chunk, length_B - 1))
+    if row is not None:
+        read_B, part = jax.tree.map(
+            lambda whole, x: jax.lax.dynamic_update_slice_in_dim(whole, x, row, 0),
+            (slots.cached_B[name], caches),
+            (read_B, part),
+        )
+    return slots._replace(cached_B=slots.cached_B | {name: read_B}), part
+
+
+def run(models: Models, mode: str, live: int, weights: dict[str, Weights], state: Decoding, alive_B, passes, wait):
+    """Up to `passes` passes of the requests of a mode.
+
+    Rows that are not `alive` are stopped. Returns early when no request of the mode is left, and, unless told to
+    `wait`, as soon as one of them ends.
+    """
+    one_pass = {"student": _student_pass, "ar": _ar_pass, "exact": _exact_pass}[mode]
+    state = state._replace(slots=state.slots._replace(running_B=state.slots.running_B & alive_B))
+
+    def active_B(state):
+        return state.slots.running_B & (state.slots.settings.mode_B == MODES.index(mode))
+
+    before = jnp.sum(active_B(state))
+
+    def unfinished(carry):
+        index, state = carry
+        now = jnp.sum(active_B(state))
+        return (index < passes) & (now > 0) & (wait | (now == before))
+
+    def next_pass(carry):
+        index, state = carry
+        return index + 1, one_pass(models, live, weights, state, active_B(state))
+
+    return jax.lax.while_loop(unfinished, next_pass, (jnp.int32(0), state))[1]
+
+
+def _student_pass(models, live, weights, state, active_B):
+    drawn, state = _draft(models, live, weights, state, active_B, known=models.k)
+    settings = state.slots.settings
+    keep_B = strides.confident(drawn.probabilities_BxM, settings.confidence_B, strides.fixed(settings.k_B))
+    return _commit(state, drawn, keep_B, active_B)
+
+
+def _ar_pass(models, live, weights, state, active_B):
+    drawn, state = _teacher_draws(models, live, weights, state, active_B)
+    return _commit(state, drawn, jnp.ones_like(state.slots.length_B), active_B)
+
+
+def _exact_pass(models, live, weights, state, active_B):
+    """The student drafts a window, and the teacher draws after every token of it."""
+    draft, state = _draft(models, live, weights, state, active_B, known=models.k + 1)
+    drawn, state = _teacher_draws(models, live, weights, state, active_B, draft.tokens_BxM)
+    drawn = drawn._replace(is_finite_B=drawn.is_finite_B & draft.is_finite_B)
+    keep_B = strides.exact(draft.tokens_BxM, drawn.tokens_BxM, state.slots.settings.k_B)
+    state = _commit(state, drawn, keep_B, active_B)
+    # The teacher has read the drafts that were kept: all of the text but its last token.
+    cached_B = state.slots.cached_B
+    read_B = jnp.where(active_B, state.slots.length_B - 1, cached_B["teacher"])
+    return state._replace(slots=state.slots._replace(cached_B=cached_B | {"teacher": read_B}))
+
+
+def _draft(models, live, weights, state, active_B, known):
+    """Windows of the student. Its chunk: the (at most `known`) tokens not yet read, k of noise, then filling."""
+    model, weights, slots, k = models.student, weights["student"], state.slots, models.k
+    read_B = slots.cached_B["student"]
+    unread_B = jnp.clip(slots.length_B - read_B, 1, known)
+    u_BxK = at_positions(slots.noise_BxS, slots.length_B, k)
+    text_BxNxD = call(model, weights, "embed", at_positions(slots.tokens_BxS, read_B, known))
+    noise_BxKxD = call(model, weights, "embed_noise", u_BxK, slots.of_tau_BxD)
+    x_BxGxD = _joined(text_BxNxD, noise_BxKxD, unread_B)
+    rows_BxK = unread_B[:, None] + jnp.arange(k)
+    hidden_BxKxD, caches = append(model, weights, x_BxGxD, state.caches["student"], read_B, live, rows_BxK)
+    state = _after_a_pass(state, "student", caches, active_B)
+    return _drawn(model, weights, slots, active_B, hidden_BxKxD, u_BxK), state
+
+
+def _joined(first_BxNxD, then_BxKxD, count_B):
+    """The first `count` of N rows, then K, then filling: (B, N + K, D)."""
+    joined = jnp.pad(first_BxNxD, [(0, 0), (0, then_BxKxD.shape[1]), (0, 0)])
+    put = jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice_in_dim(row, new, at, axis=0))
+    return put(joined, then_BxKxD, count_B)
+
+
+def _teacher_draws(models, live, weights, state, active_B, draft_BxK=None):
+    """The teacher's inverse-CDF draws: of the token after the text, and after every draft where there are some."""
+    model, weights, slots = models.teacher, weights["teacher"], state.slots
+    read_B = slots.cached_B["teacher"]
+    tokens_BxM = at_positions(slots.tokens_BxS, read_B, 1)
+    if draft_BxK is not None:
+        tokens_BxM = jnp.concatenate([tokens_BxM, draft_BxK], axis=1)
+    x_BxMxD = call(model, weights, "embed", tokens_BxM)
+    hidden_BxMxD, caches = append(model, weights, x_BxMxD, state.caches["teacher"], read_B, live)
+    u_BxM = at_positions(slots.noise_BxS, slots.length_B, tokens_BxM.shape[1])
+    state = _after_a_pass(state, "teacher", caches, active_B)
+    return _drawn(model, weights, slots, active_B, hidden_BxMxD, u_BxM), state
+
+
+def _drawn(model, weights, slots, active_B, hidden_BxMxD, u_BxM) -> Drawn:
+    logits_BxMxV = call(model, weights, "ordered_logits", hidden_BxMxD)
+    return Drawn(*draw(model, slots, active_B, logits_BxMxV, u_BxM), is_finite(logits_BxMxV))
+
+
+def _after_a_pass(state: Decoding, name, caches, active_B) -> Decoding:
+    """The caches of active rows hold the text as it was before the pass."""
+    slots = state.slots
+    read_B = jnp.where(active_B, slots.length_B, slots.cached_B[name])
+    passes_B = slots.passes_B[name] + active_B
+    slots = slots._replace(cached_B=slots.cached_B | {name: read_B}, passes_B=slots.passes_B | {name: passes_B})
+    return Decoding(slots, state.caches | {name: caches})
+
+
+def _commit(state: Decoding, drawn: Drawn, keep_B, active_B) -> Decoding:
+    """Appends what is kept. Requests whose logits are no numbers stop; the others know nothing of it."""
+    slots, fine_B = state.slots, drawn.is_finite_B | ~active_B
+    slots = slots._replace(finite_B=slots.finite_B & fine_B, running_B=slots.running_B & fine_B)
+    slots = commit(slots, drawn.tokens_BxM, keep_B, active_B & fine_B)
+    return state._replace(slots=slots)

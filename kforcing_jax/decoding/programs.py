@@ -1,0 +1,144 @@
+"""The programs of an engine, compiled for shapes alone: nothing of them needs weights, or the devices to be here."""
+
+import contextlib
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from kforcing_jax.decoding import slots as slot_states
+from kforcing_jax.decoding.passes import MODELS, Decoding, Models, prefill, run
+from kforcing_jax.decoding.slots import Settings, Slots
+from kforcing_jax.models import init_params
+from kforcing_jax.models.cache import allocate
+from kforcing_jax.models.cached import Weights, call, split, weight_shardings
+from kforcing_jax.sharding import ROWS, abstract_on, batch_sharding, replicated
+
+
+class Report(NamedTuple):
+    """What the host has to know after a step, in arrays of its own: the state that they are taken from is donated."""
+
+    tokens_BxS: jax.Array
+    length_B: jax.Array
+    running_B: jax.Array
+    finite_B: jax.Array
+    passes_B: dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """What the programs of an engine are compiled for. Engines that agree in it share them.
+
+    | key                                | program |
+    | ---------------------------------- | ------- |
+    | `empty`                            | () -> `Decoding` without requests |
+    | `insert`                           | (student's weights by name, slots, is_new_B, settings, tokens_BxS, noise_BxS, is_given_B) -> slots |
+    | `prefill`, model, rows, chunk, live | (weights, slots, caches, the row if `rows` is "one") -> (slots, caches) |
+    | `run`, mode, live                  | (weights by name, `Decoding` with the caches of the mode's models, alive_B, passes, wait) -> (`Decoding`, `Report`) |
+
+    Slots and caches are donated. No text may be longer than `live` less what a pass writes beyond it.
+    """
+
+    models: Models
+    slots: int
+    positions: int
+    mesh: Mesh | None
+
+    def compiled(self, *key) -> jax.stages.Compiled:
+        """Compiles a program when it is first asked for."""
+        return _compiled(self, key)
+
+    def lower(self, *key) -> jax.stages.Lowered:
+        name, *options = key
+        function, arguments, donated, shardings = getattr(self, f"_{name}")(*options)
+        out = {} if self.mesh is None else {"out_shardings": shardings}
+        with self.on_mesh():
+            return jax.jit(function, donate_argnums=donated, **out).lower(*arguments)
+
+    def on_mesh(self):
+        """The context in which programs are traced."""
+        return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
+
+    @functools.cached_property
+    def state(self) -> Decoding:
+        """Abstract, on a mesh with shardings."""
+        state = jax.eval_shape(self._no_requests)
+        return state if self.mesh is None else abstract_on(state, self._state_shardings)
+
+    @functools.cached_property
+    def weights(self) -> dict[str, Weights]:
+        """Of every model, abstract."""
+        return {name: self._abstract_weights(getattr(self.models, name)) for name in self.models.names}
+
+    def _abstract_weights(self, model):
+        whole = jax.eval_shape(lambda key: split(model.cfg, init_params(model, key)), jax.random.key(0))
+        return whole if self.mesh is None else abstract_on(whole, weight_shardings(whole, self.mesh))
+
+    @functools.cached_property
+    def _state_shardings(self) -> Decoding | None:
+        """Rows over `data` and `fsdp`, heads over `tensor`."""
+        if self.mesh is None:
+            return None
+        heads = NamedSharding(self.mesh, PartitionSpec(ROWS, "tensor"))
+        state = jax.eval_shape(self._no_requests)
+        slots = jax.tree.map(lambda _: batch_sharding(self.mesh), state.slots)
+        return Decoding(slots, jax.tree.map(lambda _: heads, state.caches))
+
+    def _part(self, names, state):
+        """A state with the caches of some models; None of None."""
+        return state and Decoding(state.slots, {name: state.caches[name] for name in names})
+
+    def _empty(self):
+        return self._no_requests, (), (), self._state_shardings
+
+    def _no_requests(self) -> Decoding:
+        caches = {}
+        for name in self.models.names:
+            cfg = getattr(self.models, name).cfg
+            shape = self.slots, cfg.num_heads, self.positions, cfg.head_width
+            caches[name] = tuple(allocate(*shape, cfg.dtype) for _ in range(cfg.num_layers))
+        width = self.models.student.cfg.d_model if self.models.student else 0
+        return Decoding(Slots.empty(self.slots, self.positions, self.models.names, width), caches)
+
+    def _insert(self):
+        flag_B, texts = np.zeros(self.slots, bool), (self.slots, self.positions)
+        host = flag_B, Settings.empty(self.slots), np.zeros(texts, np.int32), np.zeros(texts, np.float32), flag_B
+        student = {name: self.weights[name] for name in ("student",) if name in self.weights}
+        shardings = self._state_shardings and self._state_shardings.slots
+        return self._with_requests, (student, self.state.slots, *host), 1, shardings
+
+    def _with_requests(self, student, slots, is_new_B, settings, tokens_BxS, noise_BxS, is_given_B):
+        of_tau_BxD = slots.of_tau_BxD
+        if student:
+            of_tau_BxD = call(self.models.student, student["student"], "of_tau", settings.tau_B)
+        return slot_states.insert(slots, is_new_B, settings, tokens_BxS, noise_BxS, is_given_B, of_tau_BxD)
+
+    def _prefill(self, name, rows, chunk, live):
+        function = functools.partial(prefill, self.models, name, chunk, live)
+        row = () if rows == "all" else (np.int32(0),)
+        shardings = self._state_shardings and (self._state_shardings.slots, self._state_shardings.caches[name])
+        return function, (self.weights[name], self.state.slots, self.state.caches[name], *row), (1, 2), shardings
+
+    def _run(self, mode, live):
+        def function(weights, state, alive_B, passes, wait):
+            state = run(self.models, mode, live, weights, state, alive_B, passes, wait)
+            slots = state.slots
+            return state, Report(
+                slots.tokens_BxS, slots.length_B, slots.running_B, slots.finite_B, jax.tree.map(jnp.copy, slots.passes_B)
+            )
+
+        names = MODELS[mode]
+        chosen = {name: self.weights[name] for name in names}
+        arguments = chosen, self._part(names, self.state), np.zeros(self.slots, bool), np.int32(0), np.bool_(False)
+        # Every process of a run wants the whole report.
+        shardings = self.mesh and (self._part(names, self._state_shardings), replicated(self.mesh))
+        return function, arguments, 1, shardings
+
+
+@functools.lru_cache(maxsize=128)
+def _compiled(programs: Programs, key: tuple) -> jax.stages.Compiled:
+    return programs.lower(*key).compile()

@@ -1,0 +1,109 @@
+"""What a request asks for, and whether it can be had."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from kforcing_jax.config import check_tau
+from kforcing_jax.errors import DataError
+
+# Who decodes: the student alone, the AR teacher alone, or the teacher what the student drafts.
+MODES = ("student", "ar", "exact")
+# End ids that a request may have.
+MOST_END_IDS = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """One text to continue.
+
+    Attributes:
+      prompt: token ids, at least one.
+      max_new_tokens: at most this many new ones.
+      seed: of the noise, in [0, 2^32).
+      noise: the uniforms of the new tokens, instead of the seed.
+      mode: one of `MODES`.
+      k: tokens of a window, at most what the engine has; by default that.
+      tau: temperature, in [1e-6, 1000].
+      confidence: of the confident stride, in [0, 1]; 0 keeps whole windows. Of mode `student` only.
+      frequency_penalty: subtracted from a token's logit for every time it was generated.
+      end_ids: tokens that end the text.
+    """
+
+    prompt: Sequence[int]
+    max_new_tokens: int
+    seed: int = 0
+    noise: Sequence[float] | None = None
+    mode: str = "student"
+    k: int | None = None
+    tau: float = 1.0
+    confidence: float = 0.0
+    frequency_penalty: float = 0.0
+    end_ids: Sequence[int] = ()
+
+    @property
+    def end(self) -> int:
+        """The longest text, prompt included."""
+        return len(self.prompt) + self.max_new_tokens
+
+    def check(self, vocab_size: int):
+        """Raises DataError or ConfigError for a value that no engine takes."""
+        if not np.size(self.prompt):
+            raise DataError("prompt is empty; start from a token, such as EOS")
+        whole_numbers(self.prompt, "prompt", vocab_size)
+        whole_numbers([self.seed], "seed", 2**32)
+        whole_numbers(self.end_ids, "end_ids", vocab_size)
+        if len(self.end_ids) > MOST_END_IDS:
+            raise DataError(f"end_ids has {len(self.end_ids)} ids; at most {MOST_END_IDS} are possible")
+        if self.max_new_tokens < 1 or (self.k is not None and self.k < 1):
+            raise DataError(f"k = {self.k} and max_new_tokens = {self.max_new_tokens} should be at least 1")
+        check_tau("tau", self.tau)
+        check_mode(self.mode)
+        check_confidence("confidence", self.confidence, self.mode)
+        if not is_finite_number(self.frequency_penalty):
+            raise DataError(f"frequency_penalty = {self.frequency_penalty!r} should be a finite number")
+        if self.noise is not None:
+            check_noise(np.asarray(self.noise), (self.max_new_tokens,))
+
+
+def check_mode(mode: str):
+    if mode not in MODES:
+        raise DataError(f"mode = {mode!r} is not one of {', '.join(MODES)}")
+
+
+def check_confidence(name: str, confidence: float, mode: str):
+    """Raises DataError for a confidence that is no probability, or that a mode has no use for."""
+    if not is_finite_number(confidence) or not 0 <= confidence <= 1:
+        raise DataError(f"{name} = {confidence!r} is not in [0, 1]")
+    if confidence and mode != "student":
+        raise DataError(f"{name} = {confidence} has no effect in mode {mode!r}: only a student's tokens are weighed")
+
+
+def check_noise(noise: np.ndarray, shape: tuple[int, ...]):
+    """Raises DataError unless these are uniforms of that shape."""
+    if noise.dtype.kind not in "fiu":
+        raise DataError(f"noise has dtype {noise.dtype}; expected numbers")
+    if noise.shape != shape:
+        raise DataError(f"noise has shape {noise.shape}, expected {shape}")
+    outside = noise[~((noise >= 0) & (noise < 1))]
+    if outside.size:
+        raise DataError(f"noise holds {outside.flat[0]}; uniforms are in [0, 1)")
+
+
+def is_finite_number(value) -> bool:
+    return np.ndim(value) == 0 and np.asarray(value).dtype.kind in "fiu" and bool(np.isfinite(value))
+
+
+def whole_numbers(values, name: str, end: int) -> np.ndarray:
+    """A list of what are integers in [0, end) already, int64. Anything else would be cut without a word."""
+    try:
+        array = np.asarray(values)
+    except ValueError:  # lists of different lengths
+        array = np.empty(0)
+    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+        raise DataError(f"{name} should be a list of integers, not {values!r}")
+    outside = array[(array < 0) | (array >= end)]
+    if outside.size:
+        raise DataError(f"{name} has {outside[0]}, which is not in [0, {end})")
+    return array.astype(np.int64)

@@ -1,0 +1,102 @@
+"""A pass over a chunk of tokens at the end of every request's cache: how decoding runs a model.
+
+The keys of all tokens of a chunk, known ones and noise, are written first, then the chunk attends over what the cache
+holds. So known tokens, noise and drafts need no rules of their own, and what is discarded is overwritten: slots at and
+beyond the length that a caller goes on from hold nothing that is ever seen.
+
+Every layer has its own arrays, and its own weights: a loop over passes updates them in place.
+"""
+
+import weakref
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from kforcing_jax.models.backbone import Block, ModelConfig
+from kforcing_jax.models.cache import Cache
+from kforcing_jax.models.layers import rotary_angles
+from kforcing_jax.sharding import parameter_shardings
+
+
+class Weights(NamedTuple):
+    """The parameters of a model as decoding wants them: the blocks one by one, in the compute dtype."""
+
+    blocks: tuple[dict, ...]
+    rest: dict  # embedding, final normalisation, output layer and noise encoder, f32
+
+
+# By what they were made of; forgotten with the parameters that they were made from.
+_MADE: dict[tuple, Weights] = {}
+
+
+def weights(cfg: ModelConfig, params: dict, mesh: Mesh | None = None) -> Weights:
+    """Takes the stacked blocks apart and casts their matrices: once for the same parameters, as long as they live."""
+    leaves = jax.tree.leaves(params)
+    key = cfg.dtype, mesh, *map(id, leaves)
+    if key not in _MADE:
+        made = split(cfg, params)
+        _MADE[key] = made if mesh is None else jax.device_put(made, weight_shardings(made, mesh))
+        # Of the stacked blocks, which nothing of what was made refers to.
+        weakref.finalize(jax.tree.leaves(params["backbone"]["blocks"])[0], _MADE.pop, key, None)
+    return _MADE[key]
+
+
+def split(cfg: ModelConfig, params: dict) -> Weights:
+    """`weights`, of arrays that may be abstract."""
+    backbone = dict(params["backbone"])
+    stacked = backbone.pop("blocks")
+
+    def one(layer):
+        return jax.tree_util.tree_map_with_path(lambda path, x: _cast(cfg, path, x[layer]), stacked)
+
+    rest = jax.tree.map(jnp.asarray, params | {"backbone": backbone})
+    return Weights(tuple(map(one, range(cfg.num_layers))), rest)
+
+
+def _cast(cfg, path, x):
+    return x if "norm" in jax.tree_util.keystr(path) else x.astype(cfg.dtype)
+
+
+def weight_shardings(whole: Weights, mesh: Mesh) -> Weights:
+    """As `sharding.RULES` say for the stacked blocks, less their first axis."""
+
+    def one(block):
+        stacked = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape), x.dtype), block)
+        shardings = parameter_shardings({"blocks": stacked}, mesh)["blocks"]
+        return jax.tree.map(lambda s: NamedSharding(mesh, PartitionSpec(*s.spec[1:])), shardings)
+
+    return Weights(tuple(map(one, whole.blocks)), parameter_shardings(whole.rest, mesh))
+
+
+def append(
+    model, params: Weights, x_BxGxD: jax.Array, caches: tuple[Cache, ...], start_B, live: int, rows_BxR=None
+) -> tuple[jax.Array, tuple[Cache, ...]]:
+    """Runs the blocks over a chunk of embedded tokens.
+
+    Args:
+      caches: of every layer.
+      start_B: how many tokens come before the chunk; its keys go to the slots from there on.
+      live: no row holds anything beyond this slot, the chunk included.
+      rows_BxR: the tokens of the chunk whose hidden states are wanted, by default all. In the last layer the others
+        give keys and values only.
+
+    Returns:
+      hidden_BxRxD after the final normalisation, f32, and the caches.
+    """
+    block, written = Block(model.cfg), []
+    positions_BxG = start_B[:, None] + jnp.arange(x_BxGxD.shape[1])
+    angles = rotary_angles(positions_BxG[:, None], model.cfg.head_width)
+    for layer, (block_params, cache) in enumerate(zip(params.blocks, caches, strict=True)):
+        wanted = rows_BxR if layer == len(caches) - 1 else None
+        x_BxGxD, cache = block.apply(
+            {"params": block_params}, x_BxGxD, angles, cache, start_B, live, wanted, method="append"
+        )
+        written.append(cache)
+    return call(model, params, "normalise", x_BxGxD), tuple(written)
+
+
+def call(model, params: Weights, method: str, *args):
+    """A method of the model that needs none of its blocks."""
+    return model.apply({"params": params.rest}, *args, method=method)
