@@ -182,7 +182,9 @@ class Engine:
         rows = ("all",) if self.slots == 1 else ("all", "one")
         wanted = [("insert",)]
         wanted += [("run", mode, live) for mode in modes for live in self._lives()]
-        wanted += [("prefill", n, r, chunk, live) for n in names for r in rows for chunk in CHUNKS for live in self._lives()]
+        wanted += [
+            ("prefill", n, r, chunk, live) for n in names for r in rows for chunk in CHUNKS for live in self._lives()
+        ]
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(lambda key: self.programs.compiled(*key), wanted))
         if self._state is None:
@@ -220,14 +222,17 @@ class Engine:
 
     def _allocate(self, modes: Sequence[str]):
         """Slots and caches, if the memory suffices for them and for the largest program of these modes."""
-        programs = [self.programs.compiled("run", mode, self._lives()[-1]) for mode in modes]
-        temporary = max(program.memory_analysis().temp_size_in_bytes for program in programs)
-        check_memory(self.programs.state, self.slots, self.positions, temporary, self._device)
+        temporary = max(self.programs.temporary_bytes("run", mode, self._lives()[-1]) for mode in modes)
+        check_memory(self.programs.state_bytes, temporary, self.slots, self.positions, self._device)
         self._state = self.programs.compiled("empty")()
 
     def _admit(self):
         """Puts new requests into their rows and reads their prompts."""
-        settings, is_new_B, is_given_B = Settings.empty(self.slots), np.zeros(self.slots, bool), np.zeros(self.slots, bool)
+        settings, is_new_B, is_given_B = (
+            Settings.empty(self.slots),
+            np.zeros(self.slots, bool),
+            np.zeros(self.slots, bool),
+        )
         tokens_BxS = np.zeros((self.slots, self.positions), np.int32)
         noise_BxS = np.zeros((self.slots, self.positions), np.float32)
         for slot in self._new:
@@ -238,7 +243,9 @@ class Engine:
             if request.noise is not None:
                 noise_BxS[slot, len(request.prompt) : request.end] = request.noise
         student = {name: self.weights[name] for name in ("student",) if name in self.weights}
-        slots = self.programs.compiled("insert")(student, self._state.slots, is_new_B, settings, tokens_BxS, noise_BxS, is_given_B)
+        slots = self.programs.compiled("insert")(
+            student, self._state.slots, is_new_B, settings, tokens_BxS, noise_BxS, is_given_B
+        )
         self._state = self._state._replace(slots=slots)
         new, self._new = self._new, []
         for name in self.models.names:
@@ -300,7 +307,9 @@ def _check_engine(given, slots, max_length, k):
             raise DataError(f"{name} = {value} should be at least 1")
     sizes = {name: model.cfg.vocab_size for name, (model, _) in given.items()}
     if len(set(sizes.values())) > 1:
-        raise DataError(f"the teacher has a vocabulary of {sizes['teacher']} tokens, the student one of {sizes['student']}")
+        raise DataError(
+            f"the teacher has a vocabulary of {sizes['teacher']} tokens, the student one of {sizes['student']}"
+        )
 
 
 def _in_dtype(model, dtype):

@@ -7,7 +7,14 @@ import numpy as np
 
 from kforcing_jax.config import check_tau
 from kforcing_jax.decoding.engine import Engine, Update
-from kforcing_jax.decoding.requests import Request, check_confidence, check_mode, check_noise, is_finite_number, whole_numbers
+from kforcing_jax.decoding.requests import (
+    Request,
+    check_confidence,
+    check_mode,
+    check_noise,
+    is_finite_number,
+    whole_numbers,
+)
 from kforcing_jax.errors import DataError
 from kforcing_jax.models import CausalLM
 
@@ -156,7 +163,7 @@ def _run(engine: Engine, requests: list[Request]) -> list[Update]:
         for update in engine.step(wait=not waiting):
             index = running[update.slot]
             if update.error:
-                raise DataError(f"prompt {index}: {update.error}")
+                raise DataError(str(update.error).replace("the logits", f"the logits of prompt {index}", 1))
             tokens[index] += update.tokens
             if update.is_finished:
                 done[running.pop(update.slot)] = update

@@ -1,32 +1,23 @@
 """Whether slots fit into the memory of a device, before they are allocated."""
 
 import jax
-import numpy as np
 
 from kforcing_jax.errors import RunError
 
 
-def check_memory(state, slots: int, positions: int, temporary: int, device: jax.Device):
-    """Raises RunError when caches and what programs need besides do not fit what is left on a device.
+def check_memory(state: int, temporary: int, slots: int, positions: int, device: jax.Device):
+    """Raises RunError when slots with their caches, and what programs need besides, do not fit what a device has left.
 
-    Args:
-      state: abstract arrays; those of a mesh with their shardings.
-      temporary: bytes that the largest program needs besides its arguments.
+    `state` and `temporary` are bytes on that device.
     """
     left = _bytes_left(device)
-    state_bytes = sum(map(_bytes_on_a_device, jax.tree.leaves(state)))
-    if left is None or state_bytes + temporary <= left:
+    if left is None or state + temporary <= left:
         return
-    possible = int(max(left, 0) / (state_bytes + temporary) * slots)
+    possible = int(max(left, 0) / (state + temporary) * slots)
     raise RunError(
-        f"{slots} slots of {positions} positions take {_gb(state_bytes + temporary)} ({_gb(state_bytes)} of them caches), "
-        f"and {_gb(left)} are left on {device.device_kind}; about {possible} slots would fit"
+        f"{slots} slots of {positions} positions take {_gb(state + temporary)} ({_gb(state)} of them caches), and "
+        f"{_gb(left)} are left on {device.device_kind}; about {possible} slots would fit"
     )
-
-
-def _bytes_on_a_device(x) -> int:
-    shape = x.sharding.shard_shape(x.shape) if x.sharding is not None else x.shape
-    return int(np.prod(shape)) * x.dtype.itemsize
 
 
 def _bytes_left(device) -> int | None:

@@ -15,7 +15,7 @@ from kforcing_jax.decoding.draw import draw, is_finite
 from kforcing_jax.decoding.requests import MODES
 from kforcing_jax.decoding.slots import Slots, at_positions, commit
 from kforcing_jax.models import CausalLM, PushForwardLM
-from kforcing_jax.models.cached import Weights, append, call
+from kforcing_jax.models.cached import Weights, append, call, ordered_logits
 
 # The models that a mode runs.
 MODELS = {"student": ("student",), "ar": ("teacher",), "exact": ("student", "teacher")}
@@ -164,7 +164,7 @@ def _teacher_draws(models, live, weights, state, active_B, draft_BxK=None):
 
 
 def _drawn(model, weights, slots, active_B, hidden_BxMxD, u_BxM) -> Drawn:
-    logits_BxMxV = call(model, weights, "ordered_logits", hidden_BxMxD)
+    logits_BxMxV = ordered_logits(model, weights, hidden_BxMxD)
     return Drawn(*draw(model, slots, active_B, logits_BxMxV, u_BxM), is_finite(logits_BxMxV))
 
 

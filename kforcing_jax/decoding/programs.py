@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -51,6 +52,15 @@ class Programs:
     def compiled(self, *key) -> jax.stages.Compiled:
         """Compiles a program when it is first asked for."""
         return _compiled(self, key)
+
+    def temporary_bytes(self, *key) -> int:
+        """What a program needs on a device besides its arguments."""
+        return _temporary_bytes(self, key)
+
+    @property
+    def state_bytes(self) -> int:
+        """What slots and caches take on a device."""
+        return _state_bytes(self)
 
     def lower(self, *key) -> jax.stages.Lowered:
         name, *options = key
@@ -128,7 +138,11 @@ class Programs:
             state = run(self.models, mode, live, weights, state, alive_B, passes, wait)
             slots = state.slots
             return state, Report(
-                slots.tokens_BxS, slots.length_B, slots.running_B, slots.finite_B, jax.tree.map(jnp.copy, slots.passes_B)
+                slots.tokens_BxS,
+                slots.length_B,
+                slots.running_B,
+                slots.finite_B,
+                jax.tree.map(jnp.copy, slots.passes_B),
             )
 
         names = MODELS[mode]
@@ -142,3 +156,17 @@ class Programs:
 @functools.lru_cache(maxsize=128)
 def _compiled(programs: Programs, key: tuple) -> jax.stages.Compiled:
     return programs.lower(*key).compile()
+
+
+@functools.lru_cache(maxsize=128)
+def _temporary_bytes(programs: Programs, key: tuple) -> int:
+    return _compiled(programs, key).memory_analysis().temp_size_in_bytes
+
+
+@functools.lru_cache(maxsize=128)
+def _state_bytes(programs: Programs) -> int:
+    def on_a_device(x):
+        shape = x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)
+        return math.prod(shape) * x.dtype.itemsize
+
+    return sum(map(on_a_device, jax.tree.leaves(programs.state)))

@@ -116,22 +116,6 @@ def test_a_request_stops_at_eos_and_its_neighbours_go_on(teacher):
         assert (stopped.tokens[row, stopped.lengths[row] :] == eos).all()
 
 
-def test_the_loop_exits_once_every_request_has_stopped(student, monkeypatch):
-    model, params = student
-    free = generate(model, params, PROMPTS[:1], max_new_tokens=NEW, k=1, seeds=[5])
-    eos = int(free.tokens[0, len(PROMPTS[0])])
-    passes = []
-
-    class Counting(PushForwardLM):
-        def extend(self, *args, **kwargs):
-            jax.debug.callback(lambda: passes.append(1))
-            return super().extend(*args, **kwargs)
-
-    generate(Counting(CFG), params, PROMPTS[:1], max_new_tokens=NEW, k=1, seeds=[5], eos_id=eos)
-    jax.effects_barrier()
-    assert len(passes) == 1
-
-
 def test_a_frequency_penalty_counts_every_generated_token_and_no_prompt_token(student):
     model, params = student
     plain = generate(model, params, PROMPTS[:1], max_new_tokens=NEW, k=4, seeds=[1])
