@@ -234,6 +234,7 @@ class EvaluationConfig:
     prompt_length: int = 16
     new_tokens: int = 48
     tau: float = 0.0  # of all stages' samples; 0: 1, or the nearest to it that every student is trained for
+    confidences: tuple[float, ...] = (0.0, 0.2, 0.3, 0.4, 0.5)  # of strides at which the largest student is sampled too
     speed_batches: tuple[int, ...] = (1, 8, 64)  # requests that are decoded together where stages are timed
     speed_rounds: int = 5  # timed runs of every stage at each of them
     joint_contexts: int = 8  # enumerable teachers only: contexts at which the joint is compared
@@ -249,6 +250,11 @@ class EvaluationConfig:
             _at_least("evaluation.speed_batches", batch_size, 1)
         if self.tau:
             check_tau("evaluation.tau", self.tau)
+        for confidence in self.confidences:
+            if not 0 <= confidence <= 1:
+                raise ConfigError(f"evaluation.confidences = {confidence} is not in [0, 1]")
+        if list(self.confidences) != sorted(set(self.confidences)):
+            raise ConfigError(f"evaluation.confidences = {self.confidences} should ascend, each of them once")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -404,21 +410,25 @@ def _convert(expected, value, path):
         return _build(expected, value, path)
     if expected is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if expected == tuple[int, ...]:
-        return _whole_numbers(value, path)
+    if typing.get_origin(expected) is tuple:
+        return _numbers(value, path, typing.get_args(expected)[0])
     if isinstance(expected, type) and type(value) is not expected:
         raise ConfigError(f"{path} = {value!r} should be of type {expected.__name__}")
     return value
 
 
-def _whole_numbers(value, path) -> tuple[int, ...]:
-    """From a list, as JSON has it, from one number, or from the text of a flag: 1,8,64."""
-    parts = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
-    if isinstance(value, str) and all(part.strip().isdecimal() for part in parts):
-        parts = [int(part) for part in parts]
-    if any(type(part) is not int for part in parts):
-        raise ConfigError(f"{path} = {value!r} should be whole numbers, such as 1,8,64")
-    return tuple(parts)
+def _numbers(value, path, kind) -> tuple:
+    """From a list, as JSON has it, from one number, or from the text of a flag: 1,8,64; without text there are none."""
+    parts = value if isinstance(value, list | tuple) else [value]
+    try:
+        if isinstance(value, str):
+            parts = [kind(part) for part in value.split(",")] if value.strip() else []
+        if any(type(part) not in (int, kind) for part in parts):
+            raise ValueError
+    except ValueError:
+        right = {int: "whole numbers, such as 1,8,64", float: "numbers, such as 0,0.3,0.5"}[kind]
+        raise ConfigError(f"{path} = {value!r} should be {right}") from None
+    return tuple(map(kind, parts))
 
 
 def _check_stages(stages, seq_len):

@@ -180,7 +180,7 @@ class Engine:
         modes = self.modes if modes is None else tuple(modes)
         names = dict.fromkeys(name for mode in modes for name in MODELS[mode])
         rows = ("all",) if self.slots == 1 else ("all", "one")
-        wanted = [("insert",)]
+        wanted = [("empty",), ("insert",), ("clear",)]
         wanted += [("run", mode, live) for mode in modes for live in self._lives()]
         wanted += [
             ("prefill", n, r, chunk, live) for n in names for r in rows for chunk in CHUNKS for live in self._lives()
@@ -228,6 +228,7 @@ class Engine:
 
     def _admit(self):
         """Puts new requests into their rows and reads their prompts."""
+        self._clear_damaged()
         settings, is_new_B, is_given_B = (
             Settings.empty(self.slots),
             np.zeros(self.slots, bool),
@@ -250,6 +251,12 @@ class Engine:
         new, self._new = self._new, []
         for name in self.models.names:
             self._read_prompts(name, [slot for slot in new if name in MODELS[self._requests[slot].mode]])
+
+    def _clear_damaged(self):
+        """Slots that are not seen have weight 0, but 0 times a NaN that the last request of a row left is NaN."""
+        is_cleared_B = ~to_host(self._state.slots.finite_B)
+        if is_cleared_B[self._new].any():
+            self._state = self._state._replace(caches=self.programs.compiled("clear")(self._state.caches, is_cleared_B))
 
     def _read_prompts(self, name: str, new: list[int]):
         """Prompts into a model's caches, but for their last token; together where most slots are new."""

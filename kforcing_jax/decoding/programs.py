@@ -38,6 +38,7 @@ class Programs:
     | ---------------------------------- | ------- |
     | `empty`                            | () -> `Decoding` without requests |
     | `insert`                           | (student's weights by name, slots, is_new_B, settings, tokens_BxS, noise_BxS, is_given_B) -> slots |
+    | `clear`                            | (caches, is_cleared_B) -> caches |
     | `prefill`, model, rows, chunk, live | (weights, slots, caches, the row if `rows` is "one") -> (slots, caches) |
     | `run`, mode, live                  | (weights by name, `Decoding` with the caches of the mode's models, alive_B, passes, wait) -> (`Decoding`, `Report`) |
 
@@ -76,8 +77,12 @@ class Programs:
     @functools.cached_property
     def state(self) -> Decoding:
         """Abstract, on a mesh with shardings."""
-        state = jax.eval_shape(self._no_requests)
-        return state if self.mesh is None else abstract_on(state, self._state_shardings)
+        return self._state_shapes if self.mesh is None else abstract_on(self._state_shapes, self._state_shardings)
+
+    @functools.cached_property
+    def _state_shapes(self) -> Decoding:
+        with self.on_mesh():
+            return jax.eval_shape(self._no_requests)
 
     @functools.cached_property
     def weights(self) -> dict[str, Weights]:
@@ -94,9 +99,8 @@ class Programs:
         if self.mesh is None:
             return None
         heads = NamedSharding(self.mesh, PartitionSpec(ROWS, "tensor"))
-        state = jax.eval_shape(self._no_requests)
-        slots = jax.tree.map(lambda _: batch_sharding(self.mesh), state.slots)
-        return Decoding(slots, jax.tree.map(lambda _: heads, state.caches))
+        slots = jax.tree.map(lambda _: batch_sharding(self.mesh), self._state_shapes.slots)
+        return Decoding(slots, jax.tree.map(lambda _: heads, self._state_shapes.caches))
 
     def _part(self, names, state):
         """A state with the caches of some models; None of None."""
@@ -126,6 +130,13 @@ class Programs:
         if student:
             of_tau_BxD = call(self.models.student, student["student"], "of_tau", settings.tau_B)
         return slot_states.insert(slots, is_new_B, settings, tokens_BxS, noise_BxS, is_given_B, of_tau_BxD)
+
+    def _clear(self):
+        def function(caches, is_cleared_B):
+            return jax.tree.map(lambda x: jnp.where(is_cleared_B[:, None, None, None], 0, x), caches)
+
+        shardings = self._state_shardings and self._state_shardings.caches
+        return function, (self.state.caches, np.zeros(self.slots, bool)), 0, shardings
 
     def _prefill(self, name, rows, chunk, live):
         function = functools.partial(prefill, self.models, name, chunk, live)

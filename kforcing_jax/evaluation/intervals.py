@@ -27,7 +27,7 @@ def gen_ppl(
       scored_tokens, scored_completions, empty_completions: counts; empty completions are in neither of the first two.
     """
     nll, tokens = [score.nll for score in scores], [score.tokens for score in scores]
-    interval = _percentiles(bootstrap(nll, tokens, prompt_of, seed, resamples))
+    interval = mean_interval(nll, tokens, prompt_of, seed, resamples)
     return {
         "gen_ppl": float(np.exp(sum(nll) / sum(tokens))) if sum(tokens) else None,
         # exp is monotone, so the percentiles of the perplexity are those of the mean NLL.
@@ -58,14 +58,21 @@ def text_report(rows: Rows, prompt_of: Sequence | None = None, seed: int = 0, re
     lengths = np.array([len(row) for row in rows], int)
     report = {
         "token_entropy": token_entropy(rows),
-        "token_entropy_interval": _percentiles(bootstrap(entropies, lengths >= 1, prompt_of, seed, resamples)),
+        "token_entropy_interval": mean_interval(entropies, lengths >= 1, prompt_of, seed, resamples),
         "repetition_4": repetition(rows, 4),
-        "repetition_4_interval": _percentiles(bootstrap(repetitions, lengths >= 4, prompt_of, seed, resamples)),
+        "repetition_4_interval": mean_interval(repetitions, lengths >= 4, prompt_of, seed, resamples),
     }
     for n in (1, 2, 3):
         report[f"distinct_{n}"] = distinct_n(rows, n)
         report[f"distinct_{n}_interval"] = _distinct_interval(rows, n, prompt_of)
     return report
+
+
+def mean_interval(*args, **settings) -> list[float] | None:
+    """[low, high]: 95 % percentile bootstrap over prompts of a mean, arguments as of `bootstrap`; None of one prompt."""
+    values = bootstrap(*args, **settings)
+    tail = 50 * (1 - _CONFIDENCE)
+    return np.percentile(values, [tail, 100 - tail]).tolist() if len(values) else None
 
 
 def bootstrap(
@@ -105,11 +112,6 @@ def _prompts(prompt_of, samples) -> tuple[int, np.ndarray]:
         raise ValueError(f"prompt_of has {len(prompt_of)} entries for {samples} samples")
     prompts, number = np.unique(np.asarray(prompt_of), return_inverse=True)
     return len(prompts), number
-
-
-def _percentiles(values) -> list[float] | None:
-    tail = 50 * (1 - _CONFIDENCE)
-    return np.percentile(values, [tail, 100 - tail]).tolist() if len(values) else None
 
 
 def _distinct_interval(rows, n, prompt_of) -> list[float] | None:

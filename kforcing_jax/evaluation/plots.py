@@ -1,15 +1,20 @@
-"""Plots as images inside a page."""
+"""Plots, drawn alike, and as images inside a page."""
 
 import base64
+import contextlib
 import dataclasses
 import html
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from kforcing_jax.evaluation.tables import is_number
 
+# Okabe and Ito's palette, which colour-blind readers can tell apart.
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+BLUE, ORANGE, GREY = PALETTE[0], PALETTE[1], "#555555"
 _STYLE = {
     "svg.fonttype": "none",  # the reader's font: small and sharp
+    "svg.hashsalt": "kforcing_jax",  # the same plot is the same file
     "font.size": 9,
     "text.parse_math": False,  # names may hold a $
     "axes.edgecolor": "#888888",
@@ -38,17 +43,12 @@ class Line:
 def panel(title, y_label, lines, y_limits=(None, None), *, passes=False) -> str:
     """One plot as an HTML figure, over steps or over tokens per pass; "" when it would be empty.
 
-    The SVG is an image of its own, so that nothing in it can clash with another one on the page.
     """
     lines = [dataclasses.replace(line, points=[p for p in line.points if is_number(p[1])]) for line in lines]
     lines = [line for line in lines if line.points]
     if not lines:
         return ""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(4.4, 2.6), layout="constrained")
+    with new_figure(4.4, 2.6) as figure:
         axes = figure.subplots()
         for line in lines:
             style = dict(color=line.colour, linestyle=line.dashes or "none", markerfacecolor=line.face or line.colour)
@@ -58,11 +58,26 @@ def panel(title, y_label, lines, y_limits=(None, None), *, passes=False) -> str:
         (_scale_passes if passes else _scale_steps)(axes, lines)
         if any(line.label for line in lines):
             axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), borderaxespad=0.2, handlelength=1.5)
-        drawn = io.BytesIO()
-        figure.savefig(drawn, format="svg", transparent=True, metadata={"Date": None})
+        return on_page(figure, title, y_label)
+
+
+@contextlib.contextmanager
+def new_figure(width: float, height: float) -> Iterator["matplotlib.figure.Figure"]:
+    """An empty matplotlib figure of so many inches, to be drawn and saved within the context."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(_STYLE):
+        yield Figure(figsize=(width, height), layout="constrained")
+
+
+def on_page(figure, title: str, what: str) -> str:
+    """An HTML figure. The SVG is an image of its own: nothing in it can clash with another one on the page."""
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="svg", transparent=True, metadata={"Date": None})
     source = f"data:image/svg+xml;base64,{base64.b64encode(drawn.getvalue()).decode()}"
-    title, y_label = html.escape(title), html.escape(y_label)
-    return f'<figure><figcaption>{title}</figcaption>\n<img alt="{title}: {y_label}" src="{source}"></figure>'
+    title, what = html.escape(title), html.escape(what)
+    return f'<figure><figcaption>{title}</figcaption>\n<img alt="{title}: {what}" src="{source}"></figure>'
 
 
 def _scale_steps(axes, lines):

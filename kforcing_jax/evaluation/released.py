@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from kforcing_jax.data.packing import Batch
-from kforcing_jax.decoding import Generation
 from kforcing_jax.decoding.completions import Completions, complete
 from kforcing_jax.evaluation.external import external_figures
 from kforcing_jax.evaluation.fidelity import agreement
@@ -35,8 +34,8 @@ def evaluate_released(
     is_student = not isinstance(released.model, CausalLM)
     teacher = teacher or (None if is_student else released)
     if teacher:
-        generation = Generation(completions.tokens, completions.lengths, passes=np.zeros(0))
-        figures |= under_teacher(teacher.model, teacher.params, generation, length)
+        texts = completions.tokens, completions.lengths
+        figures |= under_teacher(teacher.model, teacher.params, *texts, length, prompt_of)
     if teacher and is_student:
         figures |= _agreement(released, completions, teacher, tau)
     if scorer:

@@ -1,7 +1,7 @@
 """Samples of teacher and students: where they start, what the AR teacher thinks of them, and how fast they come."""
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +9,7 @@ import numpy as np
 
 from kforcing_jax.data.pipeline import Corpus
 from kforcing_jax.decoding import Generation, generate
+from kforcing_jax.evaluation.intervals import mean_interval
 from kforcing_jax.evaluation.text_metrics import distinct_n, new_tokens, repetition, token_entropy
 from kforcing_jax.evaluation.timing import in_turns
 from kforcing_jax.models import CausalLM
@@ -75,29 +76,58 @@ def measure(teacher: CausalLM, teacher_params, decoded: Generation, prompt_lengt
     """Figures of decoded continuations.
 
     Returns:
-      sample_nll, sample_entropy: see `under_teacher`.
+      What `stride_figures` gives.
       token_entropy, distinct_2, repetition_4: of the texts up to their EOS and without it, see `text_metrics`.
-      tokens_per_pass: tokens up to and with EOS over the forward passes that they took.
     """
     texts = zip(decoded.tokens, decoded.lengths, strict=True)
     rows = [new_tokens(tokens, prompt_length, length, eos_id) for tokens, length in texts]
-    return under_teacher(teacher, teacher_params, decoded, prompt_length) | {
+    return stride_figures(teacher, teacher_params, decoded, prompt_length) | {
         "token_entropy": token_entropy(rows),
         "distinct_2": distinct_n(rows, 2),
         "repetition_4": repetition(rows, 4),
-        "tokens_per_pass": float((decoded.lengths - prompt_length).sum() / decoded.passes.sum()),
     }
 
 
-def under_teacher(teacher: CausalLM, params, decoded: Generation, prompt_length: int) -> dict:
+def stride_figures(teacher: CausalLM, params, decoded: Generation, prompt_length: int) -> dict:
+    """What a stride is chosen by, each figure with `_interval`.
+
+    Returns:
+      tokens_per_pass: tokens up to and with EOS over the forward passes that they took.
+      sample_nll, sample_entropy: see `under_teacher`.
+    """
+    new_B = decoded.lengths - prompt_length
+    per_pass = _mean_over_prompts("tokens_per_pass", new_B, decoded.passes)
+    return per_pass | under_teacher(teacher, params, decoded.tokens, decoded.lengths, prompt_length)
+
+
+def under_teacher(
+    teacher: CausalLM,
+    params,
+    tokens_BxN: np.ndarray,
+    lengths_B: np.ndarray,
+    prompt_length: int,
+    prompt_of: Sequence | None = None,
+) -> dict:
     """sample_nll and sample_entropy: nats per token (EOS included) under the AR teacher at tau = 1.
 
-    Given prompt and sample so far. Low NLL with low entropy is repetition, not quality.
+    Given prompt and sample so far. Low NLL with low entropy is repetition, not quality. Each with `_interval`,
+    [low, high] at 95 % over prompts; `prompt_of` is the prompt of each sample, by default each has its own.
     """
-    nll_BxM, entropy_BxM = map(to_host, _under_teacher(teacher, params, decoded.tokens))
-    position_M = np.arange(1, decoded.tokens.shape[1])
-    new_BxM = (position_M >= prompt_length) & (position_M < decoded.lengths[:, None])
-    return {"sample_nll": float(nll_BxM[new_BxM].mean()), "sample_entropy": float(entropy_BxM[new_BxM].mean())}
+    position_M = np.arange(1, tokens_BxN.shape[1])
+    new_BxM = (position_M >= prompt_length) & (position_M < lengths_B[:, None])
+    nll_B, entropy_B = (
+        np.sum(to_host(nats_BxM), axis=1, where=new_BxM, dtype=np.float64)
+        for nats_BxM in _under_teacher(teacher, params, tokens_BxN)
+    )
+    count_B = new_BxM.sum(axis=1)
+    return _mean_over_prompts("sample_nll", nll_B, count_B, prompt_of) | _mean_over_prompts(
+        "sample_entropy", entropy_B, count_B, prompt_of
+    )
+
+
+def _mean_over_prompts(name, totals_B, counts_B, prompt_of=None) -> dict:
+    interval = mean_interval(totals_B, counts_B, prompt_of)
+    return {name: float(totals_B.sum() / counts_B.sum()), f"{name}_interval": interval}
 
 
 @functools.partial(jax.jit, static_argnames="teacher")

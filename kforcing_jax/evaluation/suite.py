@@ -18,7 +18,7 @@ from kforcing_jax.evaluation.external import external_figures
 from kforcing_jax.evaluation.fidelity import agreement, compare_with_joint, exact_joint, student_counts
 from kforcing_jax.evaluation.provenance import device, revision
 from kforcing_jax.evaluation.report import write_report
-from kforcing_jax.evaluation.samples import generate, measure, prompts, speeds
+from kforcing_jax.evaluation.samples import generate, measure, prompts, speeds, stride_figures
 from kforcing_jax.evaluation.scorer import Scorer
 from kforcing_jax.sharding import replicated
 from kforcing_jax.training.checkpoints import finished_stages, load_stage
@@ -58,6 +58,8 @@ def evaluate(workdir: Workdir, corpus: Corpus, mesh: Mesh, scorer: Scorer | None
             _LOG.info(f"{name:<11} evaluating")
             decoded = run.decode(name)
             stages[name] = run.measure(name, decoded, scorer) | {"weights": weights[name]}
+            if name == run.largest and run.settings.confidences:
+                stages[name]["confident"] = run.confident(name, decoded)
             continuations[name] = run.texts(decoded)
         for name, speed in run.speeds().items():
             stages[name] |= _speed_figures(speed, run.useful_share(stages[name].pop("new_tokens")))
@@ -103,11 +105,31 @@ class _Run:
     def window(self, name) -> int:
         return self.workdir.config.stages[name].window
 
-    def decode(self, name):
+    @property
+    def largest(self) -> str | None:
+        """The student of the widest window whose stride may vary; of two, the one that the smaller ones led to."""
+        students = [name for name in self.workdir.config.students if name in self.models and self.window(name) > 1]
+        return max(students, key=self.window, default=None)
+
+    def decode(self, name, confidence=0.0):
         model, params = self.models[name]
         seeds = _FIRST_SEED + np.arange(len(self.prompts_BxP))
         settings = dict(max_new_tokens=self.settings.new_tokens, k=max(self.window(name), 1), tau=self.tau)
-        return generate(model, params, self.prompts_BxP, seeds=seeds, eos_id=self.corpus.eos_id, **settings)
+        settings |= dict(eos_id=self.corpus.eos_id, confidence=confidence)
+        return generate(model, params, self.prompts_BxP, seeds=seeds, **settings)
+
+    def confident(self, name, decoded) -> list[dict]:
+        """Figures of a student at every confidence; at 0 all of a window is kept, as in its own sample."""
+        _LOG.info(f"{name:<11} at confidences {', '.join(f'{c:g}' for c in self.settings.confidences)}")
+        return [
+            {"confidence": confidence}
+            | stride_figures(
+                *self.models["ar"],
+                self.decode(name, confidence) if confidence else decoded,
+                self.settings.prompt_length,
+            )
+            for confidence in self.settings.confidences
+        ]
 
     def measure(self, name, decoded, scorer) -> dict:
         length = self.settings.prompt_length
@@ -209,5 +231,6 @@ def _merge(workdir, summary, general, stages):
             continue  # trained again while it was measured, or measured at an earlier checkpoint
         if before.get("weights") != measured["weights"]:
             before = {"steps": workdir.config.stages[name].last_step, "seconds": round(progress.get("seconds", 0.0), 1)}
-        before.pop("external", None)  # of the samples before
+        for of_samples in ("external", "confident"):  # of those before
+            before.pop(of_samples, None)
         summary["stages"][name] = before | measured

@@ -71,10 +71,11 @@ def _p_values(stage):
     return ", ".join(_number_text(test.get("p_value"), 3) for test in tests)
 
 
-def gen_ppl_text(figures: dict) -> str:
-    """A perplexity with its interval: 104.8 [98.1, 112.0]."""
-    interval = figures.get("gen_ppl_interval")
-    return _number_text(figures.get("gen_ppl"), 1) + (f" [{interval[0]:.1f}, {interval[1]:.1f}]" if interval else "")
+def interval_text(figures: dict, key: str, digits: int) -> str:
+    """A figure with its interval: 104.8 [98.1, 112.0]."""
+    interval = figures.get(f"{key}_interval")
+    ends = f" [{interval[0]:.{digits}f}, {interval[1]:.{digits}f}]" if interval else ""
+    return _number_text(figures.get(key), digits) + ends
 
 
 def ratio_text(ratio: dict | None) -> str:
@@ -101,7 +102,7 @@ _QUALITY = (
     Column(
         "Gen-PPL",
         "perplexity of the samples under the external scorer, and its 95 % interval over prompts",
-        lambda stage: gen_ppl_text(stage.get("external") or {}),
+        lambda stage: interval_text(stage.get("external") or {}, "gen_ppl", 1),
         needs="external",
     ),
     _number("TV", "joint_tv", 3, "total variation between blocks and the AR teacher's exact joint", needs="joint_tv"),
@@ -134,6 +135,36 @@ def speed_columns(stages: dict) -> list[Column]:
     ]
 
 
+def _interval(name, key, meaning):
+    return Column(name, meaning, lambda stage: interval_text(stage, key, 2), to_the_left=True)
+
+
+# Of the rows of `stride_rows`.
+STRIDE_COLUMNS = (
+    _interval("tokens/pass", "tokens_per_pass", "tokens of the samples per forward pass, and 95 % interval over prompts"),
+    _interval("NLL", "sample_nll", "of the samples under the AR teacher, nats per token"),
+    _interval("entropy", "sample_entropy", "of the AR teacher there; take a row where both are near the teacher's own"),
+)
+STRIDES = (
+    "c: tokens of a window are kept while the product of the student's own probabilities is at least c, the first one "
+    "always; without c, all k are."
+)
+
+
+def stride_rows(stages: dict) -> dict[str, dict]:
+    """Stages and confident strides by tokens per pass, figures by name: k4, k4 c=0.3. None if no stride was measured."""
+    confident = {
+        f"{name} c={figures['confidence']:g}": figures
+        for name, stage in stages.items()
+        for figures in stage.get("confident") or []
+        if figures["confidence"]  # at 0 it is the stage itself
+    }
+    if not confident:
+        return {}
+    measured = {name: stage for name, stage in stages.items() if is_number(stage.get("tokens_per_pass"))} | confident
+    return dict(sorted(measured.items(), key=lambda item: item[1]["tokens_per_pass"]))
+
+
 def _ratio(name):
     return Column(name, _VS_AR, lambda stage: ratio_text(stage.get(name)), to_the_left=True)
 
@@ -161,6 +192,8 @@ def table(summary: dict) -> str:
     parts = ["\n".join(filter(None, [origin, *tau, _plain(stages, quality)]))]
     if speed_columns(stages):
         parts.append(f"{_plain(stages, speed_columns(stages))}\n{textwrap.fill(WHY_LITTLE_GAIN, 118)}")
+    if rows := stride_rows(stages):
+        parts.append(f"{_plain(rows, STRIDE_COLUMNS)}\n{textwrap.fill(STRIDES, 118)}")
     return "\n\n".join(parts)
 
 

@@ -4,10 +4,12 @@ import jax
 import jax.numpy as jnp
 
 from kforcing_jax.models.keys import KeyValue
-from kforcing_jax.sharding import ROWS, constrain, platform
+from kforcing_jax.sharding import ROWS, constrain, current_mesh, platform
 
-# Keys and values (B, H, S, C): the axes that attention multiplies over are the last two.
+# Keys and values (B, H, S, C): the axes that attention multiplies over are the last two. On a TPU, whose memory has
+# rows of 128 numbers, several narrow heads lie side by side in them: (B, H / 2, S, 2 C).
 Cache = KeyValue
+LANES = 128
 
 # Slots that are attended over at a time where a loop ends after the last live one.
 BLOCK = 64
@@ -15,19 +17,22 @@ BLOCK = 64
 
 def allocate(rows: int, heads: int, slots: int, width: int, dtype) -> Cache:
     """An empty cache; what it holds is never seen before it is written."""
-    empty = jnp.zeros((rows, heads, slots, width), dtype)
+    beside = _heads_side_by_side(heads, width)
+    empty = jnp.zeros((rows, heads // beside, slots, beside * width), dtype)
     return Cache(constrain(empty, ROWS, "tensor"), constrain(empty, ROWS, "tensor"))
 
 
-def write(cache: Cache, new_BxGxHxC: KeyValue, start_B: jax.Array) -> Cache:
-    """Keys and values of G tokens into slots start, start + 1, ... of every row; `start + G <= S`.
+def _heads_side_by_side(heads, width) -> int:
+    beside = LANES // width if platform() == "tpu" and LANES % width == 0 else 1
+    return 1 if heads % (beside * current_mesh().shape.get("tensor", 1)) else beside
 
-    Numbers only: slots that are not seen have weight 0, and 0 times what damaged weights leave there would be NaN, also
-    for the next request of that row.
-    """
+
+def write(cache: Cache, new_BxGxHxC: KeyValue, start_B: jax.Array) -> Cache:
+    """Keys and values of G tokens into slots start, start + 1, ... of every row; `start + G <= S`."""
 
     def one_row(slots_HxSxC, new_GxHxC, start):
-        new_HxGxC = jnp.nan_to_num(jnp.swapaxes(new_GxHxC, 0, 1), posinf=0, neginf=0).astype(slots_HxSxC.dtype)
+        new_GxHxC = new_GxHxC.reshape(-1, slots_HxSxC.shape[0], slots_HxSxC.shape[2])
+        new_HxGxC = jnp.swapaxes(new_GxHxC, 0, 1).astype(slots_HxSxC.dtype)
         return jax.lax.dynamic_update_slice_in_dim(slots_HxSxC, new_HxGxC, start, axis=1)
 
     written = jax.tree.map(lambda slots, new: jax.vmap(one_row)(slots, new, start_B), cache, new_BxGxHxC)
@@ -47,9 +52,27 @@ def attention(q_BxGxHxC: jax.Array, cache: Cache, last_BxG: jax.Array, live: int
 
 def _at_once(q_BxHxGxC, cache, last_BxG, live, precision):
     keys, values = (kv[:, :, :live] for kv in cache)
-    scores = _scores(q_BxHxGxC, keys, jnp.arange(live) <= last_BxG[:, None, :, None], precision)
+    beside = q_BxHxGxC.shape[1] // keys.shape[1]
+    width = q_BxHxGxC.shape[-1]
+    q_BxHxGxC, last_BxG = _apart(q_BxHxGxC, beside), jnp.tile(last_BxG, beside)
+    scores = _scores(q_BxHxGxC, keys, jnp.arange(live) <= last_BxG[:, None, :, None], width, precision)
     weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
-    return jnp.einsum("BHGS,BHSC->BHGC", weights, values, precision=precision)
+    return _own(jnp.einsum("BHGS,BHSC->BHGC", weights, values, precision=precision), beside)
+
+
+def _apart(q_BxHxGxC, beside):
+    """Queries of heads whose keys lie side by side, as more queries of one wide head: 0 where another's keys are."""
+    rows, heads, group, width = q_BxHxGxC.shape
+    q_BxWxHxGxC = jnp.tile(q_BxHxGxC.reshape(rows, heads // beside, beside, group, width), beside)
+    is_own_HxGxC = jnp.arange(beside * width) // width == jnp.arange(beside)[:, None, None]
+    return jnp.where(is_own_HxGxC, q_BxWxHxGxC, 0).reshape(rows, heads // beside, beside * group, beside * width)
+
+
+def _own(out_BxWxGxC, beside):
+    """What `_apart` queries got from the values of their own heads."""
+    parts = [jnp.split(x, beside, axis=-1)[i] for i, x in enumerate(jnp.split(out_BxWxGxC, beside, axis=2))]
+    rows, wide, group, width = parts[0].shape
+    return jnp.stack(parts, axis=2).reshape(rows, wide * beside, group, width)
 
 
 def _in_blocks(q_BxHxGxC, cache, last_BxG, live, precision):
@@ -59,7 +82,7 @@ def _in_blocks(q_BxHxGxC, cache, last_BxG, live, precision):
         most, total, out = carry
         keys, values = (jax.lax.dynamic_slice_in_dim(kv, index * BLOCK, BLOCK, axis=2) for kv in cache)
         seen = index * BLOCK + jnp.arange(BLOCK) <= last_BxG[:, None, :, None]
-        scores = _scores(q_BxHxGxC, keys, seen, precision)
+        scores = _scores(q_BxHxGxC, keys, seen, q_BxHxGxC.shape[-1], precision)
         new_most = jnp.maximum(most, scores.max(-1, keepdims=True))
         weights, kept = jnp.exp(scores - new_most), jnp.exp(most - new_most)
         added = jnp.einsum("BHGS,BHSC->BHGC", weights.astype(values.dtype), values, precision=precision)
@@ -72,8 +95,8 @@ def _in_blocks(q_BxHxGxC, cache, last_BxG, live, precision):
     return (out / total).astype(q_BxHxGxC.dtype)
 
 
-def _scores(q_BxHxGxC, keys_BxHxSxC, seen_Bx1xGxS, precision):
+def _scores(q_BxHxGxC, keys_BxHxSxC, seen_Bx1xGxS, width, precision):
     products = jnp.einsum(
         "BHGC,BHSC->BHGS", q_BxHxGxC, keys_BxHxSxC, precision=precision, preferred_element_type=jnp.float32
     )
-    return jnp.where(seen_Bx1xGxS, products * q_BxHxGxC.shape[-1] ** -0.5, -jnp.inf)
+    return jnp.where(seen_Bx1xGxS, products * width ** -0.5, -jnp.inf)

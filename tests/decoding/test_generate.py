@@ -9,34 +9,22 @@ import pytest
 
 from kforcing_jax.decoding import generate
 from kforcing_jax.errors import ConfigError, DataError
-from kforcing_jax.models import CausalLM, ModelConfig, PushForwardLM
+from kforcing_jax.models import CausalLM
 from kforcing_jax.noise import position_noise
 
-CFG = ModelConfig(vocab_size=13, mask_id=12, num_layers=2, d_model=16, num_heads=2)
 NEW = 7
 PROMPTS = [[3, 1, 4, 1, 5], [9, 2], [6, 5, 3, 5]]
 SEEDS = [11, 22, 33]
 
 
-def trained_like(model, *inputs):
-    """Parameters large enough that logits differ clearly from token to token."""
-    params = jax.jit(model.init)(jax.random.key(0), *inputs)["params"]
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    noisy = [leaf + 0.3 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
-    return jax.tree.unflatten(tree, noisy)
+@pytest.fixture(scope="module")
+def teacher(causal_lm):
+    return causal_lm
 
 
 @pytest.fixture(scope="module")
-def teacher():
-    model = CausalLM(CFG)
-    return model, trained_like(model, jnp.zeros((1, 1), jnp.int32))
-
-
-@pytest.fixture(scope="module")
-def student():
-    model = PushForwardLM(CFG)
-    return model, trained_like(model, jnp.zeros((1, 1), jnp.int32), jnp.zeros((1, 1, 1)), jnp.ones(1))
+def student(push_forward_lm):
+    return push_forward_lm
 
 
 def noise_of(seed, prompt):
@@ -100,7 +88,7 @@ def test_tokens_hold_prompt_then_continuation_then_padding(student):
     assert decoded.tokens.shape == (3, 5 + NEW)
     assert decoded.lengths.tolist() == [len(prompt) + NEW for prompt in PROMPTS]
     assert decoded.passes.tolist() == [4, 4, 4]
-    assert (decoded.tokens[1, 2 + NEW :] == CFG.mask_id).all()
+    assert (decoded.tokens[1, 2 + NEW :] == student[0].cfg.mask_id).all()
     assert decoded.tokens[1, :2].tolist() == PROMPTS[1]
 
 

@@ -1,0 +1,95 @@
+"""The picture that a stride is chosen by: what the AR teacher thinks of samples, over their tokens per pass."""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from kforcing_jax.errors import RunError
+from kforcing_jax.evaluation.plots import BLUE, GREY, ORANGE, new_figure, on_page
+from kforcing_jax.evaluation.tables import is_number, stages_of, window_of
+
+_PANELS = (("sample_nll", "NLL, nats per token"), ("sample_entropy", "entropy, nats per token"))
+
+
+def trade_off(stages: dict) -> str:
+    """The picture as an HTML figure, stages as of `stages_of`; "" when no confident stride was measured."""
+    with _drawn(stages) as figure:
+        return figure and on_page(figure, "Quality over tokens per pass", "NLL and entropy under the AR teacher")
+
+
+def write_trade_off(workdir: str | Path, path: str | Path) -> Path:
+    """Writes the picture of a run directory as a file, on white: .svg, .png, or what else matplotlib writes.
+
+    Raises:
+      RunError: summary.json is not there, or holds no confident stride.
+    """
+    summary = Path(workdir) / "summary.json"
+    stages = stages_of(json.loads(summary.read_text(encoding="utf-8"))) if summary.exists() else {}
+    with _drawn(stages) as figure:
+        if not figure:
+            raise RunError(f"{summary} has no figures of confident strides; run kforcing_jax.evaluate first")
+        figure.savefig(path, dpi=200)
+    return Path(path)
+
+
+@contextlib.contextmanager
+def _drawn(stages) -> Iterator:
+    """The figure; "" without confident strides."""
+    confident = {name: rows for name, stage in stages.items() if (rows := stage.get("confident"))}
+    if not confident:
+        yield ""
+        return
+    with new_figure(8.2, 3.4) as figure:
+        for axes, (key, title) in zip(figure.subplots(1, len(_PANELS)), _PANELS, strict=True):
+            _draw_level(axes, stages.get("ar", {}), key)
+            _draw_fixed(axes, stages, key)
+            for name, rows in confident.items():
+                _draw_points(axes, rows, key, f"{name}, confident at c", BLUE, "o-", zorder=3)
+                _label(axes, rows, key, [f"{row['confidence']:g}" for row in rows], BLUE, (5, 5))
+            axes.set_title(title, loc="left", fontsize="medium")
+            axes.set_xlabel("tokens per pass")
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+        yield figure
+
+
+def _draw_level(axes, teacher, key):
+    if is_number(teacher.get(key)):
+        axes.axhline(teacher[key], color=GREY, linestyle=":", label="AR, 95 %")
+        axes.axhspan(*(teacher.get(f"{key}_interval") or [teacher[key]] * 2), color=GREY, alpha=0.12, linewidth=0)
+
+
+def _draw_fixed(axes, stages, key):
+    """Students that keep all of a window; hollow, those that the AR teacher taught itself."""
+    students = {name: s for name, s in stages.items() if window_of(name) and is_number(s.get(key))}
+    chain = [name for name in students if not name.endswith("-from-ar")]
+    for names, label, face in (
+        (chain, "all k tokens", ORANGE),
+        ([name for name in students if name not in chain], "all k, from AR", "white"),
+    ):
+        rows = [students[name] for name in names]
+        if rows:
+            _draw_points(axes, rows, key, label, ORANGE, "s", markerfacecolor=face, markersize=7)
+            _label(axes, rows, key, names, ORANGE, (6, -11))
+
+
+def _draw_points(axes, rows, key, label, colour, style, **settings):
+    """With their intervals, where they have some."""
+    x, y = ([row[name] for row in rows] for name in ("tokens_per_pass", key))
+    reach = dict(xerr=_reach(rows, "tokens_per_pass"), yerr=_reach(rows, key), elinewidth=0.9)
+    axes.errorbar(x, y, fmt=style, color=colour, label=label, **reach, **settings)
+
+
+def _reach(rows, key) -> np.ndarray:
+    """How far intervals reach below and above their figures, (2, points)."""
+    ends = np.array([row.get(f"{key}_interval") or [row[key]] * 2 for row in rows])
+    value = np.array([row[key] for row in rows])
+    return np.maximum([value - ends[:, 0], ends[:, 1] - value], 0)
+
+
+def _label(axes, rows, key, texts, colour, offset):
+    for row, text in zip(rows, texts, strict=True):
+        at = row["tokens_per_pass"], row[key]
+        axes.annotate(text, at, xytext=offset, textcoords="offset points", color=colour, fontsize=8)

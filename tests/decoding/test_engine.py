@@ -1,0 +1,265 @@
+"""The engine against step-by-step decoding, and what a request may and may not depend on."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from step_by_step import decode_step_by_step
+
+from kforcing_jax.config import MeshConfig
+from kforcing_jax.decoding import Engine, Request, memory
+from kforcing_jax.errors import ConfigError, DataError, RunError
+from kforcing_jax.models import CausalLM, ModelConfig, PushForwardLM, cached, init_params
+from kforcing_jax.sharding import make_mesh, parameter_shardings
+
+K, LONGEST = 4, 40
+
+
+@pytest.fixture(scope="module")
+def student(push_forward_lm):
+    return push_forward_lm
+
+
+@pytest.fixture(scope="module")
+def teacher(causal_lm):
+    return causal_lm
+
+
+@pytest.fixture(scope="module")
+def engine(student, teacher):
+    """One for all tests: what a slot held before is part of what they test."""
+    return Engine(student=student, teacher=teacher, slots=3, max_length=LONGEST, k=K)
+
+
+def serve(engine, requests, rng=None):
+    """Tokens and passes of every request; with `rng` they arrive at random, and steps are of random length."""
+    waiting, running = list(range(len(requests))), {}
+    tokens, passes = [[] for _ in requests], [None for _ in requests]
+    if rng is not None:
+        rng.shuffle(waiting)
+    while waiting or running:
+        while waiting and engine.free_slots and (rng is None or not running or rng.random() < 0.6):
+            index = waiting.pop(0)
+            running[engine.insert(requests[index])] = index
+        step = {"passes": int(rng.integers(1, 4)), "wait": bool(rng.integers(2))} if rng is not None else {}
+        for update in engine.step(**step):
+            index = running[update.slot]
+            assert update.error is None
+            tokens[index] += update.tokens
+            passes[index] = update.passes
+            if update.is_finished:
+                del running[update.slot]
+    return tokens, passes
+
+
+def random_request(rng):
+    mode = str(rng.choice(["student", "ar", "exact"]))
+    prompt = rng.integers(0, 12, rng.integers(1, 24)).tolist()
+    return Request(
+        prompt,
+        int(rng.integers(1, LONGEST - len(prompt))),
+        seed=int(rng.integers(2**32)),
+        mode=mode,
+        k=int(rng.integers(1, K + 1)),
+        tau=float(rng.choice([1.0, 0.5, 0.05, 3.0])),
+        confidence=float(rng.choice([0.0, 0.3, 0.9])) if mode == "student" else 0.0,
+        frequency_penalty=float(rng.choice([0.0, 0.0, 0.5])),
+        end_ids=rng.choice(12, rng.integers(0, 3), replace=False).tolist(),
+    )
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_requests_that_come_and_go_are_decoded_as_step_by_step(engine, student, teacher, seed):
+    rng = np.random.default_rng(seed)
+    requests = [random_request(rng) for _ in range(12)]
+    tokens, passes = serve(engine, requests, rng)
+    for request, found, counted in zip(requests, tokens, passes, strict=True):
+        expected, student_passes, teacher_passes = decode_step_by_step(request, student=student, teacher=teacher, k=K)
+        assert found == expected, request
+        assert counted == {"student": student_passes, "teacher": teacher_passes}, request
+
+
+def test_a_request_is_the_same_to_the_bit_alone_in_a_crowd_and_in_any_order(engine):
+    rng = np.random.default_rng(7)
+    requests = [random_request(rng) for _ in range(6)]
+    alone = [serve(engine, [request])[0][0] for request in requests]
+    assert serve(engine, requests)[0] == alone
+    assert serve(engine, requests[::-1])[0] == alone[::-1]
+    assert serve(engine, requests, rng)[0] == alone
+
+
+@pytest.mark.parametrize("settings", [{}, {"tau": 0.3}, {"tau": 20.0}, {"frequency_penalty": 0.7}])
+@pytest.mark.parametrize("k", [1, 2, 3, 4])
+def test_exact_decoding_is_the_ar_sample_of_that_seed(engine, k, settings):
+    prompts = [[3, 1, 4], [1], [2, 7, 1, 8, 2, 8]]
+    requests = [Request(p, 30, seed=11 * k + i, mode="ar", **settings) for i, p in enumerate(prompts)]
+    exact = [dataclasses.replace(request, mode="exact", k=k) for request in requests]
+    assert serve(engine, exact)[0] == serve(engine, requests)[0]
+
+
+def test_exact_decoding_needs_no_good_student(teacher, student):
+    """Drafts of an untrained one cost time, those of the teacher's own draws save it; the text is the same."""
+    model = PushForwardLM(teacher[0].cfg)
+    untrained = model, init_params(model, jax.random.key(5))
+    engine = Engine(student=untrained, teacher=teacher, slots=2, max_length=LONGEST, k=K)
+    requests = [Request([3, 1], 30, seed=seed, mode="ar") for seed in range(2)]
+    exact = [dataclasses.replace(request, mode="exact") for request in requests]
+    assert serve(engine, exact)[0] == serve(engine, requests)[0]
+
+
+def test_confidence_0_is_the_fixed_stride_and_1_takes_more_passes(engine):
+    request = Request([5, 3], 32, seed=1)
+    (fixed, cautious), passes = serve(engine, [request, dataclasses.replace(request, confidence=1.0)])
+    assert len(fixed) == len(cautious) == 32
+    assert passes[0]["student"] == 8 < passes[1]["student"]
+
+
+def test_nothing_compiles_after_warm_up(student, teacher):
+    engine = Engine(student=student, teacher=teacher, slots=2, max_length=100, k=2)
+    engine.warm_up()
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda name, *_, **__: compiled.append(name) if "backend_compile" in name else None
+    )
+    rng = np.random.default_rng(3)
+    for size in (1, 2, 3):
+        modes = ("student", "ar", "exact")[:size]
+        prompts = rng.integers(0, 12, (size, 29 * size))
+        serve(engine, [Request(p, 4 * size, mode=m, k=1 + size % 2) for p, m in zip(prompts, modes, strict=True)])
+    assert compiled == []
+
+
+def test_a_dropped_request_frees_its_slot_and_changes_no_other(engine):
+    kept, dropped = Request([4, 2], 30, seed=8), Request([9], 30, seed=9)
+    alone = serve(engine, [kept])[0][0]
+    slot, other = engine.insert(kept), engine.insert(dropped)
+    tokens = []
+    for update in engine.step(passes=2):
+        tokens += update.tokens if update.slot == slot else []
+    engine.free(other)
+    assert engine.free_slots == 2
+    for update in engine.step():
+        assert update.slot == slot
+        tokens += update.tokens
+    assert tokens == alone
+
+
+def test_a_request_of_logits_that_are_no_numbers_stops_alone(student):
+    model, params = student
+    table = params["backbone"]["embedding"]["embedding"].at[7].set(jnp.nan)
+    damaged = params | {"backbone": params["backbone"] | {"embedding": {"embedding": table}}}
+    prompts = [[3, 1], [7, 1], [2]]
+    sound = [Request(p, 12, seed=i, end_ids=(7,)) for i, p in enumerate(prompts)]
+    engine = Engine(student=(model, damaged), slots=3, max_length=LONGEST, k=K)
+    alone = [serve(engine, [request])[0][0] for request in (sound[0], sound[2])]
+    slots = [engine.insert(request) for request in sound]
+    updates = {update.slot: update for update in engine.step()}
+    assert "not finite" in str(updates[slots[1]].error) and updates[slots[1]].is_finished
+    assert [updates[slot].tokens for slot in (slots[0], slots[2])] == alone
+    # And whoever has its slot next.
+    assert [serve(engine, [sound[0]] * 3)[0][i] for i in range(3)] == [alone[0]] * 3
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"k": 5}, "k = 5 exceeds the window of 4 tokens"),
+        ({"k": 0}, "k = 0"),
+        ({"max_new_tokens": 39}, "a prompt of 2 tokens and 39 new ones exceed the 40 positions of a slot"),
+        ({"prompt": [1] * 41}, "a prompt of 41 tokens"),
+        ({"prompt": []}, "prompt is empty"),
+        ({"prompt": [13]}, "prompt has 13"),
+        ({"confidence": 1.5}, r"confidence = 1.5 is not in \[0, 1\]"),
+        ({"confidence": float("nan")}, "confidence = nan"),
+        ({"confidence": 0.5, "mode": "exact"}, "confidence = 0.5 has no effect in mode 'exact'"),
+        ({"mode": "fast"}, "mode = 'fast' is not one of student, ar, exact"),
+        ({"end_ids": list(range(9))}, "end_ids has 9 ids"),
+        ({"seed": 2**32}, "seed has 4294967296"),
+        ({"tau": 0.0}, "tau = 0.0"),
+        ({"noise": [0.5]}, r"noise has shape \(1,\), expected \(5,\)"),
+        ({"frequency_penalty": float("inf")}, "frequency_penalty = inf"),
+    ],
+)
+def test_bad_requests_are_refused_before_they_have_a_slot(engine, change, says):
+    free = engine.free_slots
+    with pytest.raises((DataError, ConfigError), match=says):
+        engine.insert(Request(**{"prompt": [1, 2], "max_new_tokens": 5} | change))
+    assert engine.free_slots == free
+
+
+def test_more_requests_than_slots_are_refused_and_those_that_run_go_on(engine):
+    request = Request([4, 2], 6)
+    for _ in range(3):
+        engine.insert(request)
+    with pytest.raises(DataError, match="all 3 slots are taken"):
+        engine.insert(request)
+    updates = engine.step()
+    assert [update.is_finished for update in updates] == [True] * 3 and len({tuple(u.tokens) for u in updates}) == 1
+
+
+def test_models_that_do_not_fit_are_refused(student, teacher):
+    with pytest.raises(DataError, match=r"mode = 'exact' needs teacher=\(model, params\)"):
+        Engine(student=student, k=2).insert(Request([1], 2, mode="exact"))
+    other = CausalLM(dataclasses.replace(student[0].cfg, vocab_size=20))
+    params = init_params(other, jax.random.key(0))
+    with pytest.raises(DataError, match="the teacher has a vocabulary of 20 tokens, the student one of 13"):
+        Engine(student=student, teacher=(other, params), k=2)
+    with pytest.raises(DataError, match="an engine needs student"):
+        Engine()
+    with pytest.raises(DataError, match="slots = 0 should be at least 1"):
+        Engine(student=student, slots=0)
+
+
+def test_slots_that_do_not_fit_the_memory_are_refused_with_the_numbers(engine, student, monkeypatch):
+    monkeypatch.setattr(memory, "_bytes_left", lambda device: 100_000)
+    small = Engine(student=student, slots=3, max_length=LONGEST, k=K)
+    with pytest.raises(RunError, match=r"3 slots of 128 positions take 0.\d+ GB .* 0.00 GB are left .* would fit"):
+        small.insert(Request([1], 2))
+
+
+@pytest.mark.parametrize("shape", [{"data": 2, "tensor": 2}, {"data": 1, "fsdp": 2, "tensor": 2}])
+def test_a_mesh_gives_the_same_tokens(student, teacher, shape):
+    mesh = make_mesh(MeshConfig(**shape), jax.devices()[:4])
+    there = [(model, jax.device_put(params, parameter_shardings(params, mesh))) for model, params in (student, teacher)]
+    rng = np.random.default_rng(5)
+    requests = [random_request(rng) for _ in range(5)]
+    meshed = Engine(student=there[0], teacher=there[1], slots=3, max_length=LONGEST, k=K)
+    assert meshed.slots == 4 and meshed.programs.mesh is mesh
+    expected = [decode_step_by_step(r, student=student, teacher=teacher, k=K)[0] for r in requests]
+    assert serve(meshed, requests)[0] == expected
+
+
+@pytest.mark.parametrize("mode", ["student", "ar", "exact"])
+def test_caches_are_not_copied(mode):
+    """In bytes: what a program needs besides its arguments is a small part of the caches."""
+    cfg = ModelConfig(vocab_size=64, mask_id=63, num_layers=4, d_model=64, num_heads=2)
+    models = {"student": PushForwardLM(cfg), "teacher": CausalLM(cfg)}
+    pairs = {name: (model, init_params(model, jax.random.key(0))) for name, model in models.items()}
+    engine = Engine(**pairs, slots=4, max_length=448, k=K)
+    live = engine._lives()[-1]
+    caches = sum(
+        x.nbytes if hasattr(x, "nbytes") else x.size * 4 for x in jax.tree.leaves(engine.programs.state.caches)
+    )
+    used = 1 if mode == "exact" else 2
+    assert engine.programs.temporary_bytes("run", mode, live) < 0.3 * caches / used
+
+
+def test_half_precision_is_that_of_the_blocks_alone(student):
+    engine = Engine(student=student, slots=1, max_length=LONGEST, k=K, dtype="bfloat16")
+    dtypes = {str(x.dtype) for x in jax.tree.leaves(engine.programs.state.caches)}
+    weights = engine.weights["student"]
+    kernels = {str(block["mlp_in"]["kernel"].dtype) for block in weights.blocks}
+    assert dtypes == kernels == {"bfloat16"}
+    assert weights.head_VxD.dtype == weights.rest["noise_encoder"]["mlp_in"]["kernel"].dtype == jnp.float32
+    assert len(serve(engine, [Request([1, 2], 12)])[0][0]) == 12
+
+
+def test_weights_are_cast_once_and_forgotten_with_the_parameters(tiny_config):
+    params = init_params(PushForwardLM(tiny_config), jax.random.key(9))
+    before = len(cached._MADE)
+    assert cached.weights(tiny_config, params) is cached.weights(tiny_config, params)
+    assert len(cached._MADE) == before + 1
+    del params
+    assert len(cached._MADE) == before
