@@ -162,6 +162,19 @@ REFUSED = [
         {"evaluation__speed_batches": "1,x"},
         "evaluation.speed_batches = '1,x' should be whole numbers, such as 1,8,64",
     ),
+    (
+        {"evaluation__confidences": "0,often"},
+        "evaluation.confidences = '0,often' should be numbers, such as 0,0.3,0.5",
+    ),
+    ({"evaluation__confidences": [0, True]}, "evaluation.confidences = [0, True] should be numbers, such as 0,0.3,0.5"),
+    ({"evaluation__confidences": (0, 1.5)}, "evaluation.confidences = 1.5 is not in [0, 1]"),
+    ({"evaluation__confidences": "-0.1,0"}, "evaluation.confidences = -0.1 is not in [0, 1]"),
+    ({"evaluation__confidences": float("nan")}, "evaluation.confidences = nan is not in [0, 1]"),
+    (
+        {"evaluation__confidences": (0.3, 0.2)},
+        "evaluation.confidences = (0.3, 0.2) should ascend, each of them once",
+    ),
+    ({"evaluation__confidences": (0, 0.0)}, "evaluation.confidences = (0.0, 0.0) should ascend, each of them once"),
     ({"evaluation__tau": 2000.0}, "evaluation.tau = 2000.0 is not in [1e-6, 1000]"),
     (
         {"evaluation__new_tokens": 49},
@@ -285,3 +298,11 @@ def test_a_temperature_inside_its_range_is_accepted(tau):
 @pytest.mark.parametrize("given", [[1, 8], (1, 8), "1,8", "1, 8"])
 def test_whole_numbers_come_from_json_a_file_or_a_flag(given):
     assert parse(valid(evaluation__speed_batches=given)).evaluation.speed_batches == (1, 8)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [([0, 0.3], (0.0, 0.3)), ("0, 0.3", (0.0, 0.3)), (0.3, (0.3,)), ("", ()), ([], ())]
+)
+def test_numbers_come_from_json_a_file_or_a_flag_and_there_may_be_none(given, expected):
+    confidences = parse(valid(evaluation__confidences=given)).evaluation.confidences
+    assert confidences == expected and all(type(confidence) is float for confidence in confidences)

@@ -69,7 +69,7 @@ def text_report(rows: Rows, prompt_of: Sequence | None = None, seed: int = 0, re
 
 
 def mean_interval(*args, **settings) -> list[float] | None:
-    """[low, high]: 95 % percentile bootstrap over prompts of a mean, arguments as of `bootstrap`; None of one prompt."""
+    """[low, high], 95 % percentile bootstrap over prompts; arguments as of `bootstrap`. None with one prompt."""
     values = bootstrap(*args, **settings)
     tail = 50 * (1 - _CONFIDENCE)
     return np.percentile(values, [tail, 100 - tail]).tolist() if len(values) else None

@@ -41,9 +41,7 @@ class Line:
 
 
 def panel(title, y_label, lines, y_limits=(None, None), *, passes=False) -> str:
-    """One plot as an HTML figure, over steps or over tokens per pass; "" when it would be empty.
-
-    """
+    """One plot as an HTML figure, over steps or over tokens per pass; "" when it would be empty."""
     lines = [dataclasses.replace(line, points=[p for p in line.points if is_number(p[1])]) for line in lines]
     lines = [line for line in lines if line.points]
     if not lines:
@@ -62,8 +60,8 @@ def panel(title, y_label, lines, y_limits=(None, None), *, passes=False) -> str:
 
 
 @contextlib.contextmanager
-def new_figure(width: float, height: float) -> Iterator["matplotlib.figure.Figure"]:
-    """An empty matplotlib figure of so many inches, to be drawn and saved within the context."""
+def new_figure(width: float, height: float) -> Iterator:
+    """An empty figure of matplotlib's, of so many inches, to be drawn and saved within the context."""
     import matplotlib
     from matplotlib.figure import Figure
 

@@ -14,8 +14,10 @@ from pathlib import Path
 
 from kforcing_jax.data.whole_file import write_text
 from kforcing_jax.evaluation.aligned import prompt_text, sample_blocks
-from kforcing_jax.evaluation.plots import Line, panel
+from kforcing_jax.evaluation.plots import BLUE, GREY, ORANGE, PALETTE, Line, panel
 from kforcing_jax.evaluation.tables import (
+    STRIDE_COLUMNS,
+    STRIDES,
     WHY_LITTLE_GAIN,
     in_order,
     is_number,
@@ -24,18 +26,17 @@ from kforcing_jax.evaluation.tables import (
     speed_batches,
     speed_columns,
     stages_of,
+    stride_rows,
     table_rows,
     versus,
     window_of,
 )
+from kforcing_jax.evaluation.trade_off import trade_off
 from kforcing_jax.training.progress import clock
 
 _TEMPLATE = string.Template(Path(__file__).with_name("report_page.html").read_text(encoding="utf-8"))
 # Points of a plotted line; longer histories are averaged down to this many.
 _MOST_POINTS = 250
-# Okabe and Ito's palette, which colour-blind readers can tell apart.
-_PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-_BLUE, _ORANGE, _GREY = _PALETTE[0], _PALETTE[1], "#555555"
 
 
 def write_report(workdir: Path) -> Path:
@@ -51,6 +52,7 @@ def write_report(workdir: Path) -> Path:
     history, stages = _read_metrics(workdir / "metrics.jsonl"), stages_of(summary)
     sections = [
         _results_section(stages),
+        _strides_section(stages),
         _samples_section(summary.get("samples") or []),
         _passes_section(stages),
         _training_section(history, stages),
@@ -128,6 +130,19 @@ def _table(stages, columns):
     return f'<div class="wide"><table>\n{body}</table></div>\n{_definitions(legend(columns))}'
 
 
+def _strides_section(stages):
+    """What to decode with: the largest student at several confidences, beside all students at a fixed stride."""
+    rows = stride_rows(stages)
+    if not rows:
+        return ""
+    note = (
+        "Take the point furthest to the right whose NLL is not above the AR teacher's (dotted) and whose entropy is "
+        "not below: low NLL with low entropy is repetition, not quality. Bars and band: 95 % intervals over prompts."
+    )
+    strides = f"<p>{html.escape(STRIDES)}</p>"
+    return _section("Which stride to take", f"<p>{note}</p>", trade_off(stages), _table(rows, STRIDE_COLUMNS), strides)
+
+
 def _samples_section(samples):
     if not samples:
         return ""
@@ -163,21 +178,21 @@ def _escape(text):
 def _passes_section(stages):
     """What more tokens per pass cost in quality, and what they give in speed."""
     quality = [
-        *_over_passes(stages, "sample_nll", "NLL", _BLUE, "AR NLL"),
-        *_over_passes(stages, "sample_entropy", "entropy", _ORANGE, "AR entropy", "--"),
+        *_over_passes(stages, "sample_nll", "NLL", BLUE, "AR NLL"),
+        *_over_passes(stages, "sample_entropy", "entropy", ORANGE, "AR entropy", "--"),
     ]
     fidelity = [
-        *_over_passes(stages, "agreement", "mean", _BLUE),
-        *_over_passes(stages, "block_agreement", "block", _ORANGE),
-        *_over_passes(stages, "chance", "chance", _GREY, dashes="--"),
+        *_over_passes(stages, "agreement", "mean", BLUE),
+        *_over_passes(stages, "block_agreement", "block", ORANGE),
+        *_over_passes(stages, "chance", "chance", GREY, dashes="--"),
     ]
     joint = [
-        *_over_passes(stages, "joint_tv", "students", _BLUE),
-        *_over_passes(stages, "joint_tv_null", "AR null", _GREY, dashes="--"),
+        *_over_passes(stages, "joint_tv", "students", BLUE),
+        *_over_passes(stages, "joint_tv_null", "AR null", GREY, dashes="--"),
     ]
     widest = max((window_of(name) for name in stages if window_of(name)), default=1)
-    speed = [Line("AR", [(1, 1), (widest, 1)], _GREY, ":")] if speed_batches(stages) else []
-    for batch, colour in zip(speed_batches(stages), itertools.cycle(_PALETTE), strict=False):
+    speed = [Line("AR", [(1, 1), (widest, 1)], GREY, ":")] if speed_batches(stages) else []
+    for batch, colour in zip(speed_batches(stages), itertools.cycle(PALETTE), strict=False):
         speed += _over_passes(stages, versus(batch), batch, colour)
     panels = [
         panel("Samples under the AR teacher", "nats per token", quality, passes=True),
@@ -231,7 +246,7 @@ def _mean(value):
 
 def _loss_lines(records):
     offsets = _offset_lines(records, "loss")
-    return offsets or [Line("", _over_steps(records, "loss"), _BLUE)]
+    return offsets or [Line("", _over_steps(records, "loss"), BLUE)]
 
 
 def _agreement_lines(records, stage):
@@ -240,7 +255,7 @@ def _agreement_lines(records, stage):
         return []
     block = Line("block", _over_steps(records, "block_agreement"), "black", "--")
     ends = records[0]["step"], records[-1]["step"]
-    chance = Line("chance", [(step, _mean(stage.get("chance"))) for step in ends], _GREY, ":")
+    chance = Line("chance", [(step, _mean(stage.get("chance"))) for step in ends], GREY, ":")
     return [*offsets, *([block] if len(offsets) > 1 else []), chance]
 
 
@@ -248,7 +263,7 @@ def _offset_lines(records, measure):
     """One line per offset of the window; none for the AR teacher."""
     count = sum(re.fullmatch(rf"{measure}_\d+", key) is not None for key in records[0])
     return [
-        Line(f"offset {j}", _over_steps(records, f"{measure}_{j}"), _PALETTE[(j - 1) % len(_PALETTE)])
+        Line(f"offset {j}", _over_steps(records, f"{measure}_{j}"), PALETTE[(j - 1) % len(PALETTE)])
         for j in range(1, count + 1)
     ]
 

@@ -141,7 +141,9 @@ def _interval(name, key, meaning):
 
 # Of the rows of `stride_rows`.
 STRIDE_COLUMNS = (
-    _interval("tokens/pass", "tokens_per_pass", "tokens of the samples per forward pass, and 95 % interval over prompts"),
+    _interval(
+        "tokens/pass", "tokens_per_pass", "tokens of the samples per forward pass, and 95 % interval over prompts"
+    ),
     _interval("NLL", "sample_nll", "of the samples under the AR teacher, nats per token"),
     _interval("entropy", "sample_entropy", "of the AR teacher there; take a row where both are near the teacher's own"),
 )
@@ -152,7 +154,7 @@ STRIDES = (
 
 
 def stride_rows(stages: dict) -> dict[str, dict]:
-    """Stages and confident strides by tokens per pass, figures by name: k4, k4 c=0.3. None if no stride was measured."""
+    """Stages and confident strides by tokens per pass, by name: k4, k4 c=0.3. None before strides are measured."""
     confident = {
         f"{name} c={figures['confidence']:g}": figures
         for name, stage in stages.items()

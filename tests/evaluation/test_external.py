@@ -12,7 +12,7 @@ from kforcing_jax.data.tokenizers import train_tokenizer
 from kforcing_jax.evaluation.external import external_figures
 from kforcing_jax.evaluation.scorer import Completion, Scorer
 from kforcing_jax.evaluation.suite import evaluate
-from kforcing_jax.evaluation.tables import gen_ppl_text, table
+from kforcing_jax.evaluation.tables import interval_text, table
 from kforcing_jax.sharding import make_mesh
 from kforcing_jax.training import curriculum
 from kforcing_jax.workdir import Workdir
@@ -52,7 +52,7 @@ def test_a_run_has_external_figures_next_to_its_own(scorer, tmp_path):
     _, _, header, _, *rows = table(summary).splitlines()
     assert {"Gen-PPL", "entropy", "distinct", "repeat"} <= set(header.split())
     for stage, row in zip(summary["stages"].values(), rows, strict=False):
-        assert gen_ppl_text(stage["external"]) in row
+        assert interval_text(stage["external"], "gen_ppl", 1) in row
     assert "Gen-PPL" in (tmp_path / "report.html").read_text()
     # Without a scorer, figures of what may have been other samples are not kept.
     assert "external" not in evaluate(workdir, corpus, mesh)["stages"]["ar"]

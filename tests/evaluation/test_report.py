@@ -6,11 +6,15 @@ import json
 import re
 import xml.etree.ElementTree
 
+import numpy as np
 import pytest
 
+from kforcing_jax.errors import RunError
+from kforcing_jax.evaluation import trade_off
 from kforcing_jax.evaluation.aligned import sample_blocks, samples_text
 from kforcing_jax.evaluation.report import write_report
-from kforcing_jax.evaluation.tables import WHY_LITTLE_GAIN, ratio_text, table
+from kforcing_jax.evaluation.tables import WHY_LITTLE_GAIN, ratio_text, stages_of, table
+from kforcing_jax.evaluation.trade_off import write_trade_off
 
 AR = {"steps": 5, "seconds": 61.8, "validation_loss": 1.7, "sample_nll": 1.83, "sample_entropy": 1.85}
 AR |= {"token_entropy": 2.7, "distinct_2": 0.17, "repetition_4": 0.01, "tokens_per_second": 10_000.0}
@@ -38,6 +42,16 @@ SUMMARY = {
     "date": "2026-11-23",
     "tau": 0.5,
     "evaluation_seconds": 20.0,
+}
+
+
+def at(confidence, per_pass, nll):
+    figures = {"confidence": confidence, "tokens_per_pass": per_pass, "sample_nll": nll, "sample_entropy": 1.8}
+    return figures | {"sample_nll_interval": [nll - 0.125, nll + 0.25], "tokens_per_pass_interval": None}
+
+
+STRIDES = SUMMARY | {
+    "stages": {"ar": AR, "k4": K4 | {"confident": [at(0.0, 3.9, 1.83), at(0.2, 3.2, 1.75), at(0.5, 2.25, 1.5)]}}
 }
 
 
@@ -109,8 +123,20 @@ def test_joint_columns_appear_only_when_there_is_a_joint():
     assert "AR null" in with_joint and "0.081" in with_joint and "0.068" in with_joint
 
 
+def test_strides_are_listed_by_tokens_per_pass_each_once_with_its_intervals():
+    assert "c=0" not in table(SUMMARY)
+    lines = [re.sub("  +", "  ", line) for line in table(STRIDES).partition("vs AR")[2].splitlines()]
+    start = lines.index("stage  tokens/pass  NLL  entropy")
+    assert lines[start + 2 : start + 6] == [
+        "ar  1.00  1.83  1.85",
+        "k4 c=0.5  2.25  1.50 [1.38, 1.75]  1.80",
+        "k4 c=0.2  3.20  1.75 [1.62, 2.00]  1.80",
+        "k4  3.90  1.83  1.85",
+    ]
+
+
 def test_the_tables_fit_120_columns():
-    wide = {"stages": {"ar": AR, "k4-from-ar": K4 | JOINT}}
+    wide = {"stages": {"ar": AR, "k4-from-ar": K4 | JOINT | {"confident": [at(0.25, 2.0, 1.5)]}}}
     assert max(map(len, table(wide).splitlines())) <= 120
 
 
@@ -155,6 +181,17 @@ def test_the_page_needs_nothing_but_itself(workdir):
         xml.etree.ElementTree.fromstring(base64.b64decode(image))
 
 
+def test_the_page_shows_which_stride_to_take(workdir):
+    assert "Which stride to take" not in write_report(workdir).read_text()
+    (workdir / "summary.json").write_text(json.dumps(STRIDES))
+    section = re.search(r"<h2>Which stride to take</h2>.*?</section>", write_report(workdir).read_text(), re.DOTALL)[0]
+    assert "<th>k4 c=0.2</th>" in section
+    picture = base64.b64decode(re.search(r'src="data:image/svg\+xml;base64,([^"]+)"', section)[1]).decode()
+    drawn = re.findall(r"<text[^>]*>([^<]*)</text>", picture)
+    assert {"0.2", "0.5", "k4", "AR, 95 %", "k4, confident at c", "all k tokens"} <= set(drawn)
+    assert sum("nats per token" in text for text in drawn) == 2
+
+
 def test_the_head_says_what_this_is_and_where_it_comes_from(workdir):
     facts = {"command": "python -m kforcing_jax.main --config=<x>", "revision": "abc-dirty", "seed": 0, "data": "news"}
     (workdir / "summary.json").write_text(json.dumps(SUMMARY | facts))
@@ -172,6 +209,23 @@ def test_everything_that_comes_from_the_run_is_escaped(workdir):
 def test_a_page_without_any_result_is_still_a_page(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     assert "No stage has ended yet" in write_report(tmp_path).read_text()
+
+
+def test_the_picture_of_strides_is_a_file_of_its_own_too(workdir, tmp_path):
+    with pytest.raises(RunError, match=r"summary\.json has no figures of confident strides"):
+        write_trade_off(workdir, tmp_path / "strides.svg")
+    (workdir / "summary.json").write_text(json.dumps(STRIDES))
+    svg, png = (write_trade_off(workdir, tmp_path / f"strides.{kind}").read_bytes() for kind in ("svg", "png"))
+    assert xml.etree.ElementTree.fromstring(svg).tag.endswith("svg") and png.startswith(b"\x89PNG")
+
+
+def test_the_picture_shows_every_figure_with_its_interval():
+    with trade_off._drawn(stages_of(STRIDES)) as figure:
+        drawn = {bars.get_label(): bars.lines for bars in figure.axes[0].containers}
+    line, _, (_, nll) = drawn["k4, confident at c"]
+    np.testing.assert_array_equal(line.get_xydata(), [[3.9, 1.83], [3.2, 1.75], [2.25, 1.5]])
+    np.testing.assert_allclose([ends[:, 1] for ends in nll.get_segments()], [[1.705, 2.08], [1.625, 2], [1.375, 1.75]])
+    np.testing.assert_array_equal(drawn["all k tokens"][0].get_xydata(), [[3.9, 1.83]])
 
 
 def test_a_report_is_written_whole_or_not_at_all(workdir, monkeypatch):

@@ -32,12 +32,12 @@ def trained(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def evaluated(trained):
-    """(summary, settings of every decoding) on one device."""
+    """(summary, prompts and settings of every decoding) on one device."""
     workdir, corpus = trained
     calls = []
 
     def recorded(*args, **settings):
-        calls.append(settings)
+        calls.append(settings | {"prompts": args[2]})
         return real(*args, **settings)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -58,14 +58,52 @@ def test_a_mesh_gives_the_figures_of_one_device(trained, evaluated, monkeypatch)
     for name in ("ar", "k2"):
         figures, expected = on_mesh["stages"][name], evaluated[0]["stages"][name]
         assert figures.keys() == expected.keys() and timed <= figures.keys()
-        for key in expected.keys() - timed - {"weights", "joint_g_test", "joint_g_test_null"}:
+        for key in expected.keys() - timed - {"weights", "confident", "joint_g_test", "joint_g_test_null"}:
             np.testing.assert_allclose(figures[key], expected[key], rtol=1e-4, err_msg=f"{name} {key}")
+        for row, expected_row in zip(figures.get("confident", []), expected.get("confident", []), strict=True):
+            assert row == {key: pytest.approx(value, rel=1e-4) for key, value in expected_row.items()}
 
 
 def test_all_stages_are_sampled_at_one_temperature(evaluated):
     summary, calls = evaluated
-    assert len(calls) == 3 and {settings["tau"] for settings in calls} == {1.0} == {summary["tau"]}
+    assert {settings["tau"] for settings in calls} == {1.0} == {summary["tau"]}
     assert "tau = 1\n" in table(summary)
+
+
+def test_the_largest_student_continues_the_same_prompts_under_the_same_noise_at_every_confidence(evaluated):
+    _, calls = evaluated
+    assert [(call["k"], call["confidence"]) for call in calls] == [(1, 0), (1, 0), (2, 0), (2, 0.5), (2, 1)]
+    for call in calls:
+        np.testing.assert_array_equal(call["prompts"], calls[0]["prompts"])
+        np.testing.assert_array_equal(call["seeds"], calls[0]["seeds"])
+
+
+def test_more_confidence_takes_more_passes_and_none_is_the_stages_own_sample(evaluated):
+    stages = evaluated[0]["stages"]
+    rows = stages["k2"]["confident"]
+    assert [row.pop("confidence") for row in rows] == [0, 0.5, 1]
+    assert rows[0] == {key: stages["k2"][key] for key in rows[0]}
+    per_pass = [row["tokens_per_pass"] for row in rows]
+    assert per_pass[0] == 2 and per_pass == sorted(per_pass, reverse=True) and per_pass[-1] < 1.5
+    assert "confident" not in stages["k1"]
+
+
+def test_every_figure_that_a_stride_is_chosen_by_has_an_interval_around_it(evaluated):
+    stages = evaluated[0]["stages"]
+    for row in (*stages.values(), *stages["k2"]["confident"]):
+        for key in ("tokens_per_pass", "sample_nll", "sample_entropy"):
+            low, high = row[f"{key}_interval"]
+            assert low <= row[key] <= high and (low < high or key == "tokens_per_pass")
+
+
+@pytest.mark.parametrize(
+    ("finished", "largest"),
+    [(("ar", "k4-from-ar", "k4", "k2", "k1"), "k4"), (("ar", "k1", "k4-from-ar"), "k4-from-ar"), (("ar", "k1"), None)],
+)
+def test_the_largest_student_is_the_chains_own_and_has_a_stride_to_vary(finished, largest):
+    config = micro_config(k4=dict(window=4), k4_from_ar=dict(window=4, teacher="ar"))
+    run = suite._Run(Workdir(None, config), None, dict.fromkeys(finished), None, None)
+    assert run.largest == largest
 
 
 @pytest.mark.parametrize(
@@ -126,7 +164,8 @@ def test_prompts_begin_with_a_word(kind):
 
 def test_token_entropy_is_that_of_the_text_without_its_eos(causal_lm):
     tokens = np.array([[1, 2, 5, 5, 3, 3], [1, 2, 5, 6, 7, 7]])
-    figures = measure(*causal_lm, Generation(tokens, np.array([5, 6]), np.array([3, 4])), 2, 3)
+    generation = Generation(tokens, np.array([5, 6]), student_passes=np.array([3, 3]), teacher_passes=np.array([0, 1]))
+    figures = measure(*causal_lm, generation, 2, 3)
     assert figures["token_entropy"] == token_entropy([[5, 5], [5, 6, 7, 7]])
     assert figures["tokens_per_pass"] == 1
 
@@ -134,8 +173,19 @@ def test_token_entropy_is_that_of_the_text_without_its_eos(causal_lm):
 def test_an_evaluation_that_cannot_be_kept_is_still_given(trained, monkeypatch, caplog):
     workdir, corpus = trained
     monkeypatch.setattr(suite, "write_report", lambda path: (_ for _ in ()).throw(OSError("full")))
-    one = dataclasses.replace(workdir.config.evaluation, speed_rounds=1)
-    again = Workdir(workdir.path, dataclasses.replace(workdir.config, evaluation=one))
     with caplog.at_level(logging.WARNING, "kforcing_jax"):
-        assert evaluate(again, corpus, make_mesh(workdir.config.mesh))["stages"]["k2"]["agreement"]
-    assert "not kept: full" in caplog.text
+        stage = evaluate(_without_confidences(workdir), corpus, make_mesh(workdir.config.mesh))["stages"]["k2"]
+    assert stage["agreement"] and "not kept: full" in caplog.text
+
+
+def test_without_confidences_there_are_no_figures_of_strides_nor_older_ones(trained, evaluated):
+    workdir, corpus = trained
+    assert "Which stride to take" in (workdir.path / "report.html").read_text()
+    summary = evaluate(_without_confidences(workdir), corpus, make_mesh(workdir.config.mesh))
+    assert "confident" not in summary["stages"]["k2"] and "c=0.5" not in table(summary)
+    assert "Which stride to take" not in (workdir.path / "report.html").read_text()
+
+
+def _without_confidences(workdir):
+    settings = dataclasses.replace(workdir.config.evaluation, speed_rounds=1, confidences=())
+    return Workdir(workdir.path, dataclasses.replace(workdir.config, evaluation=settings))
