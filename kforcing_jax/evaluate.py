@@ -19,7 +19,7 @@ from kforcing_jax.cli.checkpoints import (
     K,
     check_one_model,
     check_output_dir,
-    check_prefix_file,
+    check_readable,
 )
 from kforcing_jax.errors import ConfigError
 
@@ -68,7 +68,7 @@ def _evaluate_run():
 def _evaluate_checkpoint():
     if PREFIX_FILE.value is None:
         raise ConfigError("--prefix_file is missing: a released checkpoint is evaluated on completions of prefixes")
-    check_prefix_file(PREFIX_FILE.value)
+    check_readable("prefix_file", PREFIX_FILE.value)
     if _OUTPUT_DIR.value:
         check_output_dir(_OUTPUT_DIR.value)
     scorer = _scorer()

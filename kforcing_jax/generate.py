@@ -1,6 +1,7 @@
-"""Prints text from a trained run or a released checkpoint: from the teacher, or from a student at k tokens per pass.
+"""Prints text from a trained run or a released checkpoint: from the teacher, a student, or both.
 
-python -m kforcing_jax.generate --workdir=runs/tiny --prompt="The president said" --k=4
+python -m kforcing_jax.generate --workdir=runs/tiny --prompt="The president said" --confidence=0.3
+python -m kforcing_jax.generate --workdir=runs/tiny --prompt_file=prompts.txt --mode=exact > texts.jsonl
 python -m kforcing_jax.generate --checkpoint=pflm_lm1b_k4.ckpt --prefix_file=prefixes.jsonl --output_dir=samples
 """
 
@@ -23,39 +24,69 @@ from kforcing_jax.cli.checkpoints import (
     K,
     check_one_model,
     check_output_dir,
-    check_prefix_file,
+    check_readable,
 )
 from kforcing_jax.config import check_tau
 from kforcing_jax.errors import ConfigError, DataError
 
 flags.adopt_module_key_flags(checkpoint_flags)
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run directory.")
-_PROMPT = flags.DEFINE_string("prompt", "", "Text to continue; empty starts a new document.")
+_PROMPT = flags.DEFINE_multi_string(
+    "prompt", None, "Text to continue; more of them by giving it again. Empty, or none, starts a new document."
+)
 _PROMPT_IDS = flags.DEFINE_list("prompt_ids", None, "Token ids to continue, instead of --prompt.")
+_PROMPT_FILE = flags.DEFINE_string(
+    "prompt_file",
+    None,
+    'Prompts to continue whole: lines of a .txt, or {"prompt": "..."} of a .jsonl. Prints JSON lines.',
+)
 _OUTPUT_DIR = flags.DEFINE_string("output_dir", "samples", "Where samples.jsonl and throughput.json of prefixes go.")
-_MODE = flags.DEFINE_enum("mode", "student", ["student", "ar"], "Which model of a run decodes.")
+_MODE = flags.DEFINE_enum(
+    "mode", "student", ["student", "ar", "exact"], "Who decodes: the student, the AR teacher, or it what that drafts."
+)
+_TEACHER = flags.DEFINE_string("teacher", None, "The AR .ckpt for --mode=ar and exact of a --checkpoint.")
+_CONFIDENCE = flags.DEFINE_float(
+    "confidence", 0.0, "How likely the part of a window that is kept has to be, in [0, 1]; 0 keeps whole windows."
+)
 _STAGE = flags.DEFINE_string("stage", None, "Decode with this stage (k4-from-ar, ...), not the nearest window's.")
 _SEED = flags.DEFINE_integer("seed", 0, "Noise seed of the first sample; the others count up.", lower_bound=0)
 _TAU = flags.DEFINE_float(
     "tau", None, "Temperature, in [1e-6, 1000]; by default 1, or the nearest that the stage was trained with."
 )
 _FREQUENCY_PENALTY = flags.DEFINE_float("frequency_penalty", 0.0, "Logit penalty per earlier use of a token.")
+_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the blocks and their caches.")
+_SLOTS = flags.DEFINE_integer("slots", None, "Texts at a time; by default all, up to 64.", lower_bound=1)
 _JSON = flags.DEFINE_bool(
     "json", False, 'Print one object: {"tokens": [[...]], "text": [...], "passes": [...]}, or throughput.json.'
 )
 
 
 class Decoder(NamedTuple):
-    """A model with what decoding needs to know of it; `seq_len` and `prefix_length` are None when nothing says them."""
+    """What decodes, and what has to be known of it; `seq_len` and `prefix_length` are None when nothing says them."""
 
+    name: str  # the stage or file
     model: object
     params: dict
+    teacher: tuple | None
     tokenizer: object | None
     eos_id: int | None
     k: int
     seq_len: int | None
     prefix_length: int | None
     tau: float
+
+    @property
+    def settings(self) -> dict:
+        """What `generate` and its like take, but for prompts and seeds."""
+        return {
+            "k": self.k,
+            "tau": self.tau,
+            "frequency_penalty": _FREQUENCY_PENALTY.value,
+            "mode": _MODE.value,
+            "confidence": _CONFIDENCE.value,
+            "teacher": self.teacher,
+            "dtype": _DTYPE.value,
+        }
 
 
 def main(_):
@@ -64,7 +95,7 @@ def main(_):
     if PREFIX_FILE.value:
         _complete_prefixes(decoder)
     else:
-        _continue_prompt(decoder)
+        _continue_prompts(decoder)
 
 
 def _check_flags():
@@ -75,27 +106,47 @@ def _check_flags():
         raise ConfigError(f"--frequency_penalty={_FREQUENCY_PENALTY.value} is not finite")
     check_one_model(_WORKDIR.value)
     if _WORKDIR.value:
-        cli.refuse_flags(["tokenizer", "weights"], "without --checkpoint")
+        cli.refuse_flags(["tokenizer", "weights", "teacher"], "without --checkpoint")
     else:
         cli.refuse_flags(["stage"], "without --workdir")
+    _check_mode()
+    _check_prompts()
+
+
+def _check_mode():
+    if not 0 <= _CONFIDENCE.value <= 1:
+        raise ConfigError(f"--confidence={_CONFIDENCE.value} is not in [0, 1]")
+    if _MODE.value == "student":
+        cli.refuse_flags(["teacher"], "with --mode=student")
+    else:
+        cli.refuse_flags(["confidence"], f"with --mode={_MODE.value}: only a student's own tokens are weighed")
     if _MODE.value == "ar":
         cli.refuse_flags(["k"], "with --mode=ar, which draws one token per pass")
         if _STAGE.value not in (None, "ar"):
             raise ConfigError(f"--stage={_STAGE.value} is a student, and --mode=ar decodes the teacher; leave one out")
     if _STAGE.value == "ar":
-        cli.refuse_flags(["k"], "with --stage=ar, which draws one token per pass")
+        cli.refuse_flags(["k", "confidence"], "with --stage=ar, which draws one token per pass")
+        if _MODE.value == "exact":
+            raise ConfigError(
+                "--mode=exact needs a student that drafts, and --stage=ar is the teacher; leave --stage out"
+            )
+
+
+def _check_prompts():
     if PREFIX_FILE.value:
-        cli.refuse_flags(["prompt", "prompt_ids"], "with --prefix_file")
-        check_prefix_file(PREFIX_FILE.value)
+        cli.refuse_flags(["prompt", "prompt_ids", "prompt_file", "slots"], "with --prefix_file")
+        check_readable("prefix_file", PREFIX_FILE.value)
         check_output_dir(_OUTPUT_DIR.value)
     else:
         cli.refuse_flags(["prefix_length", "batch_size", "output_dir"], "without --prefix_file")
     if _PROMPT_IDS.value is not None:
         cli.refuse_flags(["prompt"], "with --prompt_ids")
+    if _PROMPT_FILE.value:
+        cli.refuse_flags(["prompt", "prompt_ids", "json"], "with --prompt_file")
+        check_readable("prompt_file", _PROMPT_FILE.value)
 
 
 def _from_run() -> Decoder:
-    from kforcing_jax.cli.prompts import room_for
     from kforcing_jax.training.checkpoints import finished_stages, load_stage
     from kforcing_jax.workdir import Workdir
 
@@ -106,50 +157,51 @@ def _from_run() -> Decoder:
     settings = workdir.config.stages[stage]
     tau = choose_tau(_TAU.value, (settings.tau_min, settings.tau_max) if settings.window else None)
     if not PREFIX_FILE.value:
-        room_for(len(_prompt_ids(tokenizer, tokenizer.vocab_size)), data.seq_len, MAX_NEW_TOKENS.value)
+        _prompts(tokenizer, tokenizer.vocab_size, data.seq_len)  # before weights are loaded
     loaded = load_stage(workdir, stage, tokenizer)
-    return Decoder(*loaded, tokenizer, tokenizer.eos_id, k, data.seq_len, evaluation.prompt_length, tau)
+    teacher = load_stage(workdir, "ar", tokenizer) if _MODE.value == "exact" else None
+    return Decoder(stage, *loaded, teacher, tokenizer, tokenizer.eos_id, k, data.seq_len, evaluation.prompt_length, tau)
 
 
 def _from_checkpoint() -> Decoder:
-    from kforcing_jax.interop.released import open_released
+    from kforcing_jax.interop.released import open_released, open_teacher
     from kforcing_jax.models import CausalLM
 
-    needs_tokenizer = _PROMPT_IDS.value is None
-    released = open_released(CHECKPOINT.value, TOKENIZER.value, WEIGHTS.value, needs_tokenizer)
+    path, needs_tokenizer = CHECKPOINT.value, _PROMPT_IDS.value is None
+    released = open_released(path, TOKENIZER.value, WEIGHTS.value, needs_tokenizer)
     model, params, tokenizer, release = released[:4]
-    if _MODE.value == "ar" and not isinstance(model, CausalLM):
-        raise ConfigError(f"--mode=ar: {CHECKPOINT.value} is a student; leave --mode out or give an AR checkpoint")
     if release and not tokenizer:
         print(f"the tokenizer {release.tokenizer} is not here: ids in, ids out", file=sys.stderr)
     if isinstance(model, CausalLM):
-        cli.refuse_flags(["k"], f"with {CHECKPOINT.value}, an AR model")
+        cli.refuse_flags(["k", "confidence", "teacher"], f"with {path}, an AR model")
+        if _MODE.value == "exact":
+            raise ConfigError(
+                f"--mode=exact needs a student that drafts, and {path} is an AR model; give --teacher={path}"
+            )
+    elif _MODE.value != "student" and not _TEACHER.value:
+        raise ConfigError(f"--mode={_MODE.value} needs an AR model, and {path} is a student: give one by --teacher")
+    teacher = open_teacher(_TEACHER.value, released)[:2] if _TEACHER.value else None
     k, tau = released.tokens_per_pass(K.value), choose_tau(_TAU.value, released.tau_range)
-    return Decoder(model, params, tokenizer, released.eos_id, k, released.seq_len, released.prefix_length, tau)
-
-
-def _continue_prompt(decoder: Decoder):
-    from kforcing_jax.cli.prompts import room_for
-    from kforcing_jax.decoding import generate
-
-    prompt = _prompt_ids(decoder.tokenizer, decoder.model.cfg.vocab_size)
-    decoded = generate(
-        decoder.model,
-        decoder.params,
-        [prompt] * NUM_SAMPLES.value,
-        max_new_tokens=room_for(len(prompt), decoder.seq_len, MAX_NEW_TOKENS.value),
-        k=decoder.k,
-        tau=decoder.tau,
-        seeds=range(_SEED.value, _SEED.value + NUM_SAMPLES.value),
-        frequency_penalty=_FREQUENCY_PENALTY.value,
-        eos_id=decoder.eos_id,
+    return Decoder(
+        path, model, params, teacher, tokenizer, released.eos_id, k, released.seq_len, released.prefix_length, tau
     )
-    tokens = [row[:length].tolist() for row, length in zip(decoded.tokens, decoded.lengths, strict=True)]
-    text = [decoder.tokenizer.decode(row) if decoder.tokenizer else " ".join(map(str, row)) for row in tokens]
+
+
+def _continue_prompts(decoder: Decoder):
+    from kforcing_jax.cli.prompts import continue_prompts
+
+    prompts = _prompts(decoder.tokenizer, decoder.model.cfg.vocab_size, decoder.seq_len)
+    texts = continue_prompts(decoder, prompts, seed=_SEED.value, slots=_SLOTS.value, say=not _JSON.value)
+    if _PROMPT_FILE.value:
+        for text in texts:
+            print(json.dumps(text.record(), ensure_ascii=False), flush=True)
+        return
+    texts = list(texts)
     if _JSON.value:
-        print(json.dumps({"tokens": tokens, "text": text, "passes": decoded.passes.tolist()}))
+        kept = {"tokens": "tokens", "text": "text", "passes": "passes"}
+        print(json.dumps({key: [getattr(text, name) for text in texts] for key, name in kept.items()}))
     else:
-        print("\n\n".join(text))
+        print("\n\n".join(text.titled(len(prompts), NUM_SAMPLES.value) for text in texts))
 
 
 def _complete_prefixes(decoder: Decoder):
@@ -159,12 +211,10 @@ def _complete_prefixes(decoder: Decoder):
         decoder.model,
         decoder.params,
         decoder.tokenizer,
-        k=decoder.k,
         seq_len=decoder.seq_len,
         prefix_length=decoder.prefix_length,
-        tau=decoder.tau,
         seed=_SEED.value,
-        frequency_penalty=_FREQUENCY_PENALTY.value,
+        **decoder.settings,
     )
     write_completions(_OUTPUT_DIR.value, completions, decoder.tokenizer)
     speed = completions.throughput
@@ -213,11 +263,25 @@ def choose_tau(wanted: float | None, trained: tuple[float, float] | None) -> flo
     return min(max(1.0, least), most) if wanted is None else wanted
 
 
-def _prompt_ids(tokenizer, size: int) -> list[int]:
-    if _PROMPT_IDS.value is None:
-        if tokenizer is None:
-            raise ConfigError(f"--tokenizer or --prompt_ids is missing: nothing says which one {CHECKPOINT.value} has")
-        return tokenizer.encode_prompt(_PROMPT.value)
+def _prompts(tokenizer, size: int, seq_len: int | None) -> list:
+    """The prompts of the flags, or of the file. Raises DataError for one that leaves no room in the context."""
+    from kforcing_jax.cli.prompts import Prompt, read_prompts, room_for
+
+    if _PROMPT_IDS.value is not None:
+        prompts = [Prompt(1, None, _prompt_ids(size))]
+    elif tokenizer is None:
+        raise ConfigError(f"--tokenizer or --prompt_ids is missing: nothing says which one {CHECKPOINT.value} has")
+    elif _PROMPT_FILE.value:
+        prompts = read_prompts(_PROMPT_FILE.value, tokenizer)
+    else:
+        texts = enumerate(_PROMPT.value or [""], start=1)
+        prompts = [Prompt(number, text, tokenizer.encode_prompt(text)) for number, text in texts]
+    for prompt in prompts:
+        room_for(len(prompt.tokens), seq_len, MAX_NEW_TOKENS.value)
+    return prompts
+
+
+def _prompt_ids(size: int) -> list[int]:
     for word in _PROMPT_IDS.value:
         if not word.strip().isdecimal() or int(word) >= size:
             raise DataError(f"--prompt_ids has {word!r}, expected ids from 0 to {size - 1}")

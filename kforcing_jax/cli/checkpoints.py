@@ -27,10 +27,10 @@ def check_one_model(workdir: str | None):
         raise ConfigError("give one of --workdir (a trained run) and --checkpoint (a released .ckpt)")
 
 
-def check_prefix_file(path: str):
-    """Raises ConfigError when there is no such file to read."""
+def check_readable(flag: str, path: str):
+    """Raises ConfigError when the file that a flag names is not there to be read."""
     if not os.access(expanded(path), os.R_OK) or not expanded(path).is_file():
-        raise ConfigError(f"--prefix_file={path} cannot be read: no such file")
+        raise ConfigError(f"--{flag}={path} cannot be read: no such file")
 
 
 def check_output_dir(folder: str | Path):

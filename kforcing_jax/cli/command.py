@@ -12,7 +12,8 @@ from absl import app, flags, logging
 from kforcing_jax.cli.config_file import read_config, split_overrides
 from kforcing_jax.cli.terminal import show_progress
 from kforcing_jax.config import Config
-from kforcing_jax.errors import ConfigError, UserError
+from kforcing_jax.data.places import cache_folder
+from kforcing_jax.errors import ConfigError, DataError, UserError
 
 # Flags whose empty value says something.
 _MAY_BE_EMPTY = ("prompt",)
@@ -43,6 +44,7 @@ def run(main: Callable[[Sequence[str]], None]):
             _fail(" ".join(str(error).split()))
 
     _speak_on_any_terminal()
+    _keep_what_is_compiled()
     try:
         app.run(guarded, flags_parser=_parse_flags)
     finally:
@@ -92,6 +94,19 @@ def _speak_on_any_terminal():
     python_logging.getLogger("asyncio").disabled = True
     if _is_own_process():
         sys.unraisablehook = lambda unraisable: None
+
+
+def _keep_what_is_compiled():
+    """JAX's compilation cache in the user's cache folder, unless the environment says where or JAX is at work already."""
+    if "jax" in sys.modules or "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    try:
+        folder = cache_folder("compiled")
+        folder.mkdir(parents=True, exist_ok=True)
+    except (DataError, OSError):
+        return  # a home that is read-only, or none: everything is compiled again
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
 
 def _forget_flags(main):

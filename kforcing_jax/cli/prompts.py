@@ -1,8 +1,11 @@
-"""Files of prefixes and what becomes of them: read, completed, written."""
+"""Prompts and files of prefixes, and what becomes of them: read, continued, written."""
 
+import dataclasses
 import json
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from kforcing_jax.cli.checkpoints import BATCH_SIZE, MAX_NEW_TOKENS, NUM_SAMPLES, PREFIX_FILE, PREFIX_LENGTH
 from kforcing_jax.data.places import expanded
@@ -10,6 +13,117 @@ from kforcing_jax.data.tokenizers import Tokenizer
 from kforcing_jax.data.whole_file import write_text
 from kforcing_jax.decoding.completions import Completions, Prefix, complete
 from kforcing_jax.errors import ConfigError, DataError, RunError
+
+
+class Prompt(NamedTuple):
+    """What is continued: the number of the prompt or the line of its file, its text if it came as text, its tokens."""
+
+    line: int
+    text: str | None
+    tokens: Sequence[int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """A continued prompt, `tokens` and `text` with the prompt."""
+
+    prompt: Prompt
+    sample: int
+    seed: int
+    tokens: list[int]
+    text: str
+    completion: str
+    passes: int
+
+    def record(self) -> dict:
+        """A line of the output for a file of prompts."""
+        prompt = {"prompt": self.prompt.text, "completion": self.completion}
+        where = {"line": self.prompt.line, "sample": self.sample, "seed": self.seed}
+        return where | prompt | {"tokens": self.tokens, "passes": self.passes}
+
+    def titled(self, prompts: int, samples: int) -> str:
+        """The text, under a title where there are several."""
+        names = [f"prompt {self.prompt.line}"] * (prompts > 1) + [f"sample {self.sample}"] * (samples > 1)
+        return f"--- {', '.join(names)} (seed {self.seed})\n{self.text}" if names else self.text
+
+
+def read_prompts(path: str | Path, tokenizer: Tokenizer) -> list[Prompt]:
+    """The prompts of a file, whole: lines of text, or of JSON with a string `prompt` where the file is a .jsonl.
+
+    Raises:
+      DataError: a line that is not such a prompt (all of them have to be: a text must not be lost unseen), or none.
+    """
+    prompts = []
+    for number, line in _lines("prompt_file", path):
+        try:
+            text = _field(line, "prompt") if str(path).endswith(".jsonl") else _decoded(line)
+            prompts.append(Prompt(number, text, tokenizer.encode_prompt(text)))
+        except (ValueError, DataError) as problem:
+            raise DataError(f"--prompt_file={path}, line {number}: {problem}") from None
+    if not prompts:
+        raise DataError(f"--prompt_file={path} is empty; it should have a prompt on every line")
+    return prompts
+
+
+def continue_prompts(decoder, prompts: Sequence[Prompt], seed: int, slots: int | None, say: bool) -> Iterator[Text]:
+    """Every prompt --num_samples times, in order, each as soon as it and those before it are done.
+
+    Text number r has noise seed `seed + r`. `decoder` is a `generate.Decoder`. At the end one line on stderr, if it is
+    to `say` it: tokens, passes, and tokens/s without what compiling took.
+    """
+    from kforcing_jax.decoding import Request, decode
+    from kforcing_jax.decoding.generate import engine_for
+
+    wanted = [(prompt, sample) for prompt in prompts for sample in range(1, NUM_SAMPLES.value + 1)]
+    settings = decoder.settings
+    models = {name: settings.pop(name) for name in ("teacher", "dtype", "k", "mode")}
+    rooms = [room_for(len(prompt.tokens), decoder.seq_len, MAX_NEW_TOKENS.value) for prompt, _ in wanted]
+    ends = () if decoder.eos_id is None else (decoder.eos_id,)
+    mode, engine = engine_for(decoder.model, decoder.params, _rooms_end(wanted, rooms), slots=slots, **models)
+    requests = [
+        Request(prompt.tokens, room, seed=seed + row, mode=mode, end_ids=ends, **settings)
+        for row, ((prompt, _), room) in enumerate(zip(wanted, rooms, strict=True))
+    ]
+    tokens = passes = 0
+    for row, update in _in_order(decode(engine, requests)):
+        tokens, passes = tokens + len(update.tokens), passes + sum(update.passes.values())
+        yield _text(decoder.tokenizer, *wanted[row], seed + row, update)
+    if say:
+        print(
+            f"{decoder.name}, {_described(mode, engine.models.k, settings)}: {tokens:,} tokens in {passes:,} passes, "
+            f"{tokens / passes:.2f} tokens a pass, {tokens / engine.seconds:,.0f} tokens/s",
+            file=sys.stderr,
+        )
+
+
+def _rooms_end(wanted, rooms):
+    """(texts, the longest of them)"""
+    return len(wanted), max(len(prompt.tokens) + room for (prompt, _), room in zip(wanted, rooms, strict=True))
+
+
+def _described(mode, k, settings):
+    if mode == "student":
+        return f"k = {k}" + (f", confidence {settings['confidence']:g}" if settings["confidence"] else "")
+    return "AR" if mode == "ar" else f"exact, k = {k}"
+
+
+def _in_order(indexed):
+    """Of (index, value) in any order: those from index 0 on, as soon as they are there."""
+    kept, following = {}, 0
+    for index, value in indexed:
+        kept[index] = value
+        while following in kept:
+            yield following, kept.pop(following)
+            following += 1
+
+
+def _text(tokenizer, prompt, sample, seed, update) -> Text:
+    def shown(ids):
+        return tokenizer.decode(ids) if tokenizer else " ".join(map(str, ids))
+
+    tokens = [*map(int, prompt.tokens), *update.tokens]
+    passes = sum(update.passes.values())
+    return Text(prompt, sample, seed, tokens, shown(tokens), shown(update.tokens), passes)
 
 
 def complete_prefixes(model, params, tokenizer, *, k: int, seq_len: int | None, prefix_length: int | None, **settings):
@@ -46,14 +160,8 @@ def read_prefixes(path: str | Path, tokenizer: Tokenizer, length: int) -> tuple[
     Raises:
       DataError: the file cannot be read, or no line is usable.
     """
-    try:
-        lines = expanded(path).read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    except OSError as error:
-        raise DataError(f"--prefix_file={path} cannot be read: {error.strerror}") from None
     prefixes, problems = [], []
-    for number, line in enumerate(lines, start=1):
-        if number == len(lines) and not line:
-            break  # what follows the last line break is not a line
+    for number, line in _lines("prefix_file", path):
         try:
             prefixes.append(Prefix(number, _prefix_tokens(line, tokenizer, length)))
         except ValueError as problem:
@@ -112,25 +220,43 @@ def write_completions(folder: str | Path, completions: Completions, tokenizer: T
         raise RunError(f"--output_dir={folder} cannot be written: {error.strerror}") from None
 
 
-def _prefix_tokens(line, tokenizer, length):
+def _lines(flag, path) -> Iterator[tuple[int, bytes]]:
+    """(number, line) of a file. What follows the last line break is not a line."""
     try:
-        text = line.decode("utf-8").strip()
+        lines = expanded(path).read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    except OSError as error:
+        raise DataError(f"--{flag}={path} cannot be read: {error.strerror}") from None
+    return enumerate(lines if lines[-1] else lines[:-1], start=1)
+
+
+def _decoded(line) -> str:
+    try:
+        text = line.removesuffix(b"\r").decode("utf-8")
     except UnicodeDecodeError:
         raise ValueError("not UTF-8") from None
-    if not text:
+    if not text.strip():
         raise ValueError("blank")
+    return text
+
+
+def _field(line, name) -> str:
+    """A string field of a line of JSON. Raises ValueError with what is wrong."""
     try:
-        entry = json.loads(text)
-    except (ValueError, RecursionError):
+        entry = json.loads(_decoded(line))
+    except (json.JSONDecodeError, RecursionError):
         raise ValueError("not JSON") from None
-    if not isinstance(entry, dict) or not isinstance(entry.get("prefix"), str):
-        raise ValueError('no string field "prefix"')
+    if not isinstance(entry, dict) or not isinstance(entry.get(name), str):
+        raise ValueError(f'no string field "{name}"')
     try:
-        entry["prefix"].encode("utf-8")
+        entry[name].encode("utf-8")
     except UnicodeEncodeError:
         raise ValueError("half of a surrogate pair, which is no character") from None
+    return entry[name]
+
+
+def _prefix_tokens(line, tokenizer, length):
     try:
-        tokens = tokenizer.encode_marked(entry["prefix"])
+        tokens = tokenizer.encode_marked(_field(line, "prefix"))
     except DataError as error:
         raise ValueError(str(error)) from None
     if len(tokens) < length:

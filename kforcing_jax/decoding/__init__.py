@@ -1,7 +1,7 @@
 """Decoding: an engine of slots runs a teacher, a student or both over key-value caches; `generate` is its client."""
 
 from kforcing_jax.decoding.engine import Engine, Update
-from kforcing_jax.decoding.generate import Generation, generate, stream
+from kforcing_jax.decoding.generate import Generation, decode, generate, stream
 from kforcing_jax.decoding.requests import Request
 
-__all__ = ["Engine", "Generation", "Request", "Update", "generate", "stream"]
+__all__ = ["Engine", "Generation", "Request", "Update", "decode", "generate", "stream"]

@@ -1,7 +1,6 @@
 """Completing many prefixes, as the released inference code does: samples, and how fast they came."""
 
 import dataclasses
-import math
 import time
 from collections.abc import Sequence
 
@@ -50,15 +49,14 @@ def complete(
     k: int,
     batch_size: int,
     samples_per_prefix: int = 1,
-    tau: float = 1.0,
     seed: int = 0,
-    frequency_penalty: float = 0.0,
     eos_id: int | None = None,
+    **settings,
 ) -> Completions:
     """Continues every prefix `samples_per_prefix` times by `max_new_tokens`, `batch_size` at a time.
 
     Every text is decoded to its full length, as the released code does, so that batches take equal time; a first batch,
-    which compiles, is not timed. Row r has noise seed `seed + r`.
+    which compiles, is not timed. Row r has noise seed `seed + r`. `settings` are further ones of `generate`.
     """
     prompts = [prefix.tokens for prefix in prefixes for _ in range(samples_per_prefix)]
     batch_size = min(batch_size, len(prompts))
@@ -67,19 +65,30 @@ def complete(
     def decode(first):
         # A last batch that is short is filled up with the beginning again.
         rows = [(first + i) % len(prompts) for i in range(batch_size)]
-        settings = dict(max_new_tokens=max_new_tokens, k=k, tau=tau, frequency_penalty=frequency_penalty)
-        return generate(model, params, [prompts[r] for r in rows], seeds=[seed + r for r in rows], **settings).tokens
+        return generate(
+            model,
+            params,
+            [prompts[r] for r in rows],
+            seeds=[seed + r for r in rows],
+            max_new_tokens=max_new_tokens,
+            k=k,
+            slots=batch_size,
+            **settings,
+        )
 
     decode(0)
-    tokens, seconds = [], []
+    decoded, seconds = [], []
     for first in range(0, len(prompts), batch_size):
         start = time.perf_counter()
-        tokens.append(decode(first))
+        decoded.append(decode(first))
         seconds.append(time.perf_counter() - start)
-    tokens = np.concatenate(tokens)[: len(prompts)]
+    tokens, passes = (np.concatenate([getattr(each, name) for each in decoded]) for name in ("tokens", "passes"))
+    tokens, passes = tokens[: len(prompts)], int(passes[: len(prompts)].sum())
     lengths = _lengths(tokens, len(prompts[0]), eos_id)
     useful = int((lengths - len(prompts[0])).sum())
-    throughput = _throughput(model, len(prompts), len(prompts[0]), max_new_tokens, k, batch_size, seconds, useful)
+    throughput = _throughput(
+        model, len(prompts), len(prompts[0]), max_new_tokens, k, batch_size, seconds, useful, passes
+    )
     return Completions(prefixes, samples_per_prefix, tokens, lengths, throughput)
 
 
@@ -90,9 +99,9 @@ def _lengths(tokens_RxM, prefix_length, eos_id):
     return prefix_length + first_R
 
 
-def _throughput(model, texts, prefix_length, new_tokens, k, batch_size, seconds, useful):
+def _throughput(model, texts, prefix_length, new_tokens, k, batch_size, seconds, useful, passes):
     """The fields of the released code's throughput.json but `task`; `useful` tokens are those up to EOS."""
-    device, passes = jax.devices()[0], math.ceil(new_tokens / k)
+    device = jax.devices()[0]
     decoded = len(seconds) * batch_size
     return {
         "model": "ar" if isinstance(model, CausalLM) else "pflm",
@@ -108,7 +117,7 @@ def _throughput(model, texts, prefix_length, new_tokens, k, batch_size, seconds,
         "throughput_tok_per_sec_total": decoded * new_tokens / sum(seconds),
         "throughput_tok_per_sec_avg_batch": batch_size * new_tokens * len(seconds) / sum(seconds),
         "useful_tok_per_sec": useful * decoded / texts / sum(seconds),
-        "total_nfe": texts * passes,
-        "nfe_per_token": passes / new_tokens,
+        "total_nfe": passes,
+        "nfe_per_token": passes / (texts * new_tokens),
         "device": f"{device.device_kind} ({device.platform}), jax {jax.__version__}",
     }

@@ -12,6 +12,7 @@ noise belongs to its seed and its positions.
 import concurrent.futures
 import dataclasses
 import os
+import time
 from collections.abc import Iterable, Sequence
 
 import jax
@@ -90,6 +91,7 @@ class Engine:
         self.programs = Programs(models, _rows(slots, mesh), _rounded_up(max_length + beyond, BLOCK), mesh)
         self.weights = {name: weights(getattr(models, name).cfg, given[name][1], mesh) for name in given}
         self.max_length = max_length
+        self.seconds = 0.0  # that programs ran, and were waited for
         self.release()
 
     # What a caller sees.
@@ -152,7 +154,8 @@ class Engine:
         live = self._live(max(request.end for request in running.values()))
         for mode in dict.fromkeys(request.mode for request in running.values()):
             names = MODELS[mode]
-            state, report = self.programs.compiled("run", mode, live)(
+            state, report = self._call(
+                ("run", mode, live),
                 {name: self.weights[name] for name in names},
                 Decoding(self._state.slots, {name: self._state.caches[name] for name in names}),
                 alive_B,
@@ -160,7 +163,9 @@ class Engine:
                 np.bool_(wait),
             )
             self._state = Decoding(state.slots, self._state.caches | state.caches)
+        start = time.perf_counter()
         report = jax.tree.map(to_host, report)
+        self.seconds += time.perf_counter() - start
         return [self._update(slot, report) for slot in running]
 
     def free(self, slot: int):
@@ -244,8 +249,8 @@ class Engine:
             if request.noise is not None:
                 noise_BxS[slot, len(request.prompt) : request.end] = request.noise
         student = {name: self.weights[name] for name in ("student",) if name in self.weights}
-        slots = self.programs.compiled("insert")(
-            student, self._state.slots, is_new_B, settings, tokens_BxS, noise_BxS, is_given_B
+        slots = self._call(
+            ("insert",), student, self._state.slots, is_new_B, settings, tokens_BxS, noise_BxS, is_given_B
         )
         self._state = self._state._replace(slots=slots)
         new, self._new = self._new, []
@@ -256,7 +261,7 @@ class Engine:
         """Slots that are not seen have weight 0, but 0 times a NaN that the last request of a row left is NaN."""
         is_cleared_B = ~to_host(self._state.slots.finite_B)
         if is_cleared_B[self._new].any():
-            self._state = self._state._replace(caches=self.programs.compiled("clear")(self._state.caches, is_cleared_B))
+            self._state = self._state._replace(caches=self._call(("clear",), self._state.caches, is_cleared_B))
 
     def _read_prompts(self, name: str, new: list[int]):
         """Prompts into a model's caches, but for their last token; together where most slots are new."""
@@ -272,10 +277,18 @@ class Engine:
         while done < length:
             chunk = next((c for c in CHUNKS if length - done <= 2 * c), CHUNKS[-1])
             rows, which = ("all", ()) if row is None else ("one", (np.int32(row),))
-            program = self.programs.compiled("prefill", name, rows, chunk, self._live(done + chunk))
-            slots, caches = program(self.weights[name], slots, caches, *which)
+            key = "prefill", name, rows, chunk, self._live(done + chunk)
+            slots, caches = self._call(key, self.weights[name], slots, caches, *which)
             done += chunk
         self._state = Decoding(slots, self._state.caches | {name: caches})
+
+    def _call(self, key: tuple, *arguments):
+        """A program's result; what compiling it takes does not count as time of the engine."""
+        program = self.programs.compiled(*key)
+        start = time.perf_counter()
+        result = program(*arguments)
+        self.seconds += time.perf_counter() - start
+        return result
 
     def _update(self, slot: int, report: Report) -> Update:
         length, is_finite = int(report.length_B[slot]), bool(report.finite_B[slot])

@@ -91,31 +91,31 @@ def generate(
       DataError: an empty prompt, an id outside the vocabulary, seeds or ids that are not integers, noise outside
         [0, 1), arguments that do not fit each other; or, after decoding began, logits that are not finite.
     """
-    mode, models = _models(model, params, mode, teacher)
+    check_mode(mode)
     prompts = _checked_prompts(prompts, model.cfg.vocab_size)
     if k < 1 or max_new_tokens < 1:
         raise DataError(f"k = {k} and max_new_tokens = {max_new_tokens} should be at least 1")
     tau_B = _checked_tau(tau, len(prompts))
-    check_confidence("confidence", confidence, mode)
     if not is_finite_number(frequency_penalty):
         raise DataError(f"frequency_penalty = {frequency_penalty!r} should be a finite number")
     sources = _seeds(seeds, len(prompts)) if noise_BxT is None else _noise(noise_BxT, (len(prompts), max_new_tokens))
+    longest = max(map(len, prompts)) + max_new_tokens
+    loaded = {"k": k, "mode": mode, "teacher": teacher, "dtype": dtype, "slots": slots}
+    mode, engine = engine_for(model, params, (len(prompts), longest), **loaded)
+    check_confidence("confidence", confidence, mode)
+    shared = {
+        "mode": mode,
+        "confidence": float(confidence),
+        "frequency_penalty": float(frequency_penalty),
+        "end_ids": () if eos_id is None else (eos_id,),
+    }
     requests = [
-        Request(
-            prompt,
-            max_new_tokens,
-            mode=mode,
-            tau=float(tau),
-            confidence=float(confidence),
-            frequency_penalty=float(frequency_penalty),
-            end_ids=() if eos_id is None else (eos_id,),
-            **source,
-        )
+        Request(prompt, max_new_tokens, tau=float(tau), **source, **shared)
         for prompt, tau, source in zip(prompts, tau_B, sources, strict=True)
     ]
-    slots = _rounded_slots(len(prompts)) if slots is None else slots
-    engine = Engine(**models, slots=slots, max_length=_rounded_length(requests), k=k, dtype=dtype)
-    return _assemble(requests, _run(engine, requests), eos_id, model.cfg.mask_id)
+    updates = dict(decode(engine, requests))
+    engine.release()
+    return _assemble(requests, [updates[row] for row in range(len(requests))], eos_id, model.cfg.mask_id)
 
 
 def stream(
@@ -125,17 +125,38 @@ def stream(
 
     `settings` are those of a `Request`, and `teacher`, `dtype` as of `generate`.
     """
-    of_model = {name: settings.pop(name, None) for name in ("teacher", "dtype")}
-    mode, models = _models(model, params, settings.pop("mode", "student"), of_model["teacher"])
-    k = settings.pop("k", 1)
-    request = Request(prompt, max_new_tokens, mode=mode, **settings)
-    engine = Engine(**models, slots=1, max_length=_rounded_length([request]), k=k, dtype=of_model["dtype"])
-    engine.insert(request)
+    loaded = {name: settings.pop(name) for name in ("k", "mode", "teacher", "dtype") if name in settings}
+    mode, engine = engine_for(model, params, (1, len(prompt) + max_new_tokens), **loaded)
+    engine.insert(Request(prompt, max_new_tokens, mode=mode, **settings))
     while engine.free_slots == 0:
         (update,) = engine.step(passes)
         if update.error:
             raise update.error
         yield update.tokens
+
+
+def engine_for(
+    model,
+    params,
+    sizes: tuple[int, int],
+    *,
+    k: int = 1,
+    mode: str = "student",
+    teacher: tuple | None = None,
+    dtype: str | None = None,
+    slots: int | None = None,
+) -> tuple[str, Engine]:
+    """(the mode of the requests, an engine for them), arguments as of `generate`.
+
+    `sizes` are the number of requests and the longest text. Both are rounded up to powers of two, lengths from 128 on,
+    so that calls share programs; of more than 64 requests the others wait.
+    """
+    mode, models = _models(model, params, mode, teacher)
+    requests, longest = sizes
+    slots = min(1 << (requests - 1).bit_length(), _MOST_SLOTS) if slots is None else slots
+    longest = max(longest, _LEAST_LENGTH)
+    longest = min(1 << (longest - 1).bit_length(), longest + -longest % _LENGTH_UNIT)
+    return mode, Engine(**models, slots=slots, max_length=longest, k=k, dtype=dtype)
 
 
 def _models(model, params, mode, teacher):
@@ -152,9 +173,13 @@ def _models(model, params, mode, teacher):
     return mode, {"teacher": teacher} if mode == "ar" else {"student": (model, params), "teacher": teacher}
 
 
-def _run(engine: Engine, requests: list[Request]) -> list[Update]:
-    """The last update of every request, with all of its tokens."""
-    waiting, running, done = list(enumerate(requests))[::-1], {}, {}
+def decode(engine: Engine, requests: Sequence[Request]) -> Iterator[tuple[int, Update]]:
+    """(index, update with all new tokens) of every request, as they end; as many at a time as there are slots.
+
+    Raises:
+      DataError: logits of a request that are not finite.
+    """
+    waiting, running = list(enumerate(requests))[::-1], {}
     tokens = [[] for _ in requests]
     while waiting or running:
         while waiting and engine.free_slots:
@@ -166,18 +191,7 @@ def _run(engine: Engine, requests: list[Request]) -> list[Update]:
                 raise DataError(str(update.error).replace("the logits", f"the logits of prompt {index}", 1))
             tokens[index] += update.tokens
             if update.is_finished:
-                done[running.pop(update.slot)] = update
-    engine.release()
-    return [dataclasses.replace(done[index], tokens=tokens[index]) for index in range(len(requests))]
-
-
-def _rounded_slots(batch: int) -> int:
-    return min(1 << (batch - 1).bit_length(), _MOST_SLOTS)
-
-
-def _rounded_length(requests) -> int:
-    longest = max(max(request.end for request in requests), _LEAST_LENGTH)
-    return min(1 << (longest - 1).bit_length(), longest + -longest % _LENGTH_UNIT)
+                yield running.pop(update.slot), dataclasses.replace(update, tokens=tokens[index])
 
 
 def _seeds(seeds, batch) -> list[dict]:

@@ -34,13 +34,14 @@ class Report(NamedTuple):
 class Programs:
     """What the programs of an engine are compiled for. Engines that agree in it share them.
 
-    | key                                | program |
-    | ---------------------------------- | ------- |
-    | `empty`                            | () -> `Decoding` without requests |
-    | `insert`                           | (student's weights by name, slots, is_new_B, settings, tokens_BxS, noise_BxS, is_given_B) -> slots |
-    | `clear`                            | (caches, is_cleared_B) -> caches |
-    | `prefill`, model, rows, chunk, live | (weights, slots, caches, the row if `rows` is "one") -> (slots, caches) |
-    | `run`, mode, live                  | (weights by name, `Decoding` with the caches of the mode's models, alive_B, passes, wait) -> (`Decoding`, `Report`) |
+    By key, what a program takes and gives:
+
+    - `empty`: () -> `Decoding` without requests
+    - `insert`: student's weights by name, slots, is_new_B, settings, tokens_BxS, noise_BxS, is_given_B -> slots
+    - `clear`: caches, is_cleared_B -> caches
+    - `prefill`, model, rows, chunk, live: weights, slots, caches, the row if `rows` is "one" -> slots, caches
+    - `run`, mode, live: weights by name, `Decoding` with the caches of the mode's models, alive_B, passes, wait ->
+      the same `Decoding` later, `Report`
 
     Slots and caches are donated. No text may be longer than `live` less what a pass writes beyond it.
     """
