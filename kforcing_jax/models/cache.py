@@ -1,5 +1,7 @@
 """The key-value cache of one layer: a row of slots for every request, written at its end, attended over while live."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -29,14 +31,27 @@ def _heads_side_by_side(heads, width) -> int:
 
 def write(cache: Cache, new_BxGxHxC: KeyValue, start_B: jax.Array) -> Cache:
     """Keys and values of G tokens into slots start, start + 1, ... of every row; `start + G <= S`."""
+    put = _put_rows if platform() == "tpu" else _put_chunks
 
-    def one_row(slots_HxSxC, new_GxHxC, start):
-        new_GxHxC = new_GxHxC.reshape(-1, slots_HxSxC.shape[0], slots_HxSxC.shape[2])
-        new_HxGxC = jnp.swapaxes(new_GxHxC, 0, 1).astype(slots_HxSxC.dtype)
-        return jax.lax.dynamic_update_slice_in_dim(slots_HxSxC, new_HxGxC, start, axis=1)
+    def written(slots_BxHxSxC, new_BxGxHxC):
+        new_BxGxHxC = new_BxGxHxC.reshape(*new_BxGxHxC.shape[:2], slots_BxHxSxC.shape[1], -1)
+        new_BxHxGxC = jnp.swapaxes(new_BxGxHxC, 1, 2).astype(slots_BxHxSxC.dtype)
+        return constrain(put(slots_BxHxSxC, new_BxHxGxC, start_B), ROWS, "tensor")
 
-    written = jax.tree.map(lambda slots, new: jax.vmap(one_row)(slots, new, start_B), cache, new_BxGxHxC)
-    return jax.tree.map(lambda slots: constrain(slots, ROWS, "tensor"), written)
+    return jax.tree.map(written, cache, new_BxGxHxC)
+
+
+def _put_chunks(slots_BxHxSxC, new_BxHxGxC, start_B):
+    return jax.vmap(functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=1))(slots_BxHxSxC, new_BxHxGxC, start_B)
+
+
+def _put_rows(slots_BxHxSxC, new_BxHxGxC, start_B):
+    """The same, one slot of one head at a time: of whole chunks XLA makes a loop over the requests on a TPU."""
+    rows, heads, group, _ = new_BxHxGxC.shape
+    row_Bx1x1, head_Hx1 = jnp.arange(rows)[:, None, None], jnp.arange(heads)[:, None]
+    slot_Bx1xG = start_B[:, None, None] + jnp.arange(group)
+    put = slots_BxHxSxC.at[row_Bx1x1, head_Hx1, slot_Bx1xG]
+    return put.set(new_BxHxGxC, unique_indices=True, indices_are_sorted=True, mode="promise_in_bounds")
 
 
 def attention(q_BxGxHxC: jax.Array, cache: Cache, last_BxG: jax.Array, live: int, precision: str) -> jax.Array:
@@ -63,7 +78,8 @@ def _at_once(q_BxHxGxC, cache, last_BxG, live, precision):
 def _apart(q_BxHxGxC, beside):
     """Queries of heads whose keys lie side by side, as more queries of one wide head: 0 where another's keys are."""
     rows, heads, group, width = q_BxHxGxC.shape
-    q_BxWxHxGxC = jnp.tile(q_BxHxGxC.reshape(rows, heads // beside, beside, group, width), beside)
+    q_BxWxHxGxC = q_BxHxGxC.reshape(rows, heads // beside, beside, group, width)
+    q_BxWxHxGxC = jnp.concatenate([q_BxWxHxGxC] * beside, axis=-1)
     is_own_HxGxC = jnp.arange(beside * width) // width == jnp.arange(beside)[:, None, None]
     return jnp.where(is_own_HxGxC, q_BxWxHxGxC, 0).reshape(rows, heads // beside, beside * group, beside * width)
 
@@ -99,4 +115,4 @@ def _scores(q_BxHxGxC, keys_BxHxSxC, seen_Bx1xGxS, width, precision):
     products = jnp.einsum(
         "BHGC,BHSC->BHGS", q_BxHxGxC, keys_BxHxSxC, precision=precision, preferred_element_type=jnp.float32
     )
-    return jnp.where(seen_Bx1xGxS, products * width ** -0.5, -jnp.inf)
+    return jnp.where(seen_Bx1xGxS, products * width**-0.5, -jnp.inf)
