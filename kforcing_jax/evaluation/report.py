@@ -136,8 +136,8 @@ def _strides_section(stages):
     if not rows:
         return ""
     note = (
-        "Take the point furthest to the right whose NLL is not above the AR teacher's (dotted) and whose entropy is "
-        "not below: low NLL with low entropy is repetition, not quality. Bars and band: 95 % intervals over prompts."
+        "Take the point furthest to the right whose NLL and entropy are both in the AR teacher's band: low NLL with "
+        "low entropy is repetition, not quality. Bars and band: 95 % intervals over prompts."
     )
     strides = f"<p>{html.escape(STRIDES)}</p>"
     return _section("Which stride to take", f"<p>{note}</p>", trade_off(stages), _table(rows, STRIDE_COLUMNS), strides)

@@ -31,7 +31,8 @@ def write_trade_off(workdir: str | Path, path: str | Path) -> Path:
     with _drawn(stages) as figure:
         if not figure:
             raise RunError(f"{summary} has no figures of confident strides; run kforcing_jax.evaluate first")
-        figure.savefig(path, dpi=200)
+        metadata = {"Date": None} if Path(path).suffix == ".svg" else None  # the same figures are the same file
+        figure.savefig(path, dpi=200, metadata=metadata)
     return Path(path)
 
 
@@ -48,9 +49,10 @@ def _drawn(stages) -> Iterator:
             _draw_fixed(axes, stages, key)
             for name, rows in confident.items():
                 _draw_points(axes, rows, key, f"{name}, confident at c", BLUE, "o-", zorder=3)
-                _label(axes, rows, key, [f"{row['confidence']:g}" for row in rows], BLUE, (5, 5))
+                _label(axes, rows, key, [f"{row['confidence']:g}" for row in rows], BLUE, "left", (5, -11))
             axes.set_title(title, loc="left", fontsize="medium")
             axes.set_xlabel("tokens per pass")
+            axes.margins(x=0.1)
         figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4)
         yield figure
 
@@ -72,7 +74,7 @@ def _draw_fixed(axes, stages, key):
         rows = [students[name] for name in names]
         if rows:
             _draw_points(axes, rows, key, label, ORANGE, "s", markerfacecolor=face, markersize=7)
-            _label(axes, rows, key, names, ORANGE, (6, -11))
+            _label(axes, rows, key, names, ORANGE, "right", (-5, 5))
 
 
 def _draw_points(axes, rows, key, label, colour, style, **settings):
@@ -89,7 +91,7 @@ def _reach(rows, key) -> np.ndarray:
     return np.maximum([value - ends[:, 0], ends[:, 1] - value], 0)
 
 
-def _label(axes, rows, key, texts, colour, offset):
+def _label(axes, rows, key, texts, colour, side, offset):
     for row, text in zip(rows, texts, strict=True):
         at = row["tokens_per_pass"], row[key]
-        axes.annotate(text, at, xytext=offset, textcoords="offset points", color=colour, fontsize=8)
+        axes.annotate(text, at, xytext=offset, textcoords="offset points", ha=side, color=colour, fontsize=8)
