@@ -121,7 +121,9 @@ def test_a_student_is_evaluated_against_its_teacher(files, tmp_path):
     assert out.status == 0, out.err
     figures = json.loads(out.out)
     assert len(figures["agreement"]) == len(figures["chance"]) == 2
-    assert {"sample_nll", "sample_entropy", "distinct_2", "repetition_4", "throughput"} <= figures.keys()
+    assert {"sample_nll_interval", "sample_entropy", "distinct_2", "repetition_4", "throughput"} <= figures.keys()
+    low, high = figures["sample_nll_interval"]
+    assert low <= figures["sample_nll"] <= high
     assert json.loads((tmp_path / "out/evaluation.json").read_text()) == figures
     refused(
         run_command("evaluate", *flags, f"--teacher={files['lm1b', 'pflm']}"), "is a student", "give the AR checkpoint"
