@@ -27,7 +27,7 @@ from kforcing_jax.decoding.slots import Settings
 from kforcing_jax.errors import DataError
 from kforcing_jax.models.cache import BLOCK
 from kforcing_jax.models.cached import weights
-from kforcing_jax.sharding import platform, to_host
+from kforcing_jax.sharding import to_host
 
 # Prompts are read this many tokens at a time.
 CHUNKS = (16, 64)
@@ -87,8 +87,7 @@ class Engine:
         mesh = _mesh_of(given) if mesh is None else mesh
         models = {name: _in_dtype(model, dtype) for name, (model, _) in given.items()}
         models = Models(models.get("student"), models.get("teacher"), k if student is not None else 1)
-        beyond = max(slots_after_a_text(models.k), CHUNKS[-1])
-        self.programs = Programs(models, _rows(slots, mesh), _rounded_up(max_length + beyond, BLOCK), mesh)
+        self.programs = programs_for(models, slots, max_length, mesh)
         self.weights = {name: weights(getattr(models, name).cfg, given[name][1], mesh) for name in given}
         self.max_length = max_length
         self.seconds = 0.0  # that programs ran, and were waited for
@@ -151,7 +150,7 @@ class Engine:
         if not running:
             return []
         alive_B = np.array([request is not None for request in self._requests])
-        live = self._live(max(request.end for request in running.values()))
+        live = self.programs.live_for(max(request.end for request in running.values()))
         for mode in dict.fromkeys(request.mode for request in running.values()):
             names = MODELS[mode]
             state, report = self._call(
@@ -186,9 +185,13 @@ class Engine:
         names = dict.fromkeys(name for mode in modes for name in MODELS[mode])
         rows = ("all",) if self.slots == 1 else ("all", "one")
         wanted = [("empty",), ("insert",), ("clear",)]
-        wanted += [("run", mode, live) for mode in modes for live in self._lives()]
+        wanted += [("run", mode, live) for mode in modes for live in self.programs.lives]
         wanted += [
-            ("prefill", n, r, chunk, live) for n in names for r in rows for chunk in CHUNKS for live in self._lives()
+            ("prefill", n, r, chunk, live)
+            for n in names
+            for r in rows
+            for chunk in CHUNKS
+            for live in self.programs.lives
         ]
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(lambda key: self.programs.compiled(*key), wanted))
@@ -227,7 +230,7 @@ class Engine:
 
     def _allocate(self, modes: Sequence[str]):
         """Slots and caches, if the memory suffices for them and for the largest program of these modes."""
-        temporary = max(self.programs.temporary_bytes("run", mode, self._lives()[-1]) for mode in modes)
+        temporary = max(self.programs.temporary_bytes("run", mode, self.programs.lives[-1]) for mode in modes)
         check_memory(self.programs.state_bytes, temporary, self.slots, self.positions, self._device)
         self._state = self.programs.compiled("empty")()
 
@@ -277,7 +280,7 @@ class Engine:
         while done < length:
             chunk = next((c for c in CHUNKS if length - done <= 2 * c), CHUNKS[-1])
             rows, which = ("all", ()) if row is None else ("one", (np.int32(row),))
-            key = "prefill", name, rows, chunk, self._live(done + chunk)
+            key = "prefill", name, rows, chunk, self.programs.live_for(done + chunk)
             slots, caches = self._call(key, self.weights[name], slots, caches, *which)
             done += chunk
         self._state = Decoding(slots, self._state.caches | {name: caches})
@@ -300,23 +303,16 @@ class Engine:
         passes = {name: int(passes_B[slot]) for name, passes_B in report.passes_B.items()}
         return Update(slot, tokens, is_finished, passes, None if is_finite else DataError(_NOT_FINITE))
 
-    def _lives(self) -> list[int]:
-        """How many slots of a cache programs attend over: on a CPU a loop finds its own end."""
-        with self.programs.on_mesh():
-            if platform() == "cpu":
-                return [self.programs.positions]
-        lengths = [BLOCK * 2**i for i in range(1, 32) if BLOCK * 2**i < self.programs.positions]
-        return [*lengths, self.programs.positions]
-
-    def _live(self, length: int) -> int:
-        """For texts of up to `length` tokens."""
-        needed = min(length + slots_after_a_text(self.models.k), self.programs.positions)
-        return next(live for live in self._lives() if live >= needed)
-
 
 _NOT_FINITE = (
     "the logits are not finite: the weights are damaged, or were trained with a learning rate that was too high"
 )
+
+
+def programs_for(models: Models, slots: int, max_length: int, mesh: Mesh | None) -> Programs:
+    """Those of an engine for texts of up to `max_length` tokens."""
+    beyond = max(slots_after_a_text(models.k), CHUNKS[-1])
+    return Programs(models, _rows(slots, mesh), _rounded_up(max_length + beyond, BLOCK), mesh)
 
 
 def _check_engine(given, slots, max_length, k):

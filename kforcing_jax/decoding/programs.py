@@ -12,12 +12,12 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kforcing_jax.decoding import slots as slot_states
-from kforcing_jax.decoding.passes import MODELS, Decoding, Models, prefill, run
+from kforcing_jax.decoding.passes import MODELS, Decoding, Models, prefill, run, slots_after_a_text
 from kforcing_jax.decoding.slots import Settings, Slots
 from kforcing_jax.models import init_params
-from kforcing_jax.models.cache import allocate
+from kforcing_jax.models.cache import BLOCK, allocate
 from kforcing_jax.models.cached import Weights, call, split, weight_shardings
-from kforcing_jax.sharding import ROWS, abstract_on, batch_sharding, replicated
+from kforcing_jax.sharding import ROWS, abstract_on, batch_sharding, platform, replicated
 
 
 class Report(NamedTuple):
@@ -64,12 +64,29 @@ class Programs:
         """What slots and caches take on a device."""
         return _state_bytes(self)
 
+    @property
+    def lives(self) -> list[int]:
+        """How many slots of a cache programs attend over: on a CPU a loop finds its own end."""
+        with self.on_mesh():
+            if platform() == "cpu":
+                return [self.positions]
+        lengths = [BLOCK * 2**i for i in range(1, 32) if BLOCK * 2**i < self.positions]
+        return [*lengths, self.positions]
+
+    def live_for(self, length: int) -> int:
+        """For texts of up to `length` tokens."""
+        needed = min(length + slots_after_a_text(self.models.k), self.positions)
+        return next(live for live in self.lives if live >= needed)
+
     def lower(self, *key) -> jax.stages.Lowered:
+        return self.trace(*key).lower()
+
+    def trace(self, *key) -> jax.stages.Traced:
         name, *options = key
         function, arguments, donated, shardings = getattr(self, f"_{name}")(*options)
         out = {} if self.mesh is None else {"out_shardings": shardings}
         with self.on_mesh():
-            return jax.jit(function, donate_argnums=donated, **out).lower(*arguments)
+            return jax.jit(function, donate_argnums=donated, **out).trace(*arguments)
 
     def on_mesh(self):
         """The context in which programs are traced."""

@@ -238,7 +238,7 @@ def test_caches_are_not_copied(mode):
     models = {"student": PushForwardLM(cfg), "teacher": CausalLM(cfg)}
     pairs = {name: (model, init_params(model, jax.random.key(0))) for name, model in models.items()}
     engine = Engine(**pairs, slots=4, max_length=448, k=K)
-    live = engine._lives()[-1]
+    live = engine.programs.lives[-1]
     caches = sum(
         x.nbytes if hasattr(x, "nbytes") else x.size * 4 for x in jax.tree.leaves(engine.programs.state.caches)
     )
