@@ -3,8 +3,8 @@
 - `fixed` keeps all k: a constant advance, nothing checked (the paper).
 - `confident(c)` keeps the first, then further ones while the product of the student's probabilities of its own tokens
   stays at least c: speed for quality, continuously; it needs no teacher.
-- `exact` keeps tokens up to and including the first that differs from the teacher's own draw for the same uniform, in the
-  teacher's version: the AR sample of that seed, token for token.
+- `exact` keeps tokens up to and including the first that differs from the teacher's own draw for the same uniform, in
+  the teacher's version: the AR sample of that seed, token for token.
 
 A token that is not kept is drawn again in a later pass, from the same uniform and a better context: noise belongs to
 the position. So a stride never changes what is sampled, only who decides it.

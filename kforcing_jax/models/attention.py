@@ -2,21 +2,21 @@
 
 A group of G tokens hangs off each of A anchors. Its tokens see (1) some keys of the prefix, the same for the whole
 group, (2) the tokens that earlier passes left at the same anchor, and (3) each other, causally. Groups never see
-each other. Training, rollout, prefill and decoding are all this function:
+each other. Training, rollout and evaluation are this function (decoding writes its groups into a `models/cache.py`):
 
 | where                     | A | G                          | prefix        | reach          | past          |
 | ------------------------- | - | -------------------------- | ------------- | -------------- | ------------- |
 | text (teacher, prefill)   | N | 1, the token itself        | the text      | `Causal`       | -             |
 | student in training       | N | 1 + K, token and window    | the text      | `Causal`       | -             |
 | rollout, later passes     | N | tokens, then noise         | the text      | `Causal`       | window tokens |
-| decoding                  | 1 | emitted tokens, then noise | the KV cache  | `UpTo` length  | -             |
+| blocks after prefixes     | A | tokens, or noise           | a text        | `UpTo` length  | -             |
 
 A group shares its prefix, so the cost is A * G * S pairs at most, linear in G (the dense mask of the released code is
 quadratic). Over a text half of these pairs are in the future; how they are skipped is the choice of `implementation`:
 
 | implementation | where                           | how                                                              |
 | -------------- | ------------------------------- | ---------------------------------------------------------------- |
-| dense          | decoding, short texts           | all pairs, one softmax                                           |
+| dense          | short texts                     | all pairs, one softmax                                           |
 | blockwise      | anywhere                        | blocks of anchors, each against the keys up to its own end       |
 | splash         | TPU, texts of 128 i positions   | the stock flash kernel over the prefix, merged with the group    |
 | cudnn          | GPU, half precision, bare text  | the stock flash kernel; a group of one needs no merging          |

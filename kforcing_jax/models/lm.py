@@ -3,7 +3,7 @@
 `CausalLM` (the teacher) gives logits, and a uniform picks a token by inverse CDF outside the network.
 `PushForwardLM` (the student) takes the uniforms in as noise tokens, and its tokens are the argmax.
 
-Rollout and decoding use only the interface that both have:
+Rollout and evaluation use only the interface that both have (decoding: `models/cached.py`):
 
 - `begin(tokens, noise, tau)`: a pass over text, with one window of fresh noise after every position;
 - `extend(tokens, noise, tau, ...)`: a pass over groups of tokens (then noise) that hang off a known prefix;

@@ -11,10 +11,12 @@ from micro import micro_config, micro_config_dict
 
 from kforcing_jax.config import MeshConfig, parse
 from kforcing_jax.data.packing import Batch
-from kforcing_jax.decoding.generate import _decode
+from kforcing_jax.decoding.passes import MODELS, Decoding, Models, prefill, run
+from kforcing_jax.decoding.programs import Programs
 from kforcing_jax.evaluation.fidelity import _agreement_sums, _conditionals, _windows_after
 from kforcing_jax.evaluation.samples import _under_teacher
 from kforcing_jax.models import init_params
+from kforcing_jax.models.cached import split
 from kforcing_jax.sharding import make_mesh, parameter_shardings
 from kforcing_jax.training.objectives import mean_loss
 from kforcing_jax.training.recipes import Vocabulary, predecessors, stage_model, stage_objective
@@ -90,11 +92,22 @@ def traced_programs():
     config = config_with("dense")
     teacher, student = (stage_model(config, name, VOCABULARY) for name in ("ar", "k2"))
     tau, u, key = jnp.ones(2), jnp.zeros((2, 8, 2)), jax.random.key(0)
-    decode_args = (TOKENS, jnp.full(2, 8), jnp.zeros((2, 4)), tau, jnp.float32(0), jnp.int32(11))
-    for k, model in ((1, teacher), (2, student)):
+    programs = Programs(Models(student, teacher, 2), slots=2, positions=64, mesh=None)
+    state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), programs.state)
+
+    def weights(t, s):
+        return {"teacher": split(teacher.cfg, t), "student": split(student.cfg, s)}
+
+    for mode, names in MODELS.items():
+        part = Decoding(state.slots, {name: state.caches[name] for name in names})
         yield (
-            f"decoding k={k}",
-            lambda t, s, k=k, m=model: _decode(m, t if k == 1 else s, *decode_args, k=k, penalised=False),
+            f"decoding, {mode}",
+            lambda t, s, m=mode, p=part: run(programs.models, m, 64, weights(t, s), p, jnp.ones(2, bool), 1, True),
+        )
+    for name in programs.models.names:
+        yield (
+            f"prefill, {name}",
+            lambda t, s, n=name: prefill(programs.models, n, 16, 64, weights(t, s)[n], state.slots, state.caches[n]),
         )
     yield "rollout", lambda t, s: rollout(student, s, TOKENS, jnp.zeros((2, 8, 4)), tau, 2)
     yield "agreement", lambda t, s: _agreement_sums(teacher, t, student, s, TOKENS, None, u, tau, 11)
