@@ -1,9 +1,11 @@
-"""Compiles the training steps of a config for a TPU slice that is not there: do they fit, and what do they cost?
+"""Compiles the programs of a config for a TPU slice that is not there: do they fit, and what do they cost?
 
 python launch/compile_for_tpu.py --config=configs/owt.py --topology=v5e:2x4
+python launch/compile_for_tpu.py --config=configs/lm1b.py --topology=v5e:1x1 --decode
 
 Needs libtpu (pip install -e ".[tpu]") and no TPU. Every stage is compiled in each of its precisions, as
-`kforcing_jax.main` would run it on that slice. The exit status is 1 when one of them does not fit.
+`kforcing_jax.main` would run it on that slice; with --decode the decoding of the AR model and of the largest window.
+The exit status is 1 when one of them does not fit.
 
 What was compiled once is not compiled again: results are kept in the user's cache folder, by the program's text.
 """
@@ -24,26 +26,21 @@ os.environ |= {
 import concurrent.futures
 import dataclasses
 import functools
-import hashlib
-import importlib.metadata
 import json
 import math
-import re
 import sys
-from pathlib import Path
 
 import counting
+import decode_on_tpu
 import jax
 import jax.numpy as jnp
+import tpu_compiler
 from absl import flags
-from jax.experimental import topologies
 
 from kforcing_jax import cli
 from kforcing_jax.config import Config
 from kforcing_jax.data.choices import PACKINGS
 from kforcing_jax.data.packing import Batch
-from kforcing_jax.data.places import cache_folder
-from kforcing_jax.data.whole_file import write_text
 from kforcing_jax.errors import ConfigError
 from kforcing_jax.models import init_params, splash
 from kforcing_jax.noise import CdfOrder
@@ -66,12 +63,14 @@ flags.DEFINE_alias("stages", "stage")
 _LARGEST_BATCH = flags.DEFINE_bool(
     "largest_batch", False, "Find the most rows that each device can work on at a time; compiles several times."
 )
+_DECODE = flags.DEFINE_bool("decode", False, "Compile decoding instead: AR, and the config's largest window.")
+_BATCH = flags.DEFINE_list("batch", "1,4,16,64,128,256", "With --decode: requests at a time.")
+_CONTEXT = flags.DEFINE_list("context", "128,1024", "With --decode: tokens of every text.")
+_DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["float32", "bfloat16"], "With --decode: of the blocks and caches.")
 _JSON = flags.DEFINE_bool("json", False, "Print one JSON object, on one line, instead of a table.")
 
 _GIB = 2**30
 _TERA = 1e12
-# Larger than any chip's memory, so that the compiler says how large that is.
-_TOO_LARGE = 2**40
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,62 +93,63 @@ class Report:
 
 def main(_):
     config = cli.config_from_flag(_CONFIG)
-    devices = _devices(_TOPOLOGY.value)
+    devices = tpu_compiler.devices_of(_TOPOLOGY.value)
     mesh = make_mesh(config.mesh, devices)
     check_divisible(config, mesh)
-    names, limit = _stage_names(config), _hbm_limit(devices[0])
-    _say(f"{_TOPOLOGY.value}: {len(devices)} x {devices[0].device_kind}, {limit / _GIB:.2f} GiB each\n{_HEADER}")
-    stages = {}
+    limit = tpu_compiler.hbm_limit(devices[0])
+    _say(f"{_TOPOLOGY.value}: {len(devices)} x {devices[0].device_kind}, {limit / _GIB:.2f} GiB each")
     # The compiler works on one core for one program.
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        futures = {name: _reports(config, name, mesh, limit, pool) for name in names}
-        for name in names:
-            reports = [future.result() for future in futures[name]]
-            _say("\n".join(_row(name, report) for report in reports))
-            stages[name] = _summary(reports)
-        for name in names if _LARGEST_BATCH.value else []:
-            stages[name]["largest_rows_at_a_time"] = largest = _largest_rows(config, name, mesh, limit, pool)
-            _say(f"{name}: at most {largest} rows per device at a time")
+        result, fits = (_decode if _DECODE.value else _train)(config, mesh, limit, pool)
     if _JSON.value:
-        print(json.dumps({"topology": _TOPOLOGY.value, "device": devices[0].device_kind, "stages": stages}))
-    sys.exit(0 if all(stage["fits"] for stage in stages.values()) else 1)
+        print(json.dumps({"topology": _TOPOLOGY.value, "device": devices[0].device_kind} | result))
+    sys.exit(0 if fits else 1)
+
+
+def _train(config, mesh, limit, pool) -> tuple[dict, bool]:
+    """What there is to say of training, and whether all of it fits."""
+    names, stages = _stage_names(config), {}
+    _say(_HEADER)
+    futures = {name: _reports(config, name, mesh, limit, pool) for name in names}
+    for name in names:
+        reports = [future.result() for future in futures[name]]
+        _say("\n".join(_row(name, report) for report in reports))
+        stages[name] = _summary(reports)
+    for name in names if _LARGEST_BATCH.value else []:
+        stages[name]["largest_rows_at_a_time"] = largest = _largest_rows(config, name, mesh, limit, pool)
+        _say(f"{name}: at most {largest} rows per device at a time")
+    return {"stages": stages}, all(stage["fits"] for stage in stages.values())
+
+
+def _decode(config, mesh, limit, pool) -> tuple[dict, bool]:
+    """What there is to say of decoding, and whether all of it fits."""
+    models = decode_on_tpu.models_of(config, _vocabulary(config), _DTYPE.value)
+    decode_on_tpu.chip_of(mesh.devices.flat[0])
+    shapes = [(context, batch) for context in _sizes(_CONTEXT) for batch in _sizes(_BATCH)]
+    _say(decode_on_tpu.HEADER)
+
+    def submit(mode, context, batch):
+        return pool.submit(decode_on_tpu.report, models[mode], mode, batch, context, mesh, limit, _compiled_once)
+
+    futures = {shape: [submit(mode, *shape) for mode in models] for shape in shapes}
+    reports = []
+    for shape in shapes:
+        row = [future.result() for future in futures[shape]]
+        _say("\n".join(decode_on_tpu.row(report, row[0]) for report in row))
+        reports += row
+    return {"decode": list(map(dataclasses.asdict, reports))}, all(report.fits for report in reports)
+
+
+def _sizes(flag) -> list[int]:
+    for text in flag.value:
+        if not text.isdecimal() or int(text) < 1:
+            raise ConfigError(f"--{flag.name}={text} should be whole numbers above 0, such as {flag.default}")
+    return list(map(int, flag.value))
 
 
 def _say(text: str):
     if not _JSON.value:
         print(text, flush=True)
-
-
-def _devices(topology: str) -> list:
-    """The devices of a slice. Raises ConfigError when it is unknown or libtpu is missing."""
-    try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    except Exception as error:  # the plugin raises whatever its C++ status maps to
-        reason = " ".join(str(error).split())[:200]
-        raise ConfigError(
-            f"--topology={topology} cannot be compiled for ({reason}); it should be like v5e:2x4, v5p:2x2x1 or "
-            'v6e:4x4, and libtpu installed: pip install -e ".[tpu]"'
-        ) from None
-
-
-def _hbm_limit(device) -> int:
-    """Bytes of memory that a program may use on a device: what the compiler says when it runs out of them."""
-    sharding = jax.sharding.SingleDeviceSharding(device)
-    x = jax.ShapeDtypeStruct((_TOO_LARGE,), jnp.int8, sharding=sharding)
-    try:
-        jax.jit(lambda x: jnp.cumsum(x) + x[::-1]).lower(x).compile()
-    except jax.errors.JaxRuntimeError as error:
-        return _needed_and_available(error)[1]
-    raise ConfigError(f"--topology={_TOPOLOGY.value}: the compiler does not say how much memory a device has")
-
-
-def _needed_and_available(error) -> tuple[int, int]:
-    """(bytes of temporaries, bytes there are) from the compiler's message. Raises the error if it is about neither."""
-    found = re.search(r"temporaries \(([\d.]+)([KMGT])\) exceeds available HBM \(([\d.]+)([KMGT])\)", str(error))
-    if not found:
-        raise error
-    unit = {letter: 2 ** (10 * (i + 1)) for i, letter in enumerate("KMGT")}
-    return tuple(int(float(found[i]) * unit[found[i + 1]]) for i in (1, 3))
 
 
 def _stage_names(config: Config) -> list[str]:
@@ -169,7 +169,7 @@ def _reports(config: Config, name: str, mesh, limit: int, pool) -> list:
 def _report(config: Config, name: str, phase: Phase, mesh, limit: int) -> Report:
     stage = config.stages[name]
     arguments, traced = _trace(config, name, phase, mesh)
-    compiled = _compiled_once(traced.lower(), arguments)
+    compiled = {"collectives": {}} | _compiled_once(traced.lower(), arguments, _collectives)
     batch = stage.batch_size // (mesh.shape["data"] * mesh.shape["fsdp"])
     used = compiled["argument_bytes"] + compiled["temporary_bytes"]
     return Report(
@@ -225,36 +225,12 @@ def _kernel_flops(name: str, shapes) -> int:
     return splash.kernel_flops(name, arrays[0], arrays[1][2]) if len(arrays) > 1 else 0
 
 
-def _compiled_once(lowered, arguments: int) -> dict:
-    """`_compile`, or what it gave before for the same program, compiler and scripts."""
-    versions = [importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu", "kforcing-jax")]
-    ours = [Path(file).read_text() for file in (__file__, counting.__file__)]
-    text = "\n".join([_TOPOLOGY.value, *versions, *ours, lowered.as_text()])
-    path = cache_folder("compile_for_tpu") / f"{hashlib.sha256(text.encode()).hexdigest()}.json"
-    if path.exists():
-        return json.loads(path.read_text())
-    result = _compile(lowered, arguments)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(result))
-    return result
+def _compiled_once(lowered, arguments, analyse):
+    return tpu_compiler.compiled_once(lowered, arguments, analyse, _TOPOLOGY.value)
 
 
-def _compile(lowered, arguments: int) -> dict:
-    """Bytes and collectives of a compiled program; of one that does not fit, its arguments without their padding."""
-    try:
-        compiled = lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-        needed, _ = _needed_and_available(error)
-        return {"compiles": False, "argument_bytes": arguments, "temporary_bytes": needed, "collectives": {}}
-    memory, program = compiled.memory_analysis(), counting.analyse(compiled.as_text())
-    # Outputs that are not donated arguments are the metrics.
-    outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return {
-        "compiles": True,
-        "argument_bytes": memory.argument_size_in_bytes,
-        "temporary_bytes": memory.temp_size_in_bytes + max(outputs, 0),
-        "collectives": {kind: each._asdict() for kind, each in program.collectives.items()},
-    }
+def _collectives(text: str) -> dict:
+    return {"collectives": {kind: each._asdict() for kind, each in counting.analyse(text).collectives.items()}}
 
 
 def _largest_rows(config, name, mesh, limit, pool) -> int:

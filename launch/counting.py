@@ -12,6 +12,9 @@ import re
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+import jax.extend
+from jax.lax import Precision
+
 COLLECTIVES = (
     "all-gather",
     "all-reduce",
@@ -23,11 +26,16 @@ COLLECTIVES = (
 )
 
 
-def flops(jaxpr, kernel: Callable[[str, list[tuple[int, ...]]], int] = lambda name, shapes: 0) -> int:
+def flops(
+    jaxpr,
+    kernel: Callable[[str, list[tuple[int, ...]]], int] = lambda name, shapes: 0,
+    passes: Callable[[jax.extend.core.JaxprEqn], int] = lambda product: 1,
+) -> int:
     """Two per multiply-add of all products, over all devices, with what a backward pass computes again.
 
-    `kernel` gives those of a Pallas kernel by its name and the shapes of its operands. Of a conditional the dearest
-    branch counts, and a loop whose length depends on data counts once.
+    `kernel` gives those of a Pallas kernel by its name and the shapes of its operands, and `passes` how often the
+    hardware computes a product. Of a conditional the dearest branch counts, and a loop whose length depends on data
+    counts once.
     """
     total = 0
     for equation in jaxpr.eqns:
@@ -35,11 +43,12 @@ def flops(jaxpr, kernel: Callable[[str, list[tuple[int, ...]]], int] = lambda na
         shapes = [variable.aval.shape for variable in equation.invars]
         if name == "dot_general":
             (contracted, _), _ = params["dimension_numbers"]
-            total += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(shapes[0][axis] for axis in contracted)
+            depth = math.prod(shapes[0][axis] for axis in contracted)
+            total += 2 * math.prod(equation.outvars[0].aval.shape) * depth * passes(equation)
         elif name == "pallas_call":
             total += kernel(params["name"], shapes)
         else:
-            inner = [flops(each, kernel) for each in _inner(params)]
+            inner = [flops(each, kernel, passes) for each in _inner(params)]
             total += _times(name, params) * (max(inner) if name == "cond" else sum(inner))
     return total
 
@@ -54,6 +63,18 @@ def _inner(params) -> Iterator:
 
 def _times(name, params) -> int:
     return params["length"] if name == "scan" else params["mesh"].size if name == "shard_map" else 1
+
+
+def bfloat16_passes(product) -> int:
+    """How often a TPU multiplies to compute a `dot_general`: f32 numbers become sums of bfloat16 ones.
+
+    "highest" computes six of the nine products of three parts each, "high" three of the four of two; by default the
+    first part is all that counts.
+    """
+    if not all(operand.aval.dtype == "float32" for operand in product.invars):
+        return 1
+    precision = product.params["precision"] or (Precision.DEFAULT,)
+    return max({Precision.HIGHEST: 6, Precision.HIGH: 3}.get(each, 1) for each in precision)
 
 
 class Collective(NamedTuple):
