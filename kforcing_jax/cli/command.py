@@ -97,7 +97,7 @@ def _speak_on_any_terminal():
 
 
 def _keep_what_is_compiled():
-    """JAX's compilation cache is in the user's cache folder, unless the environment says where or JAX is here already."""
+    """JAX's compilation cache, in the user's cache folder unless the environment says where, or JAX is here already."""
     if "jax" in sys.modules or "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
     try:

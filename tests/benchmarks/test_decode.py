@@ -1,0 +1,42 @@
+"""The benchmark of decoding: programs in turns, and figures with what they are compared to."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from kforcing_jax.decoding.costs import pass_cost
+from kforcing_jax.decoding.passes import Models
+from kforcing_jax.models import CausalLM, ModelConfig, PushForwardLM
+
+BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "decode.py"
+SMALL = ("--shape=1,16,2,13", "--batches=1,2", "--contexts=24", "--new_tokens=8", "--rounds=1")
+
+
+def test_the_last_line_is_one_object_with_device_date_and_hashes(tmp_path):
+    plot = tmp_path / "speed.svg"
+    command = [sys.executable, str(BENCHMARK), *SMALL, "--json", f"--plot={plot}"]
+    done = subprocess.run(command, cwd=BENCHMARK.parents[1], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert "cpu" in report["device"] and len(report["date"]) == 10 and "decode.py" in report["command"]
+    assert [result["batch"] for result in report["results"]] == [1, 2]
+    for result in report["results"]:
+        figures = result["programs"]
+        assert {name: each["passes"] for name, each in figures.items()} == {"ar": 8, "k2": 4, "k4": 2}
+        assert figures["ar"]["speed_up"]["median"] == 1
+        assert all(len(each["tokens_sha256"]) == 16 for each in figures.values())
+    assert "k = 4 stops paying" in done.stderr and plot.read_text().count("k4")
+
+
+def test_what_a_pass_costs_by_hand():
+    cfg = ModelConfig(vocab_size=10, mask_id=9, num_layers=1, d_model=4, num_heads=2)
+    models = Models(PushForwardLM(cfg), CausalLM(cfg), 2)
+    ar = pass_cost(models, "ar", slots=3, live=5)
+    assert ar.flops == 3 * (2 * 12 * 16 + 2 * 4 * 10 + 4 * 4 * 5)
+    assert ar.bytes == 4 * (12 * 16 + 4 * 10 + 2 * 3 * 5 * 4)
+    student = pass_cost(models, "student", slots=1, live=5)
+    # Of 2 known rows keys, values and queries; of 2 noise rows everything, their encoder too.
+    assert student.flops == 2 * (2 * 12 * 16 + 2 * 3 * 16 + 2 * 4 * 10 + 2 * 9 * 16) + 4 * 4 * 5 * 2
+    exact = pass_cost(models, "exact", slots=1, live=5)
+    assert exact.bytes > ar.bytes / 3 + student.bytes / 3
