@@ -97,7 +97,7 @@ def summed(moved: list[Moved]) -> list[tuple[int, int, str, str]]:
 
 def _trips(condition) -> int:
     """Of a loop that counts from 0 to a constant, as those of JAX do on a TPU; others count once."""
-    bounds = [int(each.arguments) for each in condition if each.opcode == "constant"]
+    bounds = [int(each.arguments) for each in condition if each.opcode == "constant" and each.arguments.isdigit()]
     return bounds[0] if len(bounds) == 1 else 1
 
 

@@ -1,6 +1,7 @@
 """The commands as a user meets them: flags, what is printed, one line per mistake, nothing written."""
 
 import json
+import re
 
 import pytest
 from commands import refused, run_command, start_command
@@ -50,6 +51,64 @@ def test_generate_prints_one_json_object_with_a_pass_count_per_sample(run):
     assert all(text.startswith("012") for text in result["text"])
 
 
+def test_exact_text_is_the_teachers_and_a_line_on_stderr_says_what_it_took(run):
+    folder, _ = run
+    flags = [f"--workdir={folder / 'run'}", "--prompt=01", "--seed=3"]
+    ar, exact = (run_command("generate", *flags, f"--mode={mode}") for mode in ("ar", "exact"))
+    assert ar.status == exact.status == 0 and ar.out == exact.out
+    assert re.fullmatch(r"ar, AR: 6 tokens in 6 passes, 1.00 tokens a pass, [\d,]+ tokens/s\n", ar.err)
+    assert re.match(r"k2, exact, k = 2: 6 tokens in \d+ passes", exact.err)
+
+
+def test_samples_and_prompts_are_told_apart(run):
+    folder, _ = run
+    done = run_command(
+        "generate", f"--workdir={folder / 'run'}", "--prompt=012", "--prompt=3", "--num_samples=2", "--confidence=0.9"
+    )
+    titles = [line for line in done.out.splitlines() if line.startswith("---")]
+    assert titles == [f"--- prompt {p}, sample {s} (seed {2 * p + s - 3})" for p in (1, 2) for s in (1, 2)]
+    assert "confidence 0.9: 24 tokens" not in done.out and ", confidence 0.9: " in done.err
+
+
+@pytest.mark.parametrize("name, content", [("p.txt", "012\n3\n0\n"), ("p.jsonl", '{"prompt": "%s"}\n' * 3)])
+def test_files_of_prompts_are_continued_whole_and_in_order(run, tmp_path, name, content):
+    folder, _ = run
+    (tmp_path / name).write_text(content % ("012", "3", "0") if "%s" in content else content)
+    flags = [f"--prompt_file={tmp_path / name}", "--num_samples=2", "--max_new_tokens=4", "--slots=2", "--k=2"]
+    done = run_command("generate", f"--workdir={folder / 'run'}", *flags)
+    assert done.status == 0, done.err
+    records = [json.loads(line) for line in done.out.splitlines()]
+    assert [(r["line"], r["sample"], r["seed"]) for r in records] == [
+        (1, 1, 0), (1, 2, 1), (2, 1, 2), (2, 2, 3), (3, 1, 4), (3, 2, 5)
+    ]  # fmt: skip
+    assert [r["prompt"] for r in records] == ["012", "012", "3", "3", "0", "0"]
+    assert all(len(r["tokens"]) == len(r["prompt"]) + 4 and len(r["completion"]) == 4 for r in records)
+    one = run_command(
+        "generate", f"--workdir={folder / 'run'}", "--prompt=3", "--seed=3", "--k=2", "--max_new_tokens=4"
+    )
+    assert one.out.strip() == records[3]["prompt"] + records[3]["completion"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("p.jsonl", '{"prompt": "0"}\n{"text": "0"}\n', ["p.jsonl, line 2", 'no string field "prompt"']),
+        ("p.jsonl", "0\n", ["line 1", 'no string field "prompt"']),
+        ("p.jsonl", "{\n", ["line 1", "not JSON"]),
+        ("p.txt", "0\n\n1\n", ["line 2", "blank"]),
+        ("p.txt", "0\n012x\n", ["line 2", "'x'", "outside the vocabulary"]),
+        ("p.txt", "", ["p.txt is empty"]),
+        ("p.txt", "0\n01230123\n", ["a prompt of 8 tokens", "cache of 8 positions"]),
+    ],
+)
+def test_a_file_with_a_line_that_is_no_prompt_is_refused(run, tmp_path, name, content, says):
+    folder, _ = run
+    (tmp_path / name).write_text(content)
+    done = run_command("generate", f"--workdir={folder / 'run'}", f"--prompt_file={tmp_path / name}")
+    refused(done, *says)
+    assert done.out == ""
+
+
 def test_evaluate_prints_what_the_summary_holds(run):
     folder, _ = run
     done = run_command("evaluate", f"--workdir={folder / 'run'}", "--json")
@@ -82,6 +141,14 @@ def test_a_refusal_is_one_line_of_the_process(command, says):
         (["--prompt=012", "--max_new_tokens=6"], ["3 tokens", "6 new ones", "cache of 8"]),
         (["--prompt=012", "--tau=0"], ["--tau = 0.0", "[1e-6, 1000]"]),
         (["--prompt=012", "--stage=k8"], ["--stage=k8", "ar, k1, k2"]),
+        (["--prompt=012", "--confidence=1.5"], ["--confidence=1.5 is not in [0, 1]"]),
+        (["--prompt=012", "--confidence=nan"], ["--confidence=nan is not in [0, 1]"]),
+        (["--prompt=012", "--mode=exact", "--confidence=0.5"], ["--confidence has no effect with --mode=exact"]),
+        (["--prompt=012", "--mode=exact", "--stage=ar"], ["--mode=exact needs a student"]),
+        (["--prompt=012", "--mode=fast"], ["mode", "student", "ar", "exact"]),
+        (["--prompt=012", "--teacher=x.ckpt"], ["--teacher has no effect without --checkpoint"]),
+        (["--prompt_file=nowhere.txt"], ["--prompt_file=nowhere.txt cannot be read"]),
+        (["--prompt_file=nowhere.txt", "--json"], ["--json has no effect with --prompt_file"]),
     ],
 )
 def test_generate_refuses_what_it_cannot_decode(run, flags, says):

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from step_by_step import decode_step_by_step
+from step_by_step import decode_step_by_step, next_logits
 
 from kforcing_jax.config import MeshConfig
-from kforcing_jax.decoding import Engine, Request, memory
+from kforcing_jax.decoding import Engine, Request, generate, memory, stream
 from kforcing_jax.errors import ConfigError, DataError, RunError
 from kforcing_jax.models import CausalLM, ModelConfig, PushForwardLM, cached, init_params
 from kforcing_jax.sharding import make_mesh, parameter_shardings
@@ -107,6 +107,37 @@ def test_exact_decoding_needs_no_good_student(teacher, student):
     requests = [Request([3, 1], 30, seed=seed, mode="ar") for seed in range(2)]
     exact = [dataclasses.replace(request, mode="exact") for request in requests]
     assert serve(engine, exact)[0] == serve(engine, requests)[0]
+
+
+def test_exact_samples_have_the_teachers_distribution(student, teacher):
+    """G-test of blocks of two tokens against the teacher's own joint, in f64; 132 degrees of freedom."""
+    prompt, samples = [3, 1], 3000
+    decoded = generate(
+        *student, [prompt] * samples, max_new_tokens=2, seeds=range(samples), mode="exact", teacher=teacher, k=2
+    )
+    first_V = softmax(next_logits(teacher, prompt), 9)
+    joint_VxV = np.stack([p * softmax(next_logits(teacher, [*prompt, v]), 9) for v, p in enumerate(first_V)])
+    counts_VxV = np.zeros_like(joint_VxV)
+    np.add.at(counts_VxV, tuple(decoded.tokens[:, 2:].T), 1)
+    seen = counts_VxV > 0
+    assert joint_VxV[seen].min() > 0
+    g = 2 * (counts_VxV[seen] * np.log(counts_VxV[seen] / samples / joint_VxV[seen])).sum()
+    assert g < 220  # 1e-6 of the exact distribution's samples
+
+
+def softmax(logits_V, mask_id):
+    weights_V = np.exp(np.float64(logits_V) - np.max(logits_V))
+    weights_V[mask_id] = 0
+    return weights_V / weights_V.sum()
+
+
+def test_a_stream_gives_the_same_tokens_as_they_come(student, teacher):
+    prompt = [4, 2, 4]
+    whole = generate(*student, [prompt], max_new_tokens=11, seeds=[6], k=4, confidence=0.2)
+    blocks = list(stream(*student, prompt, max_new_tokens=11, seed=6, k=4, confidence=0.2))
+    assert len(blocks) == whole.passes[0] and sum(blocks, []) == whole.tokens[0, 3:].tolist()
+    exact = stream(*student, prompt, max_new_tokens=11, seed=6, k=4, mode="exact", teacher=teacher)
+    assert sum(exact, []) == generate(*teacher, [prompt], max_new_tokens=11, seeds=[6]).tokens[0, 3:].tolist()
 
 
 def test_confidence_0_is_the_fixed_stride_and_1_takes_more_passes(engine):
