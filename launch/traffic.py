@@ -126,10 +126,12 @@ def _of_one(opcode, operands, result) -> int:
 def _of_a_fusion(inner, operands, result) -> int:
     by_name = {each.name: each for each in inner}
     read = sum(_read_of(inner, index, shape) for index, shape in enumerate(operands))
-    root = next(each for each in inner if each.rest.startswith("ROOT"))
+    root, arrays = next(each for each in inner if each.rest.startswith("ROOT")), _ARRAY.findall(result)
     roots = [by_name[name] for name in root.operands] if root.opcode == "tuple" else [root]
+    if len(roots) != len(arrays):  # a collective, beside which something is computed
+        return read + _in_memory(arrays)
     written = 0
-    for each, array in zip(roots, _ARRAY.findall(result), strict=True):
+    for each, array in zip(roots, arrays, strict=True):
         each = _behind_bitcasts(each, by_name)
         size = _in_memory([array])
         if each.opcode in _UPDATES:

@@ -11,11 +11,15 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+import traffic
 from hlo_programs import tpu_mesh
 from jax.sharding import NamedSharding, PartitionSpec
 
 from kforcing_jax.config import MeshConfig
-from kforcing_jax.models import splash
+from kforcing_jax.decoding.costs import pass_cost
+from kforcing_jax.decoding.engine import programs_for
+from kforcing_jax.decoding.passes import Models
+from kforcing_jax.models import CausalLM, ModelConfig, PushForwardLM, splash
 from kforcing_jax.models.attention import Causal, choose_implementation, group_attention
 from kforcing_jax.models.keys import KeyValue
 from kforcing_jax.sharding import make_mesh
@@ -74,6 +78,23 @@ def test_attention_over_a_text_compiles_as_a_kernel_in_little_memory(dtype, leng
     assert compiled.memory_analysis().temp_size_in_bytes < max(scores / 6, arrays)
 
 
+@pytest.mark.parametrize("mode", ["student", "ar"])
+def test_a_pass_of_decoding_moves_weights_and_cache_once_and_copies_no_cache(mode):
+    """Half a layer's cache is larger than what lies on the chip: 640 rows of 512 slots, 168 MB."""
+    cfg = ModelConfig(vocab_size=256, mask_id=255, num_layers=2, d_model=256, num_heads=4, dtype="bfloat16")
+    models = Models(PushForwardLM(cfg), None, 4) if mode == "student" else Models(None, CausalLM(cfg), 1)
+    programs = programs_for(models, 640, 438, make_mesh(MeshConfig(data=1), list(tpu_mesh().devices.flat)[:1]))
+    live = programs.live_for(438)
+    caches = jax.tree.leaves(programs.state.caches)
+    assert {cache.shape for cache in caches} == {(640, 2, 512, 128)}  # two heads of 64 side by side
+    compiled = programs.compiled("run", mode, live)
+    assert compiled.memory_analysis().temp_size_in_bytes <= 0.3 * sum(2 * cache.size for cache in caches)
+    text = compiled.as_text()
+    assert not re.findall(r"= bf16\[640,2,512,128\]\S* (?:copy|transpose)\(.*", text)
+    moved = traffic.total(traffic.of_a_pass(text))
+    assert 1 <= moved / pass_cost(models, mode, 640, live).bytes <= 1.25
+
+
 def compile_for_tpu(tmp_path, *flags):
     (tmp_path / "config.py").write_text(CONFIG)
     command = [sys.executable, "launch/compile_for_tpu.py", f"--config={tmp_path / 'config.py'}", *flags]
@@ -105,6 +126,20 @@ def test_the_command_reports_every_stage_and_compiles_once(tmp_path):
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.json")} == results
 
 
+def test_decoding_is_reported_by_context_batch_and_mode(tmp_path):
+    flags = "--topology=v5e:1x1", "--decode", "--batch=2", "--context=64", "--json"
+    done = compile_for_tpu(tmp_path, *flags)
+    assert done.returncode == 0, done.stderr
+    ar, student = json.loads(done.stdout.splitlines()[-1])["decode"]
+    assert (ar["k"], student["k"]) == (1, 1)  # the largest window of this config
+    for report in ar, student:
+        assert report["fits"] and (report["context"], report["batch"], report["live"]) == (64, 2, 128)
+        assert report["tokens_per_second"] == pytest.approx(2 / report["seconds"])
+        assert report["cache_bytes"] == 2 * 2 * 2 * 2 * 128 * 64 * 2  # layers, kinds, rows, heads, slots, width, bytes
+        # What is small enough to stay on the chip is not moved.
+        assert 0 < report["moved_bytes"] < 1.25 * report["needed_bytes"]
+
+
 def test_what_does_not_fit_is_said_with_status_1(tmp_path):
     flags = ("--stage=ar", "--config.stages.ar.batch_size=65536", "--config.model.remat=nothing")
     done = compile_for_tpu(tmp_path, "--topology=v5e:2x2", "--json", *flags)
@@ -116,6 +151,7 @@ def test_what_does_not_fit_is_said_with_status_1(tmp_path):
 @pytest.mark.parametrize(
     "flags, message",
     [
+        (["--decode", "--batch=4,x"], "--batch=x should be whole numbers above 0"),
         (["--topology=v5z:2x4"], "--topology=v5z:2x4 cannot be compiled for"),
         (["--stages=k9"], "--stage=k9 is not a stage of this config; there are ar, k1"),
         (["--config.mesh.data=3"], "stages.ar.batch_size = 32 is not divisible by mesh.data * mesh.fsdp"),

@@ -75,6 +75,17 @@ def test_flops_are_those_of_the_arithmetic(name):
     assert counting.flops(jaxpr.jaxpr) == expected
 
 
+@pytest.mark.parametrize(
+    "dtype, precision, passes",
+    [("float32", "highest", 6), ("float32", "high", 3), ("float32", None, 1), ("bfloat16", "highest", 1)],
+)
+def test_a_tpu_multiplies_f32_numbers_several_times(dtype, precision, passes):
+    x_TxD, w_DxD = jax.ShapeDtypeStruct((T, D), dtype), jax.ShapeDtypeStruct((D, D), dtype)
+    product = jax.jit(lambda x, w: jnp.dot(x, w, precision=precision))
+    counted = counting.flops(product.trace(x_TxD, w_DxD).jaxpr, passes=counting.bfloat16_passes)
+    assert counted == passes * PRODUCT
+
+
 def test_a_kernel_is_asked_for_by_name_and_shapes_as_often_as_it_runs():
     def kernel(x_ref, y_ref, out_ref):
         out_ref[...] = x_ref[...] * y_ref[...]
