@@ -1,7 +1,8 @@
 """The programs of decoding, compiled for a TPU that is not there: memory, and what a pass can take at best.
 
 A roofline: a pass lasts as long as its bytes at the memory's bandwidth, or its FLOPs at the chip's peak, whichever is
-longer. The bytes are those of the compiled program (`traffic`), not those that it should move.
+longer. The bytes are those of the compiled program (`traffic`), not those that it should move; what chips send each
+other is left out.
 """
 
 import dataclasses
