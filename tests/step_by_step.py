@@ -9,7 +9,8 @@ import numpy as np
 from kforcing_jax.models import CausalLM
 from kforcing_jax.noise import position_noise
 
-_LONGEST = 64
+# Texts are padded to multiples of this, so that few lengths compile.
+_UNIT = 64
 
 
 def decode_step_by_step(request, *, student=None, teacher=None, k=1):
@@ -80,13 +81,13 @@ def softmax(logits_V):
 
 
 def next_logits(teacher, text):
-    tokens = np.pad(text, (0, _LONGEST - len(text)))[None]
+    tokens = np.pad(text, (0, -len(text) % _UNIT))[None]
     return np.asarray(_forward(*teacher, tokens, None, None))[0, len(text) - 1]
 
 
 def window_logits(student, text, u_K, tau):
-    tokens = np.pad(text, (0, _LONGEST - len(text)))[None]
-    noise = np.broadcast_to(np.float32(u_K), (1, _LONGEST, len(u_K)))
+    tokens = np.pad(text, (0, -len(text) % _UNIT))[None]
+    noise = np.broadcast_to(np.float32(u_K), (*tokens.shape, len(u_K)))
     return np.asarray(_forward(*student, tokens, noise, np.full(1, tau, np.float32)))[0, len(text) - 1]
 
 

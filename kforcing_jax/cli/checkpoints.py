@@ -29,8 +29,10 @@ def check_one_model(workdir: str | None):
 
 def check_readable(flag: str, path: str):
     """Raises ConfigError when the file that a flag names is not there to be read."""
-    if not os.access(expanded(path), os.R_OK) or not expanded(path).is_file():
+    if not expanded(path).exists():
         raise ConfigError(f"--{flag}={path} cannot be read: no such file")
+    if not expanded(path).is_file() or not os.access(expanded(path), os.R_OK):
+        raise ConfigError(f"--{flag}={path} cannot be read: it is no file, or not readable")
 
 
 def check_output_dir(folder: str | Path):

@@ -53,10 +53,10 @@ def read_prompts(path: str | Path, tokenizer: Tokenizer) -> list[Prompt]:
     Raises:
       DataError: a line that is not such a prompt (all of them have to be: a text must not be lost unseen), or none.
     """
-    prompts = []
+    is_json, prompts = str(path).lower().endswith(".jsonl"), []
     for number, line in _lines("prompt_file", path):
         try:
-            text = _field(line, "prompt") if str(path).endswith(".jsonl") else _decoded(line)
+            text = _field(line, "prompt") if is_json else _decoded(line)
             prompts.append(Prompt(number, text, tokenizer.encode_prompt(text)))
         except (ValueError, DataError) as problem:
             raise DataError(f"--prompt_file={path}, line {number}: {problem}") from None

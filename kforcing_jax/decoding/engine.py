@@ -13,7 +13,7 @@ import concurrent.futures
 import dataclasses
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import jax
 import numpy as np
@@ -22,9 +22,10 @@ from jax.sharding import Mesh, NamedSharding
 from kforcing_jax.decoding.memory import check_memory
 from kforcing_jax.decoding.passes import MODELS, Decoding, Models, slots_after_a_text
 from kforcing_jax.decoding.programs import Programs, Report
-from kforcing_jax.decoding.requests import MODES, Request
+from kforcing_jax.decoding.requests import MODES, Request, check_count, check_mode
 from kforcing_jax.decoding.slots import Settings
 from kforcing_jax.errors import DataError
+from kforcing_jax.models import CausalLM, PushForwardLM
 from kforcing_jax.models.cache import BLOCK
 from kforcing_jax.models.cached import weights
 from kforcing_jax.sharding import to_host
@@ -90,6 +91,7 @@ class Engine:
         self.programs = programs_for(models, slots, max_length, mesh)
         self.weights = {name: weights(getattr(models, name).cfg, given[name][1], mesh) for name in given}
         self.max_length = max_length
+        self._compiled: dict[tuple, jax.stages.Compiled] = {}
         self.seconds = 0.0  # that programs ran, and were waited for
         self.release()
 
@@ -107,9 +109,7 @@ class Engine:
     def check(self, request: Request):
         """Raises DataError or ConfigError for a request that this engine cannot serve."""
         request.check(self._vocab_size)
-        if request.mode not in self.modes:
-            missing = [name for name in MODELS[request.mode] if name not in self.models.names]
-            raise DataError(f"mode = {request.mode!r} needs {missing[0]}=(model, params)")
+        self._check_models(request.mode)
         if request.k is not None and request.mode != "ar" and request.k > self.models.k:
             raise DataError(f"k = {request.k} exceeds the window of {self.models.k} tokens")
         if request.end > self.max_length:
@@ -117,6 +117,11 @@ class Engine:
                 f"a prompt of {len(request.prompt)} tokens and {request.max_new_tokens} new ones exceed the "
                 f"{self.max_length} positions of a slot"
             )
+
+    def _check_models(self, mode: str):
+        for name in MODELS[mode]:
+            if name not in self.models.names:
+                raise DataError(f"mode = {mode!r} needs {name}=(model, params)")
 
     def insert(self, request: Request) -> int:
         """Gives a request a slot; the next step begins with it.
@@ -129,7 +134,9 @@ class Engine:
         if not self.free_slots:
             raise DataError(f"all {self.slots} slots are taken; step until a request ends, or free one")
         if self._state is None:
-            self._allocate([request.mode])
+            if not self._compiled:
+                self._program(("run", request.mode, self.programs.lives[-1]))
+            self._allocate()
         slot = self._requests.index(None)
         self._requests[slot] = request
         self._told[slot] = len(request.prompt)
@@ -144,32 +151,27 @@ class Engine:
         Returns:
           An update for every request that was running.
         """
+        if isinstance(passes, bool) or passes < 0:
+            raise DataError(f"passes = {passes!r} should be a whole number, 0 or more")
         if self._new:
             self._admit()
         running = {slot: request for slot, request in enumerate(self._requests) if request is not None}
         if not running:
             return []
-        alive_B = np.array([request is not None for request in self._requests])
-        live = self.programs.live_for(max(request.end for request in running.values()))
-        for mode in dict.fromkeys(request.mode for request in running.values()):
-            names = MODELS[mode]
-            state, report = self._call(
-                ("run", mode, live),
-                {name: self.weights[name] for name in names},
-                Decoding(self._state.slots, {name: self._state.caches[name] for name in names}),
-                alive_B,
-                np.int32(min(passes, _ALL)),
-                np.bool_(wait),
-            )
-            self._state = Decoding(state.slots, self._state.caches | state.caches)
+        for live, share in self._shares(running, passes, wait):
+            for mode in dict.fromkeys(request.mode for request in running.values()):
+                report = self._run(mode, live, share, wait)
         start = time.perf_counter()
         report = jax.tree.map(to_host, report)
         self.seconds += time.perf_counter() - start
         return [self._update(slot, report) for slot in running]
 
     def free(self, slot: int):
-        """Drops a request; its slot is free at once."""
+        """Drops a request; its slot is free at once. Raises DataError when there is none in it."""
+        if slot not in range(self.slots) or self._requests[slot] is None:
+            raise DataError(f"slot {slot} has no request")
         self._requests[slot] = None
+        self._unclean.add(slot)
         if slot in self._new:
             self._new.remove(slot)
 
@@ -182,21 +184,20 @@ class Engine:
           RunError: the device's memory does not suffice for the slots.
         """
         modes = self.modes if modes is None else tuple(modes)
-        names = dict.fromkeys(name for mode in modes for name in MODELS[mode])
-        rows = ("all",) if self.slots == 1 else ("all", "one")
-        wanted = [("empty",), ("insert",), ("clear",)]
-        wanted += [("run", mode, live) for mode in modes for live in self.programs.lives]
-        wanted += [
-            ("prefill", n, r, chunk, live)
-            for n in names
-            for r in rows
-            for chunk in CHUNKS
-            for live in self.programs.lives
-        ]
-        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(lambda key: self.programs.compiled(*key), wanted))
+        for mode in modes:
+            check_mode(mode)
+            self._check_models(mode)
+        self._compile(modes, self.programs.lives, [("clear",)], ("all", "one") if self._reads_one_row else ("all",))
         if self._state is None:
-            self._allocate(modes)
+            self._allocate()
+
+    def prepare(self, mode: str, longest: int):
+        """Compiles what requests of a mode can need that start together, with texts of up to `longest` tokens.
+
+        Less than `warm_up`, and enough where as many requests as there are slots come at once.
+        """
+        lives = self.programs.lives
+        self._compile([mode], lives[: lives.index(self.programs.live_for(longest)) + 1], [], ("all",))
 
     def release(self):
         """Gives the memory of slots and caches back; requests are dropped, what was compiled is kept."""
@@ -204,12 +205,19 @@ class Engine:
         self._requests: list[Request | None] = [None] * self.slots
         self._told = [0] * self.slots  # tokens of each text that were reported
         self._new: list[int] = []
+        self._unclean: set[int] = set()  # rows whose caches may hold what is no number
 
     # What happens to slots.
 
     @property
     def _device(self):
-        return jax.devices()[0] if self.programs.mesh is None else self.programs.mesh.local_devices[0]
+        mesh = self.programs.mesh
+        return jax.local_devices()[0] if mesh is None else mesh.local_devices[0]
+
+    @property
+    def _reads_one_row(self) -> bool:
+        """Whether a prompt that comes alone is read alone: a row of a mesh's arrays is on some of its devices only."""
+        return self.slots > 1 and self.programs.mesh is None
 
     @property
     def models(self) -> Models:
@@ -228,20 +236,67 @@ class Engine:
     def _vocab_size(self):
         return getattr(self.models, self.models.names[0]).cfg.vocab_size
 
-    def _allocate(self, modes: Sequence[str]):
-        """Slots and caches, if the memory suffices for them and for the largest program of these modes."""
-        temporary = max(self.programs.temporary_bytes("run", mode, self.programs.lives[-1]) for mode in modes)
-        check_memory(self.programs.state_bytes, temporary, self.slots, self.positions, self._device)
-        self._state = self.programs.compiled("empty")()
+    def _compile(self, modes, lives, others, rows):
+        """Compiles what these modes need, some programs at a time."""
+        names = dict.fromkeys(name for mode in modes for name in MODELS[mode])
+        wanted = [("empty",), ("insert",), *others]
+        wanted += [("run", mode, live) for live in lives for mode in modes]
+        wanted += [("prefill", n, r, chunk, live) for live in lives for n in names for r in rows for chunk in CHUNKS]
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+            for key, program in zip(wanted, pool.map(lambda key: self.programs.compiled(*key), wanted), strict=True):
+                self._compiled[key] = program
+
+    def _program(self, key: tuple):
+        """A program that fits into what the device has left beside the slots."""
+        if key not in self._compiled:
+            self._compiled[key] = self.programs.compiled(*key)
+            if self._state is not None:
+                self._check_memory(0, self.programs.temporary_bytes(*key))
+        return self._compiled[key]
+
+    def _allocate(self):
+        """Slots and caches, if the memory suffices for them and for the largest of the programs so far."""
+        temporary = max(self.programs.temporary_bytes(*key) for key in self._compiled)
+        self._check_memory(self.programs.state_bytes, temporary)
+        self._state = self._program(("empty",))()
+
+    def _check_memory(self, state: int, temporary: int):
+        check_memory(state, temporary, self.slots, self.positions, self._device)
+
+    def _shares(self, running, passes: int, wait: bool):
+        """(how many slots of the caches are live, passes) of one program after the other.
+
+        Texts grow by k + 1 tokens a pass at most, and programs that see less of the caches are faster.
+        """
+        longest, end = max(self._told[slot] for slot in running), max(request.end for request in running.values())
+        done = 0
+        while done < passes or not done:
+            live = self.programs.live_for(min(longest + self.models.k + 1, end))
+            room = (live - slots_after_a_text(self.models.k) - longest) // (self.models.k + 1)
+            share = passes - done if live == self.programs.live_for(end) else min(max(room, 1), passes - done)
+            yield live, share
+            done, longest = done + share, longest + share * (self.models.k + 1)
+            if longest >= end or not wait or not passes:
+                return
+
+    def _run(self, mode: str, live: int, passes: int, wait: bool) -> Report:
+        names = MODELS[mode]
+        state, report = self._call(
+            ("run", mode, live),
+            {name: self.weights[name] for name in names},
+            Decoding(self._state.slots, {name: self._state.caches[name] for name in names}),
+            np.array([request is not None for request in self._requests]),
+            np.int32(passes),
+            np.bool_(wait),
+        )
+        self._state = Decoding(state.slots, self._state.caches | state.caches)
+        return report
 
     def _admit(self):
         """Puts new requests into their rows and reads their prompts."""
-        self._clear_damaged()
-        settings, is_new_B, is_given_B = (
-            Settings.empty(self.slots),
-            np.zeros(self.slots, bool),
-            np.zeros(self.slots, bool),
-        )
+        self._clear_rows(self._unclean.intersection(self._new))
+        settings = Settings.empty(self.slots)
+        is_new_B, is_given_B = np.zeros((2, self.slots), bool)
         tokens_BxS = np.zeros((self.slots, self.positions), np.int32)
         noise_BxS = np.zeros((self.slots, self.positions), np.float32)
         for slot in self._new:
@@ -260,16 +315,16 @@ class Engine:
         for name in self.models.names:
             self._read_prompts(name, [slot for slot in new if name in MODELS[self._requests[slot].mode]])
 
-    def _clear_damaged(self):
+    def _clear_rows(self, rows: Iterable[int]):
         """Slots that are not seen have weight 0, but 0 times a NaN that the last request of a row left is NaN."""
-        is_cleared_B = ~to_host(self._state.slots.finite_B)
-        if is_cleared_B[self._new].any():
-            self._state = self._state._replace(caches=self._call(("clear",), self._state.caches, is_cleared_B))
+        for row in rows:
+            self._state = self._state._replace(caches=self._call(("clear",), self._state.caches, np.int32(row)))
+            self._unclean.remove(row)
 
     def _read_prompts(self, name: str, new: list[int]):
         """Prompts into a model's caches, but for their last token; together where most slots are new."""
         lengths = {slot: len(self._requests[slot].prompt) - 1 for slot in new}
-        if 2 * len(new) >= self.slots:
+        if new and (2 * len(new) >= self.slots or not self._reads_one_row):
             self._read(name, max(lengths.values()), None)
         else:
             for slot, length in lengths.items():
@@ -287,7 +342,7 @@ class Engine:
 
     def _call(self, key: tuple, *arguments):
         """A program's result; what compiling it takes does not count as time of the engine."""
-        program = self.programs.compiled(*key)
+        program = self._program(key)
         start = time.perf_counter()
         result = program(*arguments)
         self.seconds += time.perf_counter() - start
@@ -300,6 +355,8 @@ class Engine:
         is_finished = not report.running_B[slot]
         if is_finished:
             self._requests[slot] = None
+        if not is_finite:
+            self._unclean.add(slot)
         passes = {name: int(passes_B[slot]) for name, passes_B in report.passes_B.items()}
         return Update(slot, tokens, is_finished, passes, None if is_finite else DataError(_NOT_FINITE))
 
@@ -319,8 +376,10 @@ def _check_engine(given, slots, max_length, k):
     if not given:
         raise DataError("an engine needs student=(model, params), teacher=(model, params), or both")
     for name, value in (("slots", slots), ("max_length", max_length), ("k", k)):
-        if value < 1:
-            raise DataError(f"{name} = {value} should be at least 1")
+        check_count(name, value)
+    for name, kind in (("student", PushForwardLM), ("teacher", CausalLM)):
+        if name in given and not (isinstance(given[name], tuple) and isinstance(given[name][0], kind)):
+            raise DataError(f"{name} should be ({kind.__name__}, params)")
     sizes = {name: model.cfg.vocab_size for name, (model, _) in given.items()}
     if len(set(sizes.values())) > 1:
         raise DataError(
@@ -329,6 +388,8 @@ def _check_engine(given, slots, max_length, k):
 
 
 def _in_dtype(model, dtype):
+    if dtype not in (None, "float32", "bfloat16"):
+        raise DataError(f"dtype = {dtype!r} is not one of float32, bfloat16")
     return model if dtype is None else type(model)(dataclasses.replace(model.cfg, dtype=dtype))
 
 

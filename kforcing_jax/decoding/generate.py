@@ -10,16 +10,17 @@ from kforcing_jax.decoding.engine import Engine, Update
 from kforcing_jax.decoding.requests import (
     Request,
     check_confidence,
+    check_count,
     check_mode,
     check_noise,
-    is_finite_number,
+    check_penalty,
     whole_numbers,
 )
 from kforcing_jax.errors import DataError
 from kforcing_jax.models import CausalLM
 
 # More requests than this take turns.
-_MOST_SLOTS = 64
+_LEAST_SLOTS, _MOST_SLOTS = 4, 64
 # Lengths are rounded up, so that calls share programs: to powers of two between these, then to multiples.
 _LEAST_LENGTH, _LENGTH_UNIT = 128, 1024
 
@@ -66,8 +67,8 @@ def generate(
     A request's output is a function of its prompt, seed and settings alone, whatever else is in the batch; and
     since noise belongs to positions, a teacher and its students decode the same seed to coupled texts.
 
-    Programs are compiled for the next power of two of the batch and of the longest text (128 and more): another call
-    that needs no more than these compiles nothing.
+    Programs are compiled for 1, 4, 8, 16, 32 or 64 requests at a time, and for texts of up to 128, 256, 512 or a
+    multiple of 1,024 tokens: another call within the same sizes compiles nothing.
 
     Args:
       model: CausalLM (one token per pass, `k` is ignored) or PushForwardLM.
@@ -93,11 +94,10 @@ def generate(
     """
     check_mode(mode)
     prompts = _checked_prompts(prompts, model.cfg.vocab_size)
-    if k < 1 or max_new_tokens < 1:
-        raise DataError(f"k = {k} and max_new_tokens = {max_new_tokens} should be at least 1")
+    check_count("k", k)
+    check_count("max_new_tokens", max_new_tokens)
     tau_B = _checked_tau(tau, len(prompts))
-    if not is_finite_number(frequency_penalty):
-        raise DataError(f"frequency_penalty = {frequency_penalty!r} should be a finite number")
+    check_penalty("frequency_penalty", frequency_penalty)
     sources = _seeds(seeds, len(prompts)) if noise_BxT is None else _noise(noise_BxT, (len(prompts), max_new_tokens))
     longest = max(map(len, prompts)) + max_new_tokens
     loaded = {"k": k, "mode": mode, "teacher": teacher, "dtype": dtype, "slots": slots}
@@ -113,6 +113,7 @@ def generate(
         Request(prompt, max_new_tokens, tau=float(tau), **source, **shared)
         for prompt, tau, source in zip(prompts, tau_B, sources, strict=True)
     ]
+    engine.prepare(mode, longest)
     updates = dict(decode(engine, requests))
     engine.release()
     return _assemble(requests, [updates[row] for row in range(len(requests))], eos_id, model.cfg.mask_id)
@@ -125,13 +126,17 @@ def stream(
 
     `settings` are those of a `Request`, and `teacher`, `dtype` as of `generate`.
     """
+    check_count("passes", passes)
+    check_count("max_new_tokens", max_new_tokens)
     loaded = {name: settings.pop(name) for name in ("k", "mode", "teacher", "dtype") if name in settings}
     mode, engine = engine_for(model, params, (1, len(prompt) + max_new_tokens), **loaded)
     engine.insert(Request(prompt, max_new_tokens, mode=mode, **settings))
-    while engine.free_slots == 0:
+    is_finished = False
+    while not is_finished:
         (update,) = engine.step(passes)
         if update.error:
             raise update.error
+        is_finished = update.is_finished
         yield update.tokens
 
 
@@ -148,12 +153,13 @@ def engine_for(
 ) -> tuple[str, Engine]:
     """(the mode of the requests, an engine for them), arguments as of `generate`.
 
-    `sizes` are the number of requests and the longest text. Both are rounded up to powers of two, lengths from 128 on,
-    so that calls share programs; of more than 64 requests the others wait.
+    `sizes` are the number of requests and the longest text. So that calls share programs, slots are 1, 4, 8, 16, 32 or
+    64 (of more requests the others wait), and lengths 128, 256, 512 or multiples of 1,024.
     """
     mode, models = _models(model, params, mode, teacher)
     requests, longest = sizes
-    slots = min(1 << (requests - 1).bit_length(), _MOST_SLOTS) if slots is None else slots
+    if slots is None:
+        slots = 1 if requests == 1 else min(max(1 << (requests - 1).bit_length(), _LEAST_SLOTS), _MOST_SLOTS)
     longest = max(longest, _LEAST_LENGTH)
     longest = min(1 << (longest - 1).bit_length(), longest + -longest % _LENGTH_UNIT)
     return mode, Engine(**models, slots=slots, max_length=longest, k=k, dtype=dtype)
@@ -177,8 +183,13 @@ def decode(engine: Engine, requests: Sequence[Request]) -> Iterator[tuple[int, U
     """(index, update with all new tokens) of every request, as they end; as many at a time as there are slots.
 
     Raises:
+      DataError, ConfigError: a request that the engine cannot serve, before any is decoded; an engine that has others.
       DataError: logits of a request that are not finite.
     """
+    if engine.free_slots < engine.slots:
+        raise DataError(f"{engine.slots - engine.free_slots} of the engine's slots have requests of somebody else")
+    for request in requests:
+        engine.check(request)
     waiting, running = list(enumerate(requests))[::-1], {}
     tokens = [[] for _ in requests]
     while waiting or running:
@@ -188,6 +199,7 @@ def decode(engine: Engine, requests: Sequence[Request]) -> Iterator[tuple[int, U
         for update in engine.step(wait=not waiting):
             index = running[update.slot]
             if update.error:
+                engine.release()
                 raise DataError(str(update.error).replace("the logits", f"the logits of prompt {index}", 1))
             tokens[index] += update.tokens
             if update.is_finished:

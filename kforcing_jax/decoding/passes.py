@@ -57,9 +57,11 @@ def slots_after_a_text(k: int) -> int:
 def prefill(models: Models, name: str, chunk: int, live: int, weights: Weights, slots: Slots, caches, row=None):
     """Reads the next `chunk` tokens of the texts, but for their last one, into a model's caches: (slots, caches).
 
-    Of all rows, or of one. Rows that are further already write only what is overwritten.
+    Of all rows, or of one. Rows that have had a pass, or are further already, write only what is overwritten.
     """
     read_B, length_B, tokens_BxS, part = slots.cached_B[name], slots.length_B, slots.tokens_BxS, caches
+    # What a pass has left unread is read by the next one: here `live` may be too short for it.
+    length_B = jnp.where(slots.passes_B[name] > 0, read_B, length_B)
     if row is not None:
         read_B, length_B, tokens_BxS, part = jax.tree.map(
             lambda x: jax.lax.dynamic_slice_in_dim(x, row, 1), (read_B, length_B, tokens_BxS, part)
@@ -83,7 +85,10 @@ def run(models: Models, mode: str, live: int, weights: dict[str, Weights], state
     `wait`, as soon as one of them ends.
     """
     one_pass = {"student": _student_pass, "ar": _ar_pass, "exact": _exact_pass}[mode]
-    state = state._replace(slots=state.slots._replace(running_B=state.slots.running_B & alive_B))
+    slots = state.slots
+    # Free rows are as if nothing was read: they should not make attention go further than others need.
+    read_B = jax.tree.map(lambda read_B: jnp.where(alive_B, read_B, 0), slots.cached_B)
+    state = state._replace(slots=slots._replace(running_B=slots.running_B & alive_B, cached_B=read_B))
 
     def active_B(state):
         return state.slots.running_B & (state.slots.settings.mode_B == MODES.index(mode))

@@ -38,7 +38,7 @@ class Programs:
 
     - `empty`: () -> `Decoding` without requests
     - `insert`: student's weights by name, slots, is_new_B, settings, tokens_BxS, noise_BxS, is_given_B -> slots
-    - `clear`: caches, is_cleared_B -> caches
+    - `clear`: caches, row -> caches with an empty row
     - `prefill`, model, rows, chunk, live: weights, slots, caches, the row if `rows` is "one" -> slots, caches
     - `run`, mode, live: weights by name, `Decoding` with the caches of the mode's models, alive_B, passes, wait ->
       the same `Decoding` later, `Report`
@@ -150,11 +150,14 @@ class Programs:
         return slot_states.insert(slots, is_new_B, settings, tokens_BxS, noise_BxS, is_given_B, of_tau_BxD)
 
     def _clear(self):
-        def function(caches, is_cleared_B):
-            return jax.tree.map(lambda x: jnp.where(is_cleared_B[:, None, None, None], 0, x), caches)
+        def function(caches, row):
+            def cleared(x):
+                return jax.lax.dynamic_update_slice_in_dim(x, jnp.zeros_like(x[:1]), row, axis=0)
+
+            return jax.tree.map(cleared, caches)
 
         shardings = self._state_shardings and self._state_shardings.caches
-        return function, (self.state.caches, np.zeros(self.slots, bool)), 0, shardings
+        return function, (self.state.caches, np.int32(0)), 0, shardings
 
     def _prefill(self, name, rows, chunk, live):
         function = functools.partial(prefill, self.models, name, chunk, live)

@@ -12,6 +12,8 @@ from kforcing_jax.errors import DataError
 MODES = ("student", "ar", "exact")
 # End ids that a request may have.
 MOST_END_IDS = 8
+# Of a token's logit, for each time that it was generated.
+MOST_PENALTY = 1e6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,26 +51,39 @@ class Request:
 
     def check(self, vocab_size: int):
         """Raises DataError or ConfigError for a value that no engine takes."""
-        if not np.size(self.prompt):
+        if not len(whole_numbers(self.prompt, "prompt", vocab_size)):
             raise DataError("prompt is empty; start from a token, such as EOS")
-        whole_numbers(self.prompt, "prompt", vocab_size)
         whole_numbers([self.seed], "seed", 2**32)
         whole_numbers(self.end_ids, "end_ids", vocab_size)
         if len(self.end_ids) > MOST_END_IDS:
             raise DataError(f"end_ids has {len(self.end_ids)} ids; at most {MOST_END_IDS} are possible")
-        if self.max_new_tokens < 1 or (self.k is not None and self.k < 1):
-            raise DataError(f"k = {self.k} and max_new_tokens = {self.max_new_tokens} should be at least 1")
+        check_count("max_new_tokens", self.max_new_tokens)
+        if self.k is not None:
+            check_count("k", self.k)
+        if not is_finite_number(self.tau):
+            raise DataError(f"tau = {self.tau!r} should be one number")
         check_tau("tau", self.tau)
         check_mode(self.mode)
         check_confidence("confidence", self.confidence, self.mode)
-        if not is_finite_number(self.frequency_penalty):
-            raise DataError(f"frequency_penalty = {self.frequency_penalty!r} should be a finite number")
+        check_penalty("frequency_penalty", self.frequency_penalty)
         if self.noise is not None:
-            check_noise(np.asarray(self.noise), (self.max_new_tokens,))
+            check_noise(self.noise, (self.max_new_tokens,))
+
+
+def check_count(name: str, value: int):
+    """Raises DataError for what is no whole number from 1 on."""
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)) or value < 1:
+        raise DataError(f"{name} = {value!r} should be a whole number, at least 1")
+
+
+def check_penalty(name: str, penalty: float):
+    """Raises DataError for a penalty that is no number, or as good as infinite in f32."""
+    if not is_finite_number(penalty) or abs(penalty) > MOST_PENALTY:
+        raise DataError(f"{name} = {penalty!r} should be a finite number, of at most {MOST_PENALTY:g} either way")
 
 
 def check_mode(mode: str):
-    if mode not in MODES:
+    if not isinstance(mode, str) or mode not in MODES:
         raise DataError(f"mode = {mode!r} is not one of {', '.join(MODES)}")
 
 
@@ -80,8 +95,12 @@ def check_confidence(name: str, confidence: float, mode: str):
         raise DataError(f"{name} = {confidence} has no effect in mode {mode!r}: only a student's tokens are weighed")
 
 
-def check_noise(noise: np.ndarray, shape: tuple[int, ...]):
+def check_noise(noise, shape: tuple[int, ...]):
     """Raises DataError unless these are uniforms of that shape."""
+    try:
+        noise = np.asarray(noise)
+    except ValueError:  # lists of different lengths
+        raise DataError(f"noise should be an array of numbers of shape {shape}") from None
     if noise.dtype.kind not in "fiu":
         raise DataError(f"noise has dtype {noise.dtype}; expected numbers")
     if noise.shape != shape:
@@ -92,7 +111,8 @@ def check_noise(noise: np.ndarray, shape: tuple[int, ...]):
 
 
 def is_finite_number(value) -> bool:
-    return np.ndim(value) == 0 and np.asarray(value).dtype.kind in "fiu" and bool(np.isfinite(value))
+    array = np.asarray(value, object) if isinstance(value, (list, tuple)) else np.asarray(value)
+    return array.ndim == 0 and array.dtype.kind in "fiu" and bool(np.isfinite(array))
 
 
 def whole_numbers(values, name: str, end: int) -> np.ndarray:
@@ -100,7 +120,7 @@ def whole_numbers(values, name: str, end: int) -> np.ndarray:
     try:
         array = np.asarray(values)
     except ValueError:  # lists of different lengths
-        array = np.empty(0)
+        array = np.empty((0, 0))
     if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
         raise DataError(f"{name} should be a list of integers, not {values!r}")
     outside = array[(array < 0) | (array >= end)]

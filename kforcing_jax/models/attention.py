@@ -6,7 +6,7 @@ each other. Training, rollout and evaluation are this function (decoding writes 
 
 | where                     | A | G                          | prefix        | reach          | past          |
 | ------------------------- | - | -------------------------- | ------------- | -------------- | ------------- |
-| text (teacher, prefill)   | N | 1, the token itself        | the text      | `Causal`       | -             |
+| text (teacher)            | N | 1, the token itself        | the text      | `Causal`       | -             |
 | student in training       | N | 1 + K, token and window    | the text      | `Causal`       | -             |
 | rollout, later passes     | N | tokens, then noise         | the text      | `Causal`       | window tokens |
 | blocks after prefixes     | A | tokens, or noise           | a text        | `UpTo` length  | -             |

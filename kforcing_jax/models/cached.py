@@ -33,15 +33,24 @@ _MADE: dict[tuple, Weights] = {}
 
 
 def weights(cfg: ModelConfig, params: dict, mesh: Mesh | None = None) -> Weights:
-    """Takes the stacked blocks apart and casts their matrices: once for the same parameters, as long as they live."""
+    """Takes the stacked blocks apart and casts their matrices: once for the same arrays, as long as they live.
+
+    Arrays of numpy may change, so what is made of them is made again.
+    """
     leaves = jax.tree.leaves(params)
+    if not all(isinstance(leaf, jax.Array) for leaf in leaves):
+        return _placed(split(cfg, params), mesh)
     key = cfg.dtype, mesh, *map(id, leaves)
     if key not in _MADE:
-        made = split(cfg, params)
-        _MADE[key] = made if mesh is None else jax.device_put(made, weight_shardings(made, mesh))
-        # Of the stacked blocks, which nothing of what was made refers to.
-        weakref.finalize(jax.tree.leaves(params["backbone"]["blocks"])[0], _MADE.pop, key, None)
+        made = _MADE[key] = _placed(split(cfg, params), mesh)
+        for leaf in leaves:  # once one of them is gone, its id may be another array's
+            weakref.finalize(leaf, _MADE.pop, key, None)
+        return made
     return _MADE[key]
+
+
+def _placed(made, mesh):
+    return made if mesh is None else jax.device_put(made, weight_shardings(made, mesh))
 
 
 def split(cfg: ModelConfig, params: dict) -> Weights:

@@ -29,7 +29,7 @@ class Causal(NamedTuple):
 
 
 class UpTo(NamedTuple):
-    """Every anchor sees the first `length_BxA` keys of the prefix: of a cache with room after them."""
+    """Every anchor sees the first `length_BxA` keys of the prefix."""
 
     length_BxA: jax.Array
 

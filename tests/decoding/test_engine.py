@@ -1,5 +1,6 @@
 """The engine against step-by-step decoding, and what a request may and may not depend on."""
 
+import contextlib
 import dataclasses
 
 import jax
@@ -9,9 +10,9 @@ import pytest
 from step_by_step import decode_step_by_step, next_logits
 
 from kforcing_jax.config import MeshConfig
-from kforcing_jax.decoding import Engine, Request, generate, memory, stream
+from kforcing_jax.decoding import Engine, Request, generate, memory, programs, stream
 from kforcing_jax.errors import ConfigError, DataError, RunError
-from kforcing_jax.models import CausalLM, ModelConfig, PushForwardLM, cached, init_params
+from kforcing_jax.models import CausalLM, ModelConfig, PushForwardLM, cache, cached, init_params
 from kforcing_jax.sharding import make_mesh, parameter_shardings
 
 K, LONGEST = 4, 40
@@ -150,16 +151,62 @@ def test_confidence_0_is_the_fixed_stride_and_1_takes_more_passes(engine):
 def test_nothing_compiles_after_warm_up(student, teacher):
     engine = Engine(student=student, teacher=teacher, slots=2, max_length=100, k=2)
     engine.warm_up()
-    compiled = []
-    jax.monitoring.register_event_duration_secs_listener(
-        lambda name, *_, **__: compiled.append(name) if "backend_compile" in name else None
-    )
     rng = np.random.default_rng(3)
-    for size in (1, 2, 3):
-        modes = ("student", "ar", "exact")[:size]
-        prompts = rng.integers(0, 12, (size, 29 * size))
-        serve(engine, [Request(p, 4 * size, mode=m, k=1 + size % 2) for p, m in zip(prompts, modes, strict=True)])
+    with count_compilations() as compiled:
+        for size, modes in enumerate((["ar"], ["student", "exact"], ["student", "ar", "exact"]), start=1):
+            prompts = rng.integers(0, 12, (size, 29 * size))
+            serve(engine, [Request(p, 4 * size, mode=m, k=1 + size % 2) for p, m in zip(prompts, modes, strict=True)])
     assert compiled == []
+
+
+def test_a_second_call_of_generate_compiles_nothing(student, teacher):
+    rng = np.random.default_rng(0)
+
+    def call(batch, length, new, **settings):
+        prompts = rng.integers(0, 12, (batch, length))
+        return generate(*student, prompts, max_new_tokens=new, seeds=range(batch), k=3, **settings)
+
+    call(4, 5, 9)
+    call(4, 5, 9, mode="exact", teacher=teacher)
+    with count_compilations() as compiled:
+        call(3, 90, 20)
+        call(2, 1, 100, mode="exact", teacher=teacher, tau=0.5, frequency_penalty=0.1)
+        call(4, 30, 7, confidence=0.4, eos_id=3)
+    assert compiled == []
+
+
+@contextlib.contextmanager
+def count_compilations():
+    compiled = []
+
+    def listen(name, *_, **__):
+        if "backend_compile" in name:
+            compiled.append(name)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield compiled
+
+
+def test_attention_over_a_part_of_the_caches_gives_the_same_tokens(student, teacher, monkeypatch):
+    """As on accelerators, where it ends at the longest text: also for a text that was long when another one came."""
+    for module in (cache, programs):
+        monkeypatch.setattr(module, "platform", lambda: "gpu")
+    engine = Engine(student=student, teacher=teacher, slots=2, max_length=250, k=K)
+    assert engine.programs.lives == [128, 256, 320]
+    rng = np.random.default_rng(2)
+    long = Request(rng.integers(0, 12, 140).tolist(), 100, seed=1)
+    short = [Request(rng.integers(0, 12, 20).tolist(), 12, seed=s, mode=m) for s, m in ((2, "exact"), (3, "student"))]
+    tokens, slot = {}, engine.insert(long)
+    for step in range(40):
+        if step in (2, 15):
+            engine.insert(short[step // 15])
+            unread = int(engine._state.slots.cached_B["student"][slot])
+            engine.step(passes=0)  # reads the new prompt, and nothing of the long text
+            assert engine._state.slots.cached_B["student"][slot] == unread
+        for update in engine.step(passes=1):
+            tokens.setdefault((update.slot == slot, update.slot != slot and step >= 15), []).extend(update.tokens)
+    expected = [decode_step_by_step(r, student=student, teacher=teacher, k=K)[0] for r in (long, *short)]
+    assert [tokens[True, False], tokens[False, False], tokens[False, True]] == expected
 
 
 def test_a_dropped_request_frees_its_slot_and_changes_no_other(engine):
@@ -211,6 +258,18 @@ def test_a_request_of_logits_that_are_no_numbers_stops_alone(student):
         ({"tau": 0.0}, "tau = 0.0"),
         ({"noise": [0.5]}, r"noise has shape \(1,\), expected \(5,\)"),
         ({"frequency_penalty": float("inf")}, "frequency_penalty = inf"),
+        ({"frequency_penalty": 1e39}, "frequency_penalty = 1e\\+39 should be a finite number, of at most 1e"),
+        ({"max_new_tokens": float("nan")}, "max_new_tokens = nan should be a whole number"),
+        ({"max_new_tokens": True}, "max_new_tokens = True"),
+        ({"max_new_tokens": "5"}, "max_new_tokens = '5'"),
+        ({"k": 2.5}, "k = 2.5 should be a whole number"),
+        ({"tau": "1"}, "tau = '1' should be one number"),
+        ({"tau": None}, "tau = None"),
+        ({"tau": [1.0]}, "tau = "),
+        ({"prompt": [[1], [1, 2]]}, "prompt should be a list of integers"),
+        ({"noise": [[0.1], [0.1, 0.2]]}, "noise should be an array"),
+        ({"mode": ["ar"]}, "mode = "),
+        ({"end_ids": [13]}, "end_ids has 13"),
     ],
 )
 def test_bad_requests_are_refused_before_they_have_a_slot(engine, change, says):
@@ -239,8 +298,22 @@ def test_models_that_do_not_fit_are_refused(student, teacher):
         Engine(student=student, teacher=(other, params), k=2)
     with pytest.raises(DataError, match="an engine needs student"):
         Engine()
-    with pytest.raises(DataError, match="slots = 0 should be at least 1"):
+    with pytest.raises(DataError, match="slots = 0 should be a whole number"):
         Engine(student=student, slots=0)
+    with pytest.raises(DataError, match=r"slots = 2.5 should be a whole number"):
+        Engine(student=student, slots=2.5)
+    with pytest.raises(DataError, match=r"teacher should be \(CausalLM, params\)"):
+        Engine(teacher=student)
+    with pytest.raises(DataError, match=r"student should be \(PushForwardLM, params\)"):
+        Engine(student=student[0])
+    with pytest.raises(DataError, match="dtype = 'half' is not one of float32, bfloat16"):
+        Engine(student=student, dtype="half")
+    with pytest.raises(DataError, match="mode = 'fast' is not one of"):
+        Engine(student=student).warm_up(["fast"])
+    with pytest.raises(DataError, match=r"mode = 'ar' needs teacher=\(model, params\)"):
+        Engine(student=student).warm_up(["ar"])
+    with pytest.raises(DataError, match="slot -1 has no request"):
+        Engine(student=student).free(-1)
 
 
 def test_slots_that_do_not_fit_the_memory_are_refused_with_the_numbers(engine, student, monkeypatch):
@@ -285,6 +358,17 @@ def test_half_precision_is_that_of_the_blocks_alone(student):
     assert dtypes == kernels == {"bfloat16"}
     assert weights.head_VxD.dtype == weights.rest["noise_encoder"]["mlp_in"]["kernel"].dtype == jnp.float32
     assert len(serve(engine, [Request([1, 2], 12)])[0][0]) == 12
+
+
+def test_weights_of_other_parameters_are_others(tiny_config):
+    """Also where they share most arrays, and live where others were."""
+    params = init_params(PushForwardLM(tiny_config), jax.random.key(9))
+    kernel = params["backbone"]["output"]["kernel"]
+    for scale in range(1, 12):
+        output = params["backbone"]["output"] | {"kernel": jnp.ones_like(kernel) * scale}
+        changed = params | {"backbone": params["backbone"] | {"output": output}}
+        assert float(cached.weights(tiny_config, changed).head_VxD[0, 0]) == scale
+        del output, changed
 
 
 def test_weights_are_cast_once_and_forgotten_with_the_parameters(tiny_config):
