@@ -6,6 +6,7 @@ python -m kforcing_jax.generate --checkpoint=pflm_lm1b_k4.ckpt --prefix_file=pre
 """
 
 import json
+import math
 import sys
 from typing import NamedTuple
 
@@ -103,7 +104,9 @@ def _check_flags():
     """Raises ConfigError for flags that are wrong, do not fit each other, or would have no effect."""
     if _TAU.value is not None:
         check_tau("--tau", _TAU.value)
-    if not abs(_FREQUENCY_PENALTY.value) <= _MOST_PENALTY:
+    if not math.isfinite(_FREQUENCY_PENALTY.value):
+        raise ConfigError(f"--frequency_penalty={_FREQUENCY_PENALTY.value} is not finite")
+    if abs(_FREQUENCY_PENALTY.value) > _MOST_PENALTY:
         raise ConfigError(f"--frequency_penalty={_FREQUENCY_PENALTY.value} is not in [-1e6, 1e6]")
     check_one_model(_WORKDIR.value)
     if _WORKDIR.value:
@@ -176,8 +179,6 @@ def _from_checkpoint() -> Decoder:
     path, needs_tokenizer = CHECKPOINT.value, _PROMPT_IDS.value is None
     released = open_released(path, TOKENIZER.value, WEIGHTS.value, needs_tokenizer)
     model, params, tokenizer, release = released[:4]
-    if release and not tokenizer:
-        print(f"the tokenizer {release.tokenizer} is not here: ids in, ids out", file=sys.stderr)
     if isinstance(model, CausalLM):
         cli.refuse_flags(["k", "confidence", "teacher"], f"with {path}, an AR model")
         if _MODE.value == "exact":
@@ -187,6 +188,8 @@ def _from_checkpoint() -> Decoder:
     elif _MODE.value != "student" and not _TEACHER.value:
         raise ConfigError(f"--mode={_MODE.value} needs an AR model, and {path} is a student: give one by --teacher")
     teacher = open_teacher(_TEACHER.value, released)[:2] if _TEACHER.value else None
+    if release and not tokenizer:
+        print(f"the tokenizer {release.tokenizer} is not here: ids in, ids out", file=sys.stderr)
     k = released.tokens_per_pass(K.value)
     tau = choose_tau(_TAU.value, released.tau_range if _MODE.value == "student" else None)
     name = _TEACHER.value if _MODE.value == "ar" and teacher else path
