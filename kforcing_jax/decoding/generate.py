@@ -94,6 +94,7 @@ def generate(
     """
     check_mode(mode)
     prompts = _checked_prompts(prompts, model.cfg.vocab_size)
+    k = 1 if isinstance(model, CausalLM) else k
     check_count("k", k)
     check_count("max_new_tokens", max_new_tokens)
     tau_B = _checked_tau(tau, len(prompts))
@@ -162,7 +163,7 @@ def engine_for(
         slots = 1 if requests == 1 else min(max(1 << (requests - 1).bit_length(), _LEAST_SLOTS), _MOST_SLOTS)
     longest = max(longest, _LEAST_LENGTH)
     longest = min(1 << (longest - 1).bit_length(), longest + -longest % _LENGTH_UNIT)
-    return mode, Engine(**models, slots=slots, max_length=longest, k=k, dtype=dtype)
+    return mode, Engine(**models, slots=slots, max_length=longest, k=1 if mode == "ar" else k, dtype=dtype)
 
 
 def _models(model, params, mode, teacher):

@@ -123,7 +123,9 @@ def test_given_noise_replaces_seeds(student):
 def test_a_teacher_ignores_k(teacher):
     one = generate(*teacher, PROMPTS, max_new_tokens=NEW, seeds=SEEDS)
     four = generate(*teacher, PROMPTS, max_new_tokens=NEW, k=4, seeds=SEEDS)
-    assert (one.tokens == four.tokens).all() and four.passes.tolist() == [NEW] * 3
+    none = generate(*teacher, PROMPTS, max_new_tokens=NEW, k=0, seeds=SEEDS)
+    assert (one.tokens == four.tokens).all() and (one.tokens == none.tokens).all()
+    assert four.passes.tolist() == [NEW] * 3
 
 
 @pytest.mark.parametrize(
