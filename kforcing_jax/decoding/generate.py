@@ -19,9 +19,9 @@ from kforcing_jax.decoding.requests import (
 from kforcing_jax.errors import DataError
 from kforcing_jax.models import CausalLM
 
-# More requests than this take turns.
+# Sizes are rounded up, so that calls share programs. One request has a slot to itself; more than the most take turns.
 _LEAST_SLOTS, _MOST_SLOTS = 4, 64
-# Lengths are rounded up, so that calls share programs: to powers of two between these, then to multiples.
+# Of texts: powers of two between these, then multiples.
 _LEAST_LENGTH, _LENGTH_UNIT = 128, 1024
 
 
@@ -104,16 +104,10 @@ def generate(
     loaded = {"k": k, "mode": mode, "teacher": teacher, "dtype": dtype, "slots": slots}
     mode, engine = engine_for(model, params, (len(prompts), longest), **loaded)
     check_confidence("confidence", confidence, mode)
-    shared = {
-        "mode": mode,
-        "confidence": float(confidence),
-        "frequency_penalty": float(frequency_penalty),
-        "end_ids": () if eos_id is None else (eos_id,),
-    }
-    requests = [
-        Request(prompt, max_new_tokens, tau=float(tau), **source, **shared)
-        for prompt, tau, source in zip(prompts, tau_B, sources, strict=True)
-    ]
+    numbers = {"confidence": float(confidence), "frequency_penalty": float(frequency_penalty)}
+    shared = {"mode": mode, "end_ids": () if eos_id is None else (eos_id,), **numbers}
+    rows = zip(prompts, tau_B, sources, strict=True)
+    requests = [Request(prompt, max_new_tokens, tau=float(tau), **source, **shared) for prompt, tau, source in rows]
     engine.prepare(mode, longest)
     updates = dict(decode(engine, requests))
     engine.release()

@@ -20,16 +20,6 @@ K, LONGEST = 4, 40
 
 
 @pytest.fixture(scope="module")
-def student(push_forward_lm):
-    return push_forward_lm
-
-
-@pytest.fixture(scope="module")
-def teacher(causal_lm):
-    return causal_lm
-
-
-@pytest.fixture(scope="module")
 def engine(student, teacher):
     """One for all tests: what a slot held before is part of what they test."""
     return Engine(student=student, teacher=teacher, slots=3, max_length=LONGEST, k=K)

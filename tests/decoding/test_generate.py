@@ -17,16 +17,6 @@ PROMPTS = [[3, 1, 4, 1, 5], [9, 2], [6, 5, 3, 5]]
 SEEDS = [11, 22, 33]
 
 
-@pytest.fixture(scope="module")
-def teacher(causal_lm):
-    return causal_lm
-
-
-@pytest.fixture(scope="module")
-def student(push_forward_lm):
-    return push_forward_lm
-
-
 def noise_of(seed, prompt):
     positions = np.arange(len(prompt), len(prompt) + NEW)[None]
     return np.asarray(position_noise(jnp.array([seed], jnp.uint32), positions))[0]
