@@ -2,6 +2,7 @@
 
 from kforcing_jax.decoding.engine import Engine, Update
 from kforcing_jax.decoding.generate import Generation, decode, generate, stream
+from kforcing_jax.decoding.logprobs import Logprobs
 from kforcing_jax.decoding.requests import Request
 
-__all__ = ["Engine", "Generation", "Request", "Update", "decode", "generate", "stream"]
+__all__ = ["Engine", "Generation", "Logprobs", "Request", "Update", "decode", "generate", "stream"]

@@ -12,17 +12,19 @@ noise belongs to its seed and its positions.
 import concurrent.futures
 import dataclasses
 import os
+import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from kforcing_jax.decoding.memory import check_memory
+from kforcing_jax.decoding.logprobs import Logprobs
+from kforcing_jax.decoding.memory import Memory, bytes_left, check_memory, sharded_bytes
 from kforcing_jax.decoding.passes import MODELS, Decoding, Models, slots_after_a_text
 from kforcing_jax.decoding.programs import Programs, Report
-from kforcing_jax.decoding.requests import MODES, Request, check_count, check_mode
+from kforcing_jax.decoding.requests import MODES, Request, check_count, check_mode, is_whole_number
 from kforcing_jax.decoding.slots import Settings
 from kforcing_jax.errors import DataError
 from kforcing_jax.models import CausalLM, PushForwardLM
@@ -45,6 +47,10 @@ class Update:
       tokens: the new ones.
       is_finished: it has ended, and its slot is free.
       passes: so far, by model.
+      kept: how many passes so far kept more than 0, 1, ... k tokens, k that of the engine; their sum is the number of
+        tokens so far. In mode `exact` draft j was accepted in kept[j + 1] passes.
+      logprobs: of the new tokens, if the request asked for them.
+      prompt_logprobs: of the prompt's tokens but the first, in the first update after the prompt was read.
       error: why it was stopped before its end, if it was.
     """
 
@@ -52,6 +58,9 @@ class Update:
     tokens: list[int]
     is_finished: bool
     passes: dict[str, int]
+    kept: tuple[int, ...]
+    logprobs: Logprobs | None = None
+    prompt_logprobs: Logprobs | None = None
     error: DataError | None = None
 
 
@@ -141,30 +150,34 @@ class Engine:
         self._requests[slot] = request
         self._told[slot] = len(request.prompt)
         self._new.append(slot)
+        if request.prompt_logprobs:
+            self._owed.add(slot)
         return slot
 
-    def step(self, passes: int = _ALL, *, wait: bool = True) -> list[Update]:
+    def step(self, passes: int = _ALL, *, wait: bool = True, chunks: int | None = None) -> list[Update]:
         """Reads new prompts, and gives every request up to `passes` passes of its mode.
 
-        Without `wait` it returns as soon as a request of a mode has ended, whose slot another one may want.
+        Args:
+          passes: of every request whose prompt is read.
+          wait: if not, returns as soon as a request of a mode has ended, whose slot another one may want.
+          chunks: programs that read up to 64 tokens of prompts, at most; new prompts take turns. None reads all of
+            them. What does not depend on it: the tokens.
 
         Returns:
-          An update for every request that was running.
+          An update for every request that was running, or waits for its prompt to be read.
         """
-        if isinstance(passes, bool) or passes < 0:
-            raise DataError(f"passes = {passes!r} should be a whole number, 0 or more")
+        for name, value in (("passes", passes), ("chunks", 0 if chunks is None else chunks)):
+            if not is_whole_number(value) or value < 0:
+                raise DataError(f"{name} = {value!r} should be a whole number, 0 or more")
         if self._new:
             self._admit()
+        self._read_prompts(chunks)
+        unread = {slot for slot, _ in self._reading}
         running = {slot: request for slot, request in enumerate(self._requests) if request is not None}
-        if not running:
-            return []
-        for live, share in self._shares(running, passes, wait):
-            for mode in dict.fromkeys(request.mode for request in running.values()):
-                report = self._run(mode, live, share, wait)
-        start = time.perf_counter()
-        report = jax.tree.map(to_host, report)
-        self.seconds += time.perf_counter() - start
-        return [self._update(slot, report) for slot in running]
+        ready = {slot: request for slot, request in running.items() if slot not in unread}
+        report = self._run_modes(ready, passes, wait) if ready else None
+        scores = self._new_scores(ready, report)
+        return [self._update(slot, report, scores[slot]) if slot in ready else self._unread(slot) for slot in running]
 
     def free(self, slot: int):
         """Drops a request; its slot is free at once. Raises DataError when there is none in it."""
@@ -172,13 +185,20 @@ class Engine:
             raise DataError(f"slot {slot} has no request")
         self._requests[slot] = None
         self._unclean.add(slot)
+        self._owed.discard(slot)
+        self._reading = {key: done for key, done in self._reading.items() if key[0] != slot}
         if slot in self._new:
             self._new.remove(slot)
 
-    def warm_up(self, modes: Iterable[str] | None = None):
+    def warm_up(self, modes: Iterable[str] | None = None, told: Callable[[tuple, float], None] | None = None):
         """Compiles all that requests of these modes can need, by default of all that the models allow, and allocates.
 
         After it nothing compiles, whatever requests come.
+
+        Args:
+          modes: of the requests to come.
+          told: is called with the key of every program (`Programs`) and the seconds that compiling it took, as soon as
+            it is done, from threads of the compilation, one call at a time.
 
         Raises:
           RunError: the device's memory does not suffice for the slots.
@@ -187,7 +207,12 @@ class Engine:
         for mode in modes:
             check_mode(mode)
             self._check_models(mode)
-        self._compile(modes, self.programs.lives, [("clear",)], ("all", "one") if self._reads_one_row else ("all",))
+        lives, rows = self.programs.lives, ("all", "one") if self._reads_one_row else ("all",)
+        others = [("clear",)]
+        if any("teacher" in MODELS[mode] for mode in modes):
+            others.append(("scores",))
+            others += [("prefill", "teacher", rows[-1], chunk, live, True) for live in lives for chunk in CHUNKS]
+        self._compile(modes, lives, others, rows, told)
         if self._state is None:
             self._allocate()
 
@@ -199,18 +224,37 @@ class Engine:
         lives = self.programs.lives
         self._compile([mode], lives[: lives.index(self.programs.live_for(longest)) + 1], [], ("all",))
 
+    def largest_programs(self, modes: Iterable[str]) -> list[tuple]:
+        """The keys of those that need most memory, of what requests of these modes run."""
+        live, names = self.programs.lives[-1], dict.fromkeys(name for mode in modes for name in MODELS[mode])
+        run = [("run", mode, live) for mode in modes]
+        return run + [("prefill", name, "all", CHUNKS[-1], live) for name in names]
+
     def release(self):
         """Gives the memory of slots and caches back; requests are dropped, what was compiled is kept."""
         self._state: Decoding | None = None
         self._requests: list[Request | None] = [None] * self.slots
         self._told = [0] * self.slots  # tokens of each text that were reported
         self._new: list[int] = []
+        self._reading: dict[tuple[int, str], int] = {}  # by slot and model: how much of its prompt was read, in turn
+        self._owed: set[int] = set()  # slots whose prompts' log-probabilities were asked for and not reported
         self._unclean: set[int] = set()  # rows whose caches may hold what is no number
+
+    @property
+    def memory(self) -> Memory:
+        """What there is on a device, or will be."""
+        return Memory(
+            weights=sum(map(sharded_bytes, jax.tree.leaves(self.weights))),
+            caches=self.programs.state_bytes,
+            programs=max((self.programs.temporary_bytes(*key) for key in self._compiled), default=0),
+            left=bytes_left(self.device),
+        )
 
     # What happens to slots.
 
     @property
-    def _device(self):
+    def device(self) -> jax.Device:
+        """One of them."""
         mesh = self.programs.mesh
         return jax.local_devices()[0] if mesh is None else mesh.local_devices[0]
 
@@ -233,17 +277,30 @@ class Engine:
         return self.programs.positions
 
     @property
+    def _no_scores(self) -> np.ndarray:
+        return np.zeros((0, self.programs.state.slots.scores_BxSxC.shape[-1]), np.float32)
+
+    @property
     def _vocab_size(self):
         return getattr(self.models, self.models.names[0]).cfg.vocab_size
 
-    def _compile(self, modes, lives, others, rows):
+    def _compile(self, modes, lives, others, rows, told=None):
         """Compiles what these modes need, some programs at a time."""
+        lock = threading.Lock()
+
+        def compiled(key):
+            program = self.programs.compiled(*key)
+            if told is not None:
+                with lock:
+                    told(key, self.programs.seconds(*key))
+            return program
+
         names = dict.fromkeys(name for mode in modes for name in MODELS[mode])
         wanted = [("empty",), ("insert",), *others]
         wanted += [("run", mode, live) for live in lives for mode in modes]
         wanted += [("prefill", n, r, chunk, live) for live in lives for n in names for r in rows for chunk in CHUNKS]
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-            for key, program in zip(wanted, pool.map(lambda key: self.programs.compiled(*key), wanted), strict=True):
+            for key, program in zip(wanted, pool.map(compiled, wanted), strict=True):
                 self._compiled[key] = program
 
     def _program(self, key: tuple):
@@ -261,7 +318,7 @@ class Engine:
         self._state = self._program(("empty",))()
 
     def _check_memory(self, state: int, temporary: int):
-        check_memory(state, temporary, self.slots, self.positions, self._device)
+        check_memory(state, temporary, self.slots, self.positions, self.device)
 
     def _shares(self, running, passes: int, wait: bool):
         """(how many slots of the caches are live, passes) of one program after the other.
@@ -279,6 +336,18 @@ class Engine:
             if longest >= end or not wait or not passes:
                 return
 
+    def _run_modes(self, ready, passes: int, wait: bool) -> Report:
+        for live, share in self._shares(ready, passes, wait):
+            for mode in dict.fromkeys(request.mode for request in ready.values()):
+                report = self._run(mode, live, share, wait)
+        return self._fetched(report)
+
+    def _fetched(self, arrays):
+        start = time.perf_counter()
+        arrays = jax.tree.map(to_host, arrays)
+        self.seconds += time.perf_counter() - start
+        return arrays
+
     def _run(self, mode: str, live: int, passes: int, wait: bool) -> Report:
         names = MODELS[mode]
         state, report = self._call(
@@ -293,7 +362,7 @@ class Engine:
         return report
 
     def _admit(self):
-        """Puts new requests into their rows and reads their prompts."""
+        """Puts new requests into their rows."""
         self._clear_rows(self._unclean.intersection(self._new))
         settings = Settings.empty(self.slots)
         is_new_B, is_given_B = np.zeros((2, self.slots), bool)
@@ -312,8 +381,10 @@ class Engine:
         )
         self._state = self._state._replace(slots=slots)
         new, self._new = self._new, []
-        for name in self.models.names:
-            self._read_prompts(name, [slot for slot in new if name in MODELS[self._requests[slot].mode]])
+        for slot in new:
+            for name in MODELS[self._requests[slot].mode]:
+                if self._to_read(slot):
+                    self._reading[slot, name] = 0
 
     def _clear_rows(self, rows: Iterable[int]):
         """Slots that are not seen have weight 0, but 0 times a NaN that the last request of a row left is NaN."""
@@ -321,24 +392,33 @@ class Engine:
             self._state = self._state._replace(caches=self._call(("clear",), self._state.caches, np.int32(row)))
             self._unclean.remove(row)
 
-    def _read_prompts(self, name: str, new: list[int]):
-        """Prompts into a model's caches, but for their last token; together where most slots are new."""
-        lengths = {slot: len(self._requests[slot].prompt) - 1 for slot in new}
-        if new and (2 * len(new) >= self.slots or not self._reads_one_row):
-            self._read(name, max(lengths.values()), None)
-        else:
-            for slot, length in lengths.items():
-                self._read(name, length, slot)
+    def _to_read(self, slot: int) -> int:
+        """Tokens of a prompt that are read before the first pass: all but the last."""
+        return len(self._requests[slot].prompt) - 1
 
-    def _read(self, name: str, length: int, row: int | None):
-        slots, caches, done = self._state.slots, self._state.caches[name], 0
-        while done < length:
-            chunk = next((c for c in CHUNKS if length - done <= 2 * c), CHUNKS[-1])
-            rows, which = ("all", ()) if row is None else ("one", (np.int32(row),))
-            key = "prefill", name, rows, chunk, self.programs.live_for(done + chunk)
-            slots, caches = self._call(key, self.weights[name], slots, caches, *which)
-            done += chunk
-        self._state = Decoding(slots, self._state.caches | {name: caches})
+    def _read_prompts(self, chunks: int | None):
+        """Prompts into the models' caches, by up to so many programs."""
+        done = 0
+        while self._reading and (chunks is None or done < chunks):
+            self._read_chunk(*next(iter(self._reading)))
+            done += 1
+
+    def _read_chunk(self, slot: int, name: str):
+        """The next chunk of a prompt; of all prompts together where most slots have one to read."""
+        slots = [other for other, model in self._reading if model == name]
+        scored = name == "teacher" and bool(self._owed.intersection(slots))
+        is_alone = self._reads_one_row and (scored or 2 * len(slots) < self.slots)
+        if is_alone:
+            slots, scored = [slot], scored and slot in self._owed
+        read = {slot: self._reading.pop((slot, name)) for slot in slots}
+        left = max(self._to_read(slot) - done for slot, done in read.items())
+        chunk = next((c for c in CHUNKS if left <= 2 * c), CHUNKS[-1])
+        rows, row = ("one", (np.int32(slot),)) if is_alone else ("all", ())
+        key = "prefill", name, rows, chunk, self.programs.live_for(max(read.values()) + chunk), *([True] * scored)
+        new, caches = self._call(key, self.weights[name], self._state.slots, self._state.caches[name], *row)
+        self._state = Decoding(new, self._state.caches | {name: caches})
+        # Those that are not done go to the end.
+        self._reading |= {(s, name): done + chunk for s, done in read.items() if done + chunk < self._to_read(s)}
 
     def _call(self, key: tuple, *arguments):
         """A program's result; what compiling it takes does not count as time of the engine."""
@@ -348,7 +428,35 @@ class Engine:
         self.seconds += time.perf_counter() - start
         return result
 
-    def _update(self, slot: int, report: Report) -> Update:
+    def _new_scores(self, ready, report: Report) -> dict[int, np.ndarray | None]:
+        """By slot: scores_NxC of what is to be told of, None where nothing is asked. Of prompts these come first."""
+        first = {slot: 1 if slot in self._owed else self._told[slot] for slot in ready}
+        end = {slot: int(report.length_B[slot]) for slot, request in ready.items() if request.logprobs is not None}
+        found = {slot: [self._no_scores] for slot in end}
+        for done in range(0, max((end[slot] - first[slot] for slot in end), default=0), BLOCK):
+            first_B = np.zeros(self.slots, np.int32)
+            first_B[list(end)] = [min(first[slot] + done, self.max_length) for slot in end]
+            scores_BxNxC = self._fetched(self._call(("scores",), self._state.slots.scores_BxSxC, first_B))
+            for slot in end:
+                found[slot].append(scores_BxNxC[slot, : max(end[slot] - first[slot] - done, 0)])
+        return {slot: np.concatenate(found[slot]) if slot in end else None for slot in ready}
+
+    def _unread(self, slot: int) -> Update:
+        """Of a request whose prompt is not read yet."""
+        passes, kept, wanted = (
+            dict.fromkeys(self.models.names, 0),
+            (0,) * (self.models.k + 1),
+            self._requests[slot].logprobs,
+        )
+        return Update(slot, [], False, passes, kept, None if wanted is None else Logprobs.of(self._no_scores, wanted))
+
+    def _update(self, slot: int, report: Report, scores_NxC: np.ndarray | None) -> Update:
+        request, logprobs, of_prompt = self._requests[slot], None, None
+        if scores_NxC is not None:
+            in_prompt = self._to_read(slot) if slot in self._owed else 0
+            logprobs = Logprobs.of(scores_NxC[in_prompt:], request.logprobs)
+            of_prompt = Logprobs.of(scores_NxC[:in_prompt], request.logprobs) if slot in self._owed else None
+            self._owed.discard(slot)
         length, is_finite = int(report.length_B[slot]), bool(report.finite_B[slot])
         tokens = report.tokens_BxS[slot, self._told[slot] : length].tolist()
         self._told[slot] = length
@@ -358,7 +466,8 @@ class Engine:
         if not is_finite:
             self._unclean.add(slot)
         passes = {name: int(passes_B[slot]) for name, passes_B in report.passes_B.items()}
-        return Update(slot, tokens, is_finished, passes, None if is_finite else DataError(_NOT_FINITE))
+        kept, error = tuple(report.kept_BxM[slot].tolist()), None if is_finite else DataError(_NOT_FINITE)
+        return Update(slot, tokens, is_finished, passes, kept, logprobs, of_prompt, error)
 
 
 _NOT_FINITE = (

@@ -7,6 +7,7 @@ import numpy as np
 
 from kforcing_jax.config import check_tau
 from kforcing_jax.decoding.engine import Engine, Update
+from kforcing_jax.decoding.logprobs import Logprobs
 from kforcing_jax.decoding.requests import (
     Request,
     check_confidence,
@@ -186,7 +187,7 @@ def decode(engine: Engine, requests: Sequence[Request]) -> Iterator[tuple[int, U
     for request in requests:
         engine.check(request)
     waiting, running = list(enumerate(requests))[::-1], {}
-    tokens = [[] for _ in requests]
+    updates = [[] for _ in requests]
     while waiting or running:
         while waiting and engine.free_slots:
             index, request = waiting.pop()
@@ -196,9 +197,21 @@ def decode(engine: Engine, requests: Sequence[Request]) -> Iterator[tuple[int, U
             if update.error:
                 engine.release()
                 raise DataError(str(update.error).replace("the logits", f"the logits of prompt {index}", 1))
-            tokens[index] += update.tokens
+            updates[index].append(update)
             if update.is_finished:
-                yield running.pop(update.slot), dataclasses.replace(update, tokens=tokens[index])
+                yield running.pop(update.slot), _joined(updates[index])
+
+
+def _joined(updates: list[Update]) -> Update:
+    """The last one of a request, with what all of them told."""
+    parts = [update.logprobs for update in updates if update.logprobs is not None]
+    of_prompt = (update.prompt_logprobs for update in updates if update.prompt_logprobs is not None)
+    return dataclasses.replace(
+        updates[-1],
+        tokens=[token for update in updates for token in update.tokens],
+        logprobs=Logprobs.joined(parts) if parts else None,
+        prompt_logprobs=next(of_prompt, None),
+    )
 
 
 def _seeds(seeds, batch) -> list[dict]:

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 
 from kforcing_jax.decoding import strides
 from kforcing_jax.decoding.draw import draw, is_finite
+from kforcing_jax.decoding.logprobs import score, score_chunk
 from kforcing_jax.decoding.requests import MODES
-from kforcing_jax.decoding.slots import Slots, at_positions, commit
+from kforcing_jax.decoding.slots import Slots, at_positions, commit, put
 from kforcing_jax.models import CausalLM, PushForwardLM
 from kforcing_jax.models.cached import Weights, append, call, ordered_logits
 
@@ -54,35 +55,44 @@ def slots_after_a_text(k: int) -> int:
     return 2 * k + 2
 
 
-def prefill(models: Models, name: str, chunk: int, live: int, weights: Weights, slots: Slots, caches, row=None):
+def prefill(
+    models: Models, name: str, chunk: int, live: int, weights: Weights, slots: Slots, caches, row=None, scored=False
+):
     """Reads the next `chunk` tokens of the texts, but for their last one, into a model's caches: (slots, caches).
 
-    Of all rows, or of one. Rows that have had a pass, or are further already, write only what is overwritten.
+    Of all rows, or of one. Rows that have had a pass, or are further already, write only what is overwritten. If
+    `scored` (by the teacher), the tokens after those that are read get their log-probabilities.
     """
-    read_B, length_B, tokens_BxS, part = slots.cached_B[name], slots.length_B, slots.tokens_BxS, caches
+    model, whole = getattr(models, name), (slots.cached_B[name], slots.scores_BxSxC, caches)
     # What a pass has left unread is read by the next one: here `live` may be too short for it.
-    length_B = jnp.where(slots.passes_B[name] > 0, read_B, length_B)
-    if row is not None:
-        read_B, length_B, tokens_BxS, part = jax.tree.map(
-            lambda x: jax.lax.dynamic_slice_in_dim(x, row, 1), (read_B, length_B, tokens_BxS, part)
-        )
-    x_BxGxD = call(getattr(models, name), weights, "embed", at_positions(tokens_BxS, read_B, chunk))
-    _, part = append(getattr(models, name), weights, x_BxGxD, part, read_B, live)
+    length_B = jnp.where(slots.passes_B[name] > 0, slots.cached_B[name], slots.length_B)
+    length_B, tokens_BxS, (read_B, scores_BxSxC, caches) = _of_row((length_B, slots.tokens_BxS, whole), row)
+    x_BxGxD = call(model, weights, "embed", at_positions(tokens_BxS, read_B, chunk))
+    hidden_BxGxD, caches = append(model, weights, x_BxGxD, caches, read_B, live)
+    if scored:
+        scores_BxGxC = score_chunk(model, weights, hidden_BxGxD, at_positions(tokens_BxS, read_B + 1, chunk))
+        scores_BxSxC = put(scores_BxSxC, scores_BxGxC, read_B + 1)
     read_B = jnp.maximum(read_B, jnp.minimum(read_B + chunk, length_B - 1))
-    if row is not None:
-        read_B, part = jax.tree.map(
-            lambda whole, x: jax.lax.dynamic_update_slice_in_dim(whole, x, row, 0),
-            (slots.cached_B[name], caches),
-            (read_B, part),
-        )
-    return slots._replace(cached_B=slots.cached_B | {name: read_B}), part
+    read_B, scores_BxSxC, caches = _into_row(whole, (read_B, scores_BxSxC, caches), row)
+    return slots._replace(cached_B=slots.cached_B | {name: read_B}, scores_BxSxC=scores_BxSxC), caches
+
+
+def _of_row(arrays, row):
+    """A row of all arrays; all of them without one."""
+    return arrays if row is None else jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, row, 1), arrays)
+
+
+def _into_row(arrays, new, row):
+    if row is None:
+        return new
+    return jax.tree.map(lambda whole, x: jax.lax.dynamic_update_slice_in_dim(whole, x, row, 0), arrays, new)
 
 
 def run(models: Models, mode: str, live: int, weights: dict[str, Weights], state: Decoding, alive_B, passes, wait):
     """Up to `passes` passes of the requests of a mode.
 
-    Rows that are not `alive` are stopped. Returns early when no request of the mode is left, and, unless told to
-    `wait`, as soon as one of them ends.
+    Rows that are not `alive` are stopped; those whose prompts are not read yet wait. Returns early when no request of
+    the mode is left, and, unless told to `wait`, as soon as one of them ends.
     """
     one_pass = {"student": _student_pass, "ar": _ar_pass, "exact": _exact_pass}[mode]
     slots = state.slots
@@ -90,8 +100,12 @@ def run(models: Models, mode: str, live: int, weights: dict[str, Weights], state
     read_B = jax.tree.map(lambda read_B: jnp.where(alive_B, read_B, 0), slots.cached_B)
     state = state._replace(slots=slots._replace(running_B=slots.running_B & alive_B, cached_B=read_B))
 
+    settings = slots.settings
+    is_read_B = jnp.all(jnp.stack([read_B[name] >= settings.prompt_B - 1 for name in MODELS[mode]]), axis=0)
+    may_run_B = is_read_B & (settings.mode_B == MODES.index(mode))
+
     def active_B(state):
-        return state.slots.running_B & (state.slots.settings.mode_B == MODES.index(mode))
+        return state.slots.running_B & may_run_B
 
     before = jnp.sum(active_B(state))
 
@@ -144,7 +158,7 @@ def _draft(models, live, weights, state, active_B, known):
     rows_BxK = unread_B[:, None] + jnp.arange(k)
     hidden_BxKxD, caches = append(model, weights, x_BxGxD, state.caches["student"], read_B, live, rows_BxK)
     state = _after_a_pass(state, "student", caches, active_B)
-    return _drawn(model, weights, slots, active_B, hidden_BxKxD, u_BxK), state
+    return _drawn(model, slots, active_B, ordered_logits(model, weights, hidden_BxKxD), u_BxK), state
 
 
 def _joined(first_BxNxD, then_BxKxD, count_B):
@@ -155,7 +169,10 @@ def _joined(first_BxNxD, then_BxKxD, count_B):
 
 
 def _teacher_draws(models, live, weights, state, active_B, draft_BxK=None):
-    """The teacher's inverse-CDF draws: of the token after the text, and after every draft where there are some."""
+    """The teacher's inverse-CDF draws: of the token after the text, and after every draft where there are some.
+
+    And their log-probabilities, in what the state has of the positions after the text.
+    """
     model, weights, slots = models.teacher, weights["teacher"], state.slots
     read_B = slots.cached_B["teacher"]
     tokens_BxM = at_positions(slots.tokens_BxS, read_B, 1)
@@ -164,12 +181,15 @@ def _teacher_draws(models, live, weights, state, active_B, draft_BxK=None):
     x_BxMxD = call(model, weights, "embed", tokens_BxM)
     hidden_BxMxD, caches = append(model, weights, x_BxMxD, state.caches["teacher"], read_B, live)
     u_BxM = at_positions(slots.noise_BxS, slots.length_B, tokens_BxM.shape[1])
-    state = _after_a_pass(state, "teacher", caches, active_B)
-    return _drawn(model, weights, slots, active_B, hidden_BxMxD, u_BxM), state
-
-
-def _drawn(model, weights, slots, active_B, hidden_BxMxD, u_BxM) -> Drawn:
     logits_BxMxV = ordered_logits(model, weights, hidden_BxMxD)
+    drawn = _drawn(model, slots, active_B, logits_BxMxV, u_BxM)
+    is_asked = jnp.any(active_B & slots.settings.is_scored_B)
+    scores_BxMxC = score(model, logits_BxMxV, drawn.tokens_BxM, is_asked)
+    slots = slots._replace(scores_BxSxC=put(slots.scores_BxSxC, scores_BxMxC, slots.length_B))
+    return drawn, _after_a_pass(state._replace(slots=slots), "teacher", caches, active_B)
+
+
+def _drawn(model, slots, active_B, logits_BxMxV, u_BxM) -> Drawn:
     return Drawn(*draw(model, slots, active_B, logits_BxMxV, u_BxM), is_finite(logits_BxMxV))
 
 

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import functools
-import math
+import time
 from typing import NamedTuple
 
 import jax
@@ -12,6 +12,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kforcing_jax.decoding import slots as slot_states
+from kforcing_jax.decoding.logprobs import width as width_of_scores
+from kforcing_jax.decoding.memory import sharded_bytes
 from kforcing_jax.decoding.passes import MODELS, Decoding, Models, prefill, run, slots_after_a_text
 from kforcing_jax.decoding.slots import Settings, Slots
 from kforcing_jax.models import init_params
@@ -28,6 +30,7 @@ class Report(NamedTuple):
     running_B: jax.Array
     finite_B: jax.Array
     passes_B: dict[str, jax.Array]
+    kept_BxM: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +42,9 @@ class Programs:
     - `empty`: () -> `Decoding` without requests
     - `insert`: student's weights by name, slots, is_new_B, settings, tokens_BxS, noise_BxS, is_given_B -> slots
     - `clear`: caches, row -> caches with an empty row
-    - `prefill`, model, rows, chunk, live: weights, slots, caches, the row if `rows` is "one" -> slots, caches
+    - `prefill`, model, rows, chunk, live, True if scored: weights, slots, caches, the row if `rows` is "one" ->
+      slots, caches
+    - `scores`: scores_BxSxC, first_B -> scores of `BLOCK` positions of every row, from its first one on
     - `run`, mode, live: weights by name, `Decoding` with the caches of the mode's models, alive_B, passes, wait ->
       the same `Decoding` later, `Report`
 
@@ -53,7 +58,11 @@ class Programs:
 
     def compiled(self, *key) -> jax.stages.Compiled:
         """Compiles a program when it is first asked for."""
-        return _compiled(self, key)
+        return _compiled(self, key)[0]
+
+    def seconds(self, *key) -> float:
+        """What compiling a program took."""
+        return _compiled(self, key)[1]
 
     def temporary_bytes(self, *key) -> int:
         """What a program needs on a device besides its arguments."""
@@ -133,8 +142,12 @@ class Programs:
             cfg = getattr(self.models, name).cfg
             shape = self.slots, cfg.num_heads, self.positions, cfg.head_width
             caches[name] = tuple(allocate(*shape, cfg.dtype) for _ in range(cfg.num_layers))
-        width = self.models.student.cfg.d_model if self.models.student else 0
-        return Decoding(Slots.empty(self.slots, self.positions, self.models.names, width), caches)
+        student, teacher = self.models.student, self.models.teacher
+        width = student.cfg.d_model if student else 0
+        scores = width_of_scores(teacher.cfg.vocab_size) if teacher else 0
+        return Decoding(
+            Slots.empty(self.slots, self.positions, self.models.names, self.models.k + 1, width, scores), caches
+        )
 
     def _insert(self):
         flag_B, texts = np.zeros(self.slots, bool), (self.slots, self.positions)
@@ -159,11 +172,18 @@ class Programs:
         shardings = self._state_shardings and self._state_shardings.caches
         return function, (self.state.caches, np.int32(0)), 0, shardings
 
-    def _prefill(self, name, rows, chunk, live):
-        function = functools.partial(prefill, self.models, name, chunk, live)
+    def _prefill(self, name, rows, chunk, live, scored=False):
+        function = functools.partial(prefill, self.models, name, chunk, live, scored=scored)
         row = () if rows == "all" else (np.int32(0),)
         shardings = self._state_shardings and (self._state_shardings.slots, self._state_shardings.caches[name])
         return function, (self.weights[name], self.state.slots, self.state.caches[name], *row), (1, 2), shardings
+
+    def _scores(self):
+        def function(scores_BxSxC, first_B):
+            return jax.vmap(lambda row, first: jax.lax.dynamic_slice_in_dim(row, first, BLOCK))(scores_BxSxC, first_B)
+
+        arguments = self.state.slots.scores_BxSxC, np.zeros(self.slots, np.int32)
+        return function, arguments, (), self.mesh and replicated(self.mesh)
 
     def _run(self, mode, live):
         def function(weights, state, alive_B, passes, wait):
@@ -175,6 +195,7 @@ class Programs:
                 slots.running_B,
                 slots.finite_B,
                 jax.tree.map(jnp.copy, slots.passes_B),
+                jnp.copy(slots.kept_BxM),
             )
 
         names = MODELS[mode]
@@ -186,19 +207,16 @@ class Programs:
 
 
 @functools.lru_cache(maxsize=128)
-def _compiled(programs: Programs, key: tuple) -> jax.stages.Compiled:
-    return programs.lower(*key).compile()
+def _compiled(programs: Programs, key: tuple) -> tuple[jax.stages.Compiled, float]:
+    start = time.perf_counter()
+    return programs.lower(*key).compile(), time.perf_counter() - start
 
 
 @functools.lru_cache(maxsize=128)
 def _temporary_bytes(programs: Programs, key: tuple) -> int:
-    return _compiled(programs, key).memory_analysis().temp_size_in_bytes
+    return programs.compiled(*key).memory_analysis().temp_size_in_bytes
 
 
 @functools.lru_cache(maxsize=128)
 def _state_bytes(programs: Programs) -> int:
-    def on_a_device(x):
-        shape = x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)
-        return math.prod(shape) * x.dtype.itemsize
-
-    return sum(map(on_a_device, jax.tree.leaves(programs.state)))
+    return sum(map(sharded_bytes, jax.tree.leaves(programs.state)))

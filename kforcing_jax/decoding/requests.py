@@ -1,7 +1,7 @@
 """What a request asks for, and whether it can be had."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -14,6 +14,11 @@ MODES = ("student", "ar", "exact")
 MOST_END_IDS = 8
 # Of a token's logit, for each time that it was generated.
 MOST_PENALTY = 1e6
+# Tokens whose logits a request may change, and by how much either way.
+MOST_BIASES = 64
+MOST_BIAS = 100.0
+# Alternatives of a token whose log-probabilities a request may ask for.
+MOST_LOGPROBS = 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +36,14 @@ class Request:
       confidence: of the confident stride, in [0, 1]; 0 keeps whole windows. Of mode `student` only.
       frequency_penalty: subtracted from a token's logit for every time it was generated.
       end_ids: tokens that end the text.
+      top_k: draw from the so many likeliest tokens only, and those as likely as the last of them; 0 is all.
+      top_p: then from the fewest likeliest that have this probability together, in (0, 1].
+      logit_bias: added to the logits of tokens, by id.
+      logprobs: report the log-probability of every new token, and of so many alternatives. They are the teacher's own:
+        at temperature 1, before bias, penalty and truncation.
+      prompt_logprobs: the same for the tokens of the prompt but the first.
+
+    What comes after `end_ids` is the teacher's: of modes `ar` and `exact` only.
     """
 
     prompt: Sequence[int]
@@ -43,6 +56,11 @@ class Request:
     confidence: float = 0.0
     frequency_penalty: float = 0.0
     end_ids: Sequence[int] = ()
+    top_k: int = 0
+    top_p: float = 1.0
+    logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
+    logprobs: int | None = None
+    prompt_logprobs: bool = False
 
     @property
     def end(self) -> int:
@@ -68,11 +86,40 @@ class Request:
         check_penalty("frequency_penalty", self.frequency_penalty)
         if self.noise is not None:
             check_noise(self.noise, (self.max_new_tokens,))
+        self._check_truncation()
+        check_bias(self.logit_bias, vocab_size)
+        self._check_logprobs()
+        if self.mode == "student":
+            self._check_student()
+
+    def _check_truncation(self):
+        if not is_whole_number(self.top_k) or self.top_k < 0:
+            raise DataError(f"top_k = {self.top_k!r} should be a whole number, at least 1, or 0 for all tokens")
+        if not is_finite_number(self.top_p) or not 0 < self.top_p <= 1:
+            raise DataError(f"top_p = {self.top_p!r} is not in (0, 1]")
+
+    def _check_logprobs(self):
+        if self.logprobs is not None and not (is_whole_number(self.logprobs) and 0 <= self.logprobs <= MOST_LOGPROBS):
+            raise DataError(f"logprobs = {self.logprobs!r} should be a whole number from 0 to {MOST_LOGPROBS}, or None")
+        if not isinstance(self.prompt_logprobs, (bool, np.bool_)):
+            raise DataError(f"prompt_logprobs = {self.prompt_logprobs!r} should be True or False")
+        if self.prompt_logprobs and self.logprobs is None:
+            raise DataError("prompt_logprobs = True needs logprobs, the number of alternatives, at least 0")
+
+    def _check_student(self):
+        """A student's tokens are argmaxes that know their uniform already: no distribution to cut or report."""
+        for name, default in _OF_TEACHERS.items():
+            value = getattr(self, name)
+            if value != default:
+                raise DataError(f"{name} = {value!r} is not possible in mode 'student'; modes ar and exact can")
+
+
+_OF_TEACHERS = {"top_k": 0, "top_p": 1.0, "logit_bias": {}, "logprobs": None, "prompt_logprobs": False}
 
 
 def check_count(name: str, value: int):
     """Raises DataError for what is no whole number from 1 on."""
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)) or value < 1:
+    if not is_whole_number(value) or value < 1:
         raise DataError(f"{name} = {value!r} should be a whole number, at least 1")
 
 
@@ -80,6 +127,20 @@ def check_penalty(name: str, penalty: float):
     """Raises DataError for a penalty that is no number, or as good as infinite in f32."""
     if not is_finite_number(penalty) or abs(penalty) > MOST_PENALTY:
         raise DataError(f"{name} = {penalty!r} should be a finite number, of at most {MOST_PENALTY:g} either way")
+
+
+def check_bias(bias: Mapping[int, float], vocab_size: int):
+    """Raises DataError for biases that are not small numbers by id, or too many."""
+    if not isinstance(bias, Mapping):
+        raise DataError(f"logit_bias = {bias!r} should be numbers by token id")
+    whole_numbers(list(bias), "logit_bias", vocab_size)
+    if len(bias) > MOST_BIASES:
+        raise DataError(f"logit_bias has {len(bias)} ids; at most {MOST_BIASES} are possible")
+    for token, value in bias.items():
+        if not is_finite_number(value) or abs(value) > MOST_BIAS:
+            raise DataError(
+                f"logit_bias has {value!r} for {token}; expected a number from -{MOST_BIAS:g} to {MOST_BIAS:g}"
+            )
 
 
 def check_mode(mode: str):
@@ -108,6 +169,10 @@ def check_noise(noise, shape: tuple[int, ...]):
     outside = noise[~((noise >= 0) & (noise < 1))]
     if outside.size:
         raise DataError(f"noise holds {outside.flat[0]}; uniforms are in [0, 1)")
+
+
+def is_whole_number(value) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, (bool, np.bool_))
 
 
 def is_finite_number(value) -> bool:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kforcing_jax.decoding.requests import MODES, MOST_END_IDS, Request
+from kforcing_jax.decoding.requests import MODES, MOST_BIASES, MOST_END_IDS, Request
 from kforcing_jax.noise import LARGEST_UNIFORM, position_noise
 
 
@@ -25,31 +25,53 @@ class Settings(NamedTuple):
     confidence_B: jax.Array
     penalty_B: jax.Array
     end_ids_BxE: jax.Array  # -1 where there are fewer
+    top_k_B: jax.Array  # 0: all
+    top_p_B: jax.Array
+    biased_BxI: jax.Array  # token ids
+    bias_BxI: jax.Array  # 0 where there are fewer
+    is_scored_B: jax.Array  # whether log-probabilities are wanted
 
     @classmethod
     def empty(cls, rows: int) -> "Settings":
         """Of no request; numpy arrays, to be filled."""
-        whole = [np.zeros(rows, np.int32) for _ in range(2)]
-        numbers = [np.ones(rows, np.float32), *(np.zeros(rows, np.float32) for _ in range(2))]
-        more = np.zeros(rows, np.uint32), np.zeros(rows, np.int32), np.ones(rows, np.int32)
-        return cls(*whole, *more, *numbers, np.full((rows, MOST_END_IDS), -1, np.int32))
+
+        def array(dtype, value=0, *shape):
+            return np.full((rows, *shape), value, dtype)
+
+        whole, number = np.int32, np.float32
+        return cls(
+            prompt_B=array(whole),
+            end_B=array(whole),
+            seed_B=array(np.uint32),
+            mode_B=array(whole),
+            k_B=array(whole, 1),
+            tau_B=array(number, 1),
+            confidence_B=array(number),
+            penalty_B=array(number),
+            end_ids_BxE=array(whole, -1, MOST_END_IDS),
+            top_k_B=array(whole),
+            top_p_B=array(number, 1),
+            biased_BxI=array(whole, 0, MOST_BIASES),
+            bias_BxI=array(number, 0, MOST_BIASES),
+            is_scored_B=array(bool),
+        )
 
     def fill(self, row: int, request: Request, k: int):
-        """Writes a request into a row of the host's arrays."""
-        ends = [*request.end_ids, *[-1] * (MOST_END_IDS - len(request.end_ids))]
-        values = (
-            len(request.prompt),
-            request.end,
-            request.seed,
-            MODES.index(request.mode),
-            k,
-            request.tau,
-            request.confidence,
-            request.frequency_penalty,
-            ends,
-        )
-        for array, value in zip(self, values, strict=True):
-            array[row] = value
+        """Writes a request into a row of the host's arrays, which are empty there."""
+        self.prompt_B[row] = len(request.prompt)
+        self.end_B[row] = request.end
+        self.seed_B[row] = request.seed
+        self.mode_B[row] = MODES.index(request.mode)
+        self.k_B[row] = k
+        self.tau_B[row] = request.tau
+        self.confidence_B[row] = request.confidence
+        self.penalty_B[row] = request.frequency_penalty
+        self.end_ids_BxE[row, : len(request.end_ids)] = request.end_ids
+        self.top_k_B[row] = min(request.top_k, np.iinfo(np.int32).max)
+        self.top_p_B[row] = request.top_p
+        self.biased_BxI[row, : len(request.logit_bias)] = list(request.logit_bias)
+        self.bias_BxI[row, : len(request.logit_bias)] = list(request.logit_bias.values())
+        self.is_scored_B[row] = request.logprobs is not None
 
 
 class Slots(NamedTuple):
@@ -63,11 +85,20 @@ class Slots(NamedTuple):
     finite_B: jax.Array  # all logits so far were
     cached_B: dict[str, jax.Array]  # by model: tokens whose keys its cache holds
     passes_B: dict[str, jax.Array]  # by model: forward passes after prefill
+    kept_BxM: jax.Array  # passes that kept more than 0, 1, ... tokens
     of_tau_BxD: jax.Array  # what the student's noise encoder makes of the temperature
+    scores_BxSxC: jax.Array  # log-probabilities of every position, as `logprobs.score` gives them
 
     @classmethod
-    def empty(cls, rows: int, positions: int, models: tuple[str, ...], width: int) -> "Slots":
-        """Free slots. `width` is that of the student, 0 without one."""
+    def empty(cls, rows: int, positions: int, models: tuple[str, ...], most: int, width: int, scores: int) -> "Slots":
+        """Free slots.
+
+        Args:
+          models: names of those that there are.
+          most: tokens that a pass gives at most.
+          width: of the student, 0 without one.
+          scores: what `logprobs.score` gives of a token, 0 without a teacher.
+        """
 
         def counts():
             return {name: jnp.zeros(rows, jnp.int32) for name in models}
@@ -81,7 +112,9 @@ class Slots(NamedTuple):
             finite_B=jnp.ones(rows, bool),
             cached_B=counts(),
             passes_B=counts(),
+            kept_BxM=jnp.zeros((rows, most), jnp.int32),
             of_tau_BxD=jnp.zeros((rows, width)),
+            scores_BxSxC=jnp.zeros((rows, positions if scores else 0, scores)),
         )
 
 
@@ -91,7 +124,7 @@ def insert(slots: Slots, is_new_B, settings: Settings, tokens_BxS, noise_BxS, is
     seeded_BxS = position_noise(settings.seed_B, positions_BxS)
     # An f64 just below 1 is no f32 below 1.
     given_BxS = jnp.minimum(noise_BxS, LARGEST_UNIFORM)
-    zeros = jax.tree.map(jnp.zeros_like, (slots.cached_B, slots.passes_B))
+    zeros = jax.tree.map(jnp.zeros_like, (slots.cached_B, slots.passes_B, slots.kept_BxM))
     new = Slots(
         settings=settings,
         tokens_BxS=tokens_BxS,
@@ -101,7 +134,9 @@ def insert(slots: Slots, is_new_B, settings: Settings, tokens_BxS, noise_BxS, is
         finite_B=jnp.ones_like(is_new_B),
         cached_B=zeros[0],
         passes_B=zeros[1],
+        kept_BxM=zeros[2],
         of_tau_BxD=of_tau_BxD,
+        scores_BxSxC=slots.scores_BxSxC,
     )
     return jax.tree.map(lambda kept, row: jnp.where(_like(is_new_B, kept), row, kept), slots, new)
 
@@ -113,6 +148,12 @@ def _like(mask_B, array):
 def at_positions(values_BxS: jax.Array, first_B: jax.Array, count: int) -> jax.Array:
     """`count` values of every row from position `first` on, (B, count)."""
     return jnp.take_along_axis(values_BxS, first_B[:, None] + jnp.arange(count), axis=1, mode="clip")
+
+
+def put(values_BxSx, new_BxMx: jax.Array, first_B: jax.Array) -> jax.Array:
+    """Values with M new ones of every row from position `first` on."""
+    write = jax.vmap(lambda row, new, first: jax.lax.dynamic_update_slice_in_dim(row, new, first, axis=0))
+    return write(values_BxSx, new_BxMx, first_B)
 
 
 def commit(slots: Slots, new_BxM: jax.Array, keep_B: jax.Array, active_B: jax.Array) -> Slots:
@@ -128,9 +169,9 @@ def commit(slots: Slots, new_BxM: jax.Array, keep_B: jax.Array, active_B: jax.Ar
     keep_B = jnp.where(active_B, jnp.minimum(keep_B, first_end_B + 1), 0)
     length_B = slots.length_B + keep_B
     ended_B = (length_B >= settings.end_B) | (first_end_B < keep_B)
-    write = jax.vmap(lambda row, new, first: jax.lax.dynamic_update_slice_in_dim(row, new, first, axis=0))
     return slots._replace(
-        tokens_BxS=write(slots.tokens_BxS, new_BxM, slots.length_B),
+        tokens_BxS=put(slots.tokens_BxS, new_BxM, slots.length_B),
+        kept_BxM=slots.kept_BxM + (keep_B[:, None] > jnp.arange(slots.kept_BxM.shape[1])),
         length_B=length_B,
         running_B=slots.running_B & ~(active_B & ended_B),
     )

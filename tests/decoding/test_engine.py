@@ -309,7 +309,7 @@ def test_models_that_do_not_fit_are_refused(student, teacher):
 
 
 def test_slots_that_do_not_fit_the_memory_are_refused_with_the_numbers(engine, student, monkeypatch):
-    monkeypatch.setattr(memory, "_bytes_left", lambda device: 100_000)
+    monkeypatch.setattr(memory, "bytes_left", lambda device: 100_000)
     small = Engine(student=student, slots=3, max_length=LONGEST, k=K)
     with pytest.raises(RunError, match=r"3 slots of 128 positions take 0.\d+ GB .* 0.00 GB are left .* would fit"):
         small.insert(Request([1], 2))
