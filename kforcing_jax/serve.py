@@ -1,0 +1,232 @@
+"""Serves a trained run or a released checkpoint over HTTP, to any OpenAI client.
+
+python -m kforcing_jax.serve --workdir=runs/tiny
+curl localhost:8000/v1/completions -H 'Content-Type: application/json' -d '{"prompt": "The president said", "seed": 3}'
+"""
+
+import importlib.util
+import logging
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+from absl import flags
+
+from kforcing_jax import cli
+from kforcing_jax.cli import checkpoints as checkpoint_flags
+from kforcing_jax.cli.checkpoints import CHECKPOINT, TOKENIZER, WEIGHTS, K, check_one_model
+from kforcing_jax.cli.stages import choose_stage
+from kforcing_jax.data.places import expanded
+from kforcing_jax.errors import ConfigError, RunError
+
+flags.adopt_module_key_flags(checkpoint_flags)
+_WORKDIR = flags.DEFINE_string("workdir", None, "The run directory.")
+_STAGE = flags.DEFINE_string("stage", None, "The student that drafts and decodes, not that of the largest window.")
+_TEACHER = flags.DEFINE_string("teacher", None, "The AR .ckpt beside a student --checkpoint, for modes ar and exact.")
+_HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen at; 0.0.0.0 for all of this machine.")
+_PORT = flags.DEFINE_integer("port", 8000, "Port; 0 takes a free one.", lower_bound=0, upper_bound=65535)
+_SLOTS = flags.DEFINE_integer("slots", None, "Texts at a time; by default what fits, 64 at most.", lower_bound=1)
+_MAX_LENGTH = flags.DEFINE_integer(
+    "max_length", None, "Tokens of a text, its prompt included; by default those of training.", lower_bound=2
+)
+_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the blocks and their caches.")
+_MODE = flags.DEFINE_enum(
+    "mode", None, ["student", "ar", "exact"], "Of requests that do not say; the student's if there is one."
+)
+_CONFIDENCE = flags.DEFINE_float(
+    "confidence", 0.0, "Of requests that do not say, in mode student; 0 keeps whole windows."
+)
+_TENSOR = flags.DEFINE_integer("tensor", 1, "Devices of this host that share heads and columns.", lower_bound=1)
+_QUEUE = flags.DEFINE_integer("queue", 1024, "Texts that may wait for a slot; more are answered 429.", lower_bound=1)
+_REQUEST_TIMEOUT = flags.DEFINE_float("request_timeout", 600, "Seconds that a request may take.", lower_bound=0.001)
+_DRAIN_SECONDS = flags.DEFINE_float("drain_seconds", 30, "After SIGTERM, for what has begun.", lower_bound=0)
+_NAME = flags.DEFINE_string("name", None, "Of the model, for clients; by default that of the directory or file.")
+_CHAT_TEMPLATE = flags.DEFINE_string(
+    "chat_template", None, "A .jinja, or a folder that has one; by default the tokenizer's."
+)
+_API_KEY = flags.DEFINE_string("api_key", None, "That clients have to have; KFORCING_API_KEY says it unseen.")
+
+_LOG = logging.getLogger("kforcing_jax")
+# Programs are compiled for so many texts at a time, unless memory or --slots says otherwise.
+_MOST_SLOTS, _MOST_SLOTS_ON_A_CPU = 64, 16
+
+
+class Loaded(NamedTuple):
+    """Models, and what has to be known of them; None where nothing says it."""
+
+    name: str
+    student: tuple | None
+    teacher: tuple | None
+    tokenizer: object | None
+    tokenizer_folder: Path | None
+    eos_id: int | None
+    k: int
+    seq_len: int | None
+    tau_range: tuple[float, float] | None
+
+
+def main(_):
+    _check_flags()
+    from kforcing_jax.serving.server import bind, serve
+
+    bound = bind(_HOST.value, _PORT.value)  # a port that is taken is said before minutes of loading
+    app = _app(_loaded())
+    host, port = bound.getsockname()[:2]
+    address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    _LOG.info(f"serving {app.state.service.served.name} at {address}: /v1, /health, /metrics, and a page at /")
+    if not serve(app, bound, _DRAIN_SECONDS.value):
+        raise RunError("the engine failed several times in a row; what is above says why")
+
+
+def _check_flags():
+    missing = [
+        name for name in ("fastapi", "uvicorn", "prometheus_client", "jinja2") if not importlib.util.find_spec(name)
+    ]
+    if missing:
+        raise ConfigError(
+            f"{' and '.join(missing)} missing; pip install 'kforcing-jax[serve]', or -e '.[serve]' in a clone"
+        )
+    check_one_model(_WORKDIR.value)
+    unused = ["prefix_file", "prefix_length", "batch_size", "num_samples", "max_new_tokens"]
+    cli.refuse_flags(unused, "here: requests say what they want")
+    if _WORKDIR.value:
+        cli.refuse_flags(["tokenizer", "weights", "teacher"], "without --checkpoint")
+    else:
+        cli.refuse_flags(["stage"], "without --workdir")
+    if not 0 <= _CONFIDENCE.value <= 1:
+        raise ConfigError(f"--confidence={_CONFIDENCE.value} is not in [0, 1]")
+    if _API_KEY.value is not None and not _API_KEY.value.isascii():
+        raise ConfigError("--api_key should be ASCII, as headers of HTTP are")
+
+
+def _loaded() -> Loaded:
+    return _from_run() if _WORKDIR.value else _from_checkpoint()
+
+
+def _from_run() -> Loaded:
+    from kforcing_jax.training.checkpoints import finished_stages, load_stage
+    from kforcing_jax.workdir import Workdir
+
+    workdir = Workdir.open(_WORKDIR.value)
+    tokenizer, config, finished = workdir.tokenizer(), workdir.config, finished_stages(workdir)
+    if not finished:
+        raise RunError(f"{workdir.path} has no finished stage; run kforcing_jax.main on it again")
+    name = _NAME.value or workdir.path.absolute().name
+    mesh = _mesh(config.model.num_heads)
+    teacher = load_stage(workdir, "ar", tokenizer, mesh) if "ar" in finished else None
+    student, k, tau_range = None, 1, None
+    if _STAGE.value != "ar" and (_STAGE.value or finished != ["ar"]):
+        stage, k = choose_stage(config, finished, "student", K.value, _STAGE.value)
+        student = load_stage(workdir, stage, tokenizer, mesh)
+        tau_range = config.stages[stage].tau_min, config.stages[stage].tau_max
+    return Loaded(
+        name, student, teacher, tokenizer, workdir.data_path, tokenizer.eos_id, k, config.data.seq_len, tau_range
+    )
+
+
+def _from_checkpoint() -> Loaded:
+    from kforcing_jax.interop.released import open_released, open_teacher
+    from kforcing_jax.models import CausalLM
+
+    path = CHECKPOINT.value
+    released = open_released(path, TOKENIZER.value, WEIGHTS.value, needs_tokenizer=False)
+    model = released.model, released.params
+    if isinstance(released.model, CausalLM):
+        cli.refuse_flags(["k", "teacher"], f"with {path}, an AR model")
+        student, teacher = None, model
+    else:
+        student, teacher = model, open_teacher(_TEACHER.value, released)[:2] if _TEACHER.value else None
+    if released.tokenizer is None:
+        _LOG.info("no tokenizer is here: prompts are ids, and so are answers")
+    folder = expanded(TOKENIZER.value) if TOKENIZER.value and expanded(TOKENIZER.value).is_dir() else None
+    return Loaded(
+        _NAME.value or Path(path).stem,
+        student,
+        teacher,
+        released.tokenizer,
+        folder,
+        released.eos_id,
+        released.tokens_per_pass(K.value),
+        released.seq_len,
+        released.tau_range,
+    )
+
+
+def _mesh(heads: int):
+    """None without --tensor."""
+    if _TENSOR.value == 1:
+        return None
+    from kforcing_jax.config import MeshConfig
+    from kforcing_jax.sharding import make_mesh
+
+    if heads % _TENSOR.value:
+        raise ConfigError(f"--tensor={_TENSOR.value} does not divide the {heads} heads of the model")
+    return make_mesh(MeshConfig(data=1, fsdp=1, tensor=_TENSOR.value))
+
+
+def _app(loaded: Loaded):
+    """The application on an engine that has compiled all that it will need."""
+    from kforcing_jax.serving.app import Service, create_app
+    from kforcing_jax.serving.metrics import Metrics
+    from kforcing_jax.serving.plan import Served
+    from kforcing_jax.serving.scheduler import Scheduler
+    from kforcing_jax.serving.worker import Worker
+
+    template = _template(loaded)
+    engine = _engine(loaded)
+    mode = _MODE.value or engine.modes[0]
+    if mode not in engine.modes:
+        raise ConfigError(f"--mode={mode} is not possible with what is loaded: {', '.join(engine.modes)}")
+    served = Served(
+        name=loaded.name,
+        engine=engine,
+        tokenizer=loaded.tokenizer,
+        eos_id=loaded.eos_id,
+        mode=mode,
+        confidence=_CONFIDENCE.value,
+        tau_range=loaded.tau_range,
+        most_texts=_QUEUE.value,
+        chat_template=template,
+    )
+    _warm_up(engine, served)
+    scheduler, metrics = Scheduler(engine, most_waiting=_QUEUE.value), Metrics(loaded.name)
+    positions = engine.slots * engine.max_length
+    metrics.watch(
+        lambda: scheduler.running, lambda: scheduler.waiting, lambda: scheduler.cached / positions, engine.slots
+    )
+    key = _API_KEY.value or os.environ.get("KFORCING_API_KEY")
+    return create_app(Service(served, scheduler, Worker(scheduler), metrics, _REQUEST_TIMEOUT.value, key))
+
+
+def _template(loaded):
+    from kforcing_jax.serving.chat import ChatTemplate
+
+    if _CHAT_TEMPLATE.value:
+        if loaded.tokenizer is None:
+            raise ConfigError("--chat_template has no effect without a tokenizer; give --tokenizer")
+        return ChatTemplate.load(expanded(_CHAT_TEMPLATE.value))
+    return ChatTemplate.find(loaded.tokenizer_folder) if loaded.tokenizer_folder else None
+
+
+def _engine(loaded: Loaded):
+    import jax
+
+    from kforcing_jax.decoding import Engine
+
+    length = _MAX_LENGTH.value or loaded.seq_len
+    if length is None:
+        raise ConfigError("--max_length is missing: nothing says how long the texts of this checkpoint are")
+    if loaded.seq_len and length > loaded.seq_len:
+        raise ConfigError(f"--max_length={length} exceeds the {loaded.seq_len} tokens of the texts of training")
+    slots = _SLOTS.value or (_MOST_SLOTS_ON_A_CPU if jax.default_backend() == "cpu" else _MOST_SLOTS)
+    heads = (loaded.student or loaded.teacher)[0].cfg.num_heads
+    models = {"student": loaded.student, "teacher": loaded.teacher}
+    return Engine(**models, slots=slots, max_length=length, k=loaded.k, dtype=_DTYPE.value, mesh=_mesh(heads))
+
+
+def _warm_up(engine, served):
+    engine.warm_up(told=lambda key, seconds: _LOG.info(f"  {' '.join(map(str, key)):<32} {seconds:6.1f} s"))
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,304 @@
+"""The HTTP side: routes, who may use them, and what a client gets that misbehaves.
+
+`create_app` needs no model and no JAX program: only something that plans and a scheduler that steps.
+"""
+
+import asyncio
+import contextlib
+import dataclasses
+import hmac
+import json
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable
+from importlib import resources
+
+from fastapi import FastAPI, Request
+from fastapi.responses import HTMLResponse, JSONResponse, Response
+from starlette.exceptions import HTTPException
+
+from kforcing_jax.serving import protocol
+from kforcing_jax.serving.errors import ApiError
+from kforcing_jax.serving.metrics import CONTENT_TYPE, Metrics
+from kforcing_jax.serving.plan import Served, plan_chat, plan_completion
+from kforcing_jax.serving.responses import LAST_EVENT, Answer, Chats, Completions, event_of
+from kforcing_jax.serving.scheduler import Scheduler
+from kforcing_jax.serving.session import Session
+from kforcing_jax.serving.worker import Worker
+
+# Of a body. A prompt that fits a context is far smaller.
+MOST_BYTES = 8 * 2**20
+# Bodies from here on are read and tokenised beside the event loop, so that streams go on.
+_LARGE = 64 * 2**10
+# For the rest of a body, and for a client to take some of its stream.
+_SECONDS_FOR_A_BODY, _SECONDS_FOR_A_READER = 30, 60
+
+
+@dataclasses.dataclass
+class Service:
+    """What the routes work with.
+
+    Attributes:
+      served: what is offered.
+      seconds: that a request may take.
+      api_key: what clients of /v1 have to have; None lets everyone in.
+      is_draining: no new requests are taken.
+    """
+
+    served: Served
+    scheduler: Scheduler
+    worker: Worker
+    metrics: Metrics
+    seconds: float
+    api_key: str | None = None
+    is_draining: bool = False
+
+    @property
+    def status(self) -> str:
+        """ready, draining or failed."""
+        return "failed" if self.worker.has_failed else "draining" if self.is_draining else "ready"
+
+
+def create_app(service: Service) -> FastAPI:
+    """The application. Its life is the worker's: it starts with it, and ends with it."""
+
+    @contextlib.asynccontextmanager
+    async def life(_):
+        service.worker.start()
+        yield
+        await asyncio.to_thread(service.worker.stop)
+
+    app = FastAPI(title="kforcing_jax", lifespan=life, docs_url=None, redoc_url=None, openapi_url=None)
+    app.state.service, app.state.created = service, int(time.time())
+    app.add_exception_handler(ApiError, _refusal)
+    app.add_exception_handler(HTTPException, _not_here)
+    app.add_exception_handler(Exception, _accident)
+    app.add_api_route("/v1/completions", _completions, methods=["POST"])
+    app.add_api_route("/v1/chat/completions", _chats, methods=["POST"])
+    app.add_api_route("/v1/models", _models, methods=["GET"])
+    app.add_api_route("/v1/models/{name:path}", _model, methods=["GET"])
+    app.add_api_route("/health", _health, methods=["GET"])
+    app.add_api_route("/metrics", _metrics, methods=["GET"])
+    app.add_api_route("/", _page, methods=["GET"], response_class=HTMLResponse)
+    return app
+
+
+# Routes.
+
+
+async def _completions(request: Request) -> Response:
+    return await _answer(request, protocol.CompletionRequest, plan_completion, Completions())
+
+
+async def _chats(request: Request) -> Response:
+    return await _answer(request, protocol.ChatRequest, plan_chat, Chats())
+
+
+async def _models(request: Request) -> Response:
+    _check_key(request)
+    return JSONResponse({"object": "list", "data": [_described(request.app, name) for name in _served(request).ids]})
+
+
+async def _model(request: Request, name: str) -> Response:
+    _check_key(request)
+    if name not in _served(request).ids:
+        raise ApiError(404, f"there is no model {name[:100]!r} here", "model", "model_not_found")
+    return JSONResponse(_described(request.app, name))
+
+
+async def _health(request: Request) -> Response:
+    status = request.app.state.service.status
+    return JSONResponse({"status": status}, 200 if status == "ready" else 503)
+
+
+async def _metrics(request: Request) -> Response:
+    return Response(request.app.state.service.metrics.text(), media_type=CONTENT_TYPE)
+
+
+async def _page() -> str:
+    return resources.files("kforcing_jax.serving").joinpath("page.html").read_text(encoding="utf-8")
+
+
+def _served(request: Request) -> Served:
+    return request.app.state.service.served
+
+
+def _described(app, name) -> dict:
+    served = app.state.service.served
+    mode = served.ids[name]
+    return {
+        "id": name,
+        "object": "model",
+        "created": app.state.created,
+        "owned_by": "kforcing_jax",
+        "max_model_len": served.engine.max_length,
+        "k": served.engine.models.k,
+        "mode": mode,
+        "modes": list(served.engine.modes),
+        "tau": list(served.tau_range) if served.tau_range else None,
+    }
+
+
+# One request.
+
+
+async def _answer(request: Request, kind: type, plan: Callable, form: Completions) -> Response:
+    _check_key(request)
+    service: Service = request.app.state.service
+    body = await _body(request)
+
+    def understood():
+        wanted = protocol.parse(kind, _decoded(body))
+        return wanted, plan(wanted, service.served)
+
+    wanted, texts = await asyncio.to_thread(understood) if len(body) > _LARGE else understood()
+    session = Session(texts, service.served.tokenizer, service.scheduler, service.metrics, service.seconds)
+    answer = Answer(form, secrets.token_hex(12), wanted.model or service.served.name, session.choices)
+    session.submit()
+    if wanted.stream:
+        return _EventStream(_events(session, answer, wanted), session.end)
+    return JSONResponse(await _unless_gone(request, _whole(session, answer), session.end))
+
+
+async def _whole(session, answer) -> dict:
+    parts = [[] for _ in session.choices]
+    async for told in session.deltas():
+        for choice, delta in told:
+            parts[choice.index].append(delta)
+    return answer.whole(parts)
+
+
+async def _events(session, answer, wanted) -> AsyncIterator[bytes]:
+    """What is sent, as it comes."""
+    before = answer.first_events()
+    async for told in session.deltas():
+        yield before + b"".join(answer.event(choice, delta, wanted.wants_running_usage) for choice, delta in told)
+        before = b""
+    yield (answer.usage_event() if wanted.wants_usage else b"") + LAST_EVENT
+
+
+async def _unless_gone(request, work, end):
+    """The result of `work`. A client that hangs up meanwhile ends it."""
+    work, gone = asyncio.ensure_future(work), asyncio.ensure_future(_hung_up(request.receive))
+    try:
+        await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not work.done():
+            raise ApiError(499, "the client hung up")
+        return work.result()
+    finally:
+        for task in (work, gone):
+            task.cancel()
+        end()
+
+
+async def _hung_up(receive):
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class _EventStream(Response):
+    """Server-sent events, until they end, the client hangs up, or it takes nothing for a while.
+
+    What goes wrong before the first event is an error of HTTP; afterwards it is the last event.
+    """
+
+    def __init__(self, events: AsyncIterator[bytes], end: Callable[[], None]):
+        super().__init__(
+            media_type="text/event-stream", headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        )
+        del self.headers["content-length"]
+        self._events, self._end = events, end
+
+    async def __call__(self, scope, receive, send):
+        sending, gone = asyncio.ensure_future(self._send(send)), asyncio.ensure_future(_hung_up(receive))
+        try:
+            await asyncio.wait({sending, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if sending.done():
+                sending.result()
+        finally:
+            for task in (sending, gone):
+                task.cancel()
+            self._end()
+
+    async def _send(self, send):
+        first = await anext(self._events)
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        try:
+            await self._send_part(send, first)
+            async for part in self._events:
+                await self._send_part(send, part)
+        except ApiError as error:
+            await self._send_part(send, event_of(error.body()) + LAST_EVENT)
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _send_part(self, send, part):
+        async with asyncio.timeout(_SECONDS_FOR_A_READER):
+            await send({"type": "http.response.body", "body": part, "more_body": True})
+
+
+# What comes in.
+
+
+def _check_key(request: Request):
+    """Raises ApiError 401 without the key; what was given is told nowhere."""
+    key = request.app.state.service.api_key
+    if key is None:
+        return
+    scheme, _, given = request.headers.get("authorization", "").partition(" ")
+    if not given:
+        raise ApiError(401, "the API key is missing: Authorization: Bearer KEY", code="missing_api_key")
+    if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), key.encode()):
+        raise ApiError(401, "the API key is wrong", code="invalid_api_key")
+
+
+async def _body(request: Request) -> bytes:
+    """The whole body.
+
+    Raises:
+      ApiError: 413 where it is too large, 408 where the rest does not come.
+    """
+    declared = request.headers.get("content-length", "")
+    if declared.isdecimal() and int(declared) > MOST_BYTES:
+        raise _too_large()
+    parts, size = [], 0
+    try:
+        async with asyncio.timeout(_SECONDS_FOR_A_BODY):
+            async for part in request.stream():
+                size += len(part)
+                if size > MOST_BYTES:
+                    raise _too_large()
+                parts.append(part)
+    except TimeoutError:
+        raise ApiError(408, f"the rest of the body did not come within {_SECONDS_FOR_A_BODY} s") from None
+    return b"".join(parts)
+
+
+def _too_large():
+    return ApiError(413, f"the body is larger than {MOST_BYTES:,} bytes", headers={"Connection": "close"})
+
+
+def _decoded(body: bytes):
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise ApiError(400, f"the body is not JSON ({' '.join(str(error).split())[:100]})") from None
+
+
+# What goes wrong.
+
+
+def _refusal(request: Request, error: ApiError) -> Response:
+    request.app.state.service.metrics.failed(error.status)
+    return JSONResponse(error.body(), error.status, error.headers)
+
+
+def _not_here(request: Request, error: HTTPException) -> Response:
+    words = {404: f"there is nothing at {request.url.path[:100]}", 405: f"{request.method} is not possible here"}
+    said = ApiError(
+        error.status_code, words.get(error.status_code, str(error.detail)), headers=dict(error.headers or {})
+    )
+    return _refusal(request, said)
+
+
+def _accident(request: Request, error: Exception) -> Response:
+    return _refusal(request, ApiError(500, "something went wrong; the server's log says what"))

@@ -1,0 +1,236 @@
+"""Who gets a slot when: a bounded queue in front of an engine, fair among those who ask.
+
+Any thread may submit and cancel; one thread steps. Nothing here knows JAX: the engine is anything with `slots`, `free_slots`,
+`insert`, `step`, `free` and `release` (`decoding.engine.Engine`).
+"""
+
+import collections
+import dataclasses
+import math
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+# Of a step, in seconds: long enough that what surrounds it is little, short enough that streams flow.
+STEP_SECONDS = 0.02
+MOST_PASSES = 16
+# Of new prompts, parts that a step reads while texts are running.
+CHUNKS = 4
+# Over so many texts that ended the time per text is averaged.
+_REMEMBERED = 64
+
+
+class Refused(Exception):
+    """Why a request is not taken, for now; `retry_after` in seconds."""
+
+    def __init__(self, message: str, retry_after: int):
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class QueueFull(Refused):
+    """As many texts wait as may."""
+
+
+class Closed(Refused):
+    """No more texts are taken."""
+
+
+@dataclasses.dataclass(eq=False)
+class Job:
+    """One text that is wanted.
+
+    Attributes:
+      request: what the engine is given.
+      tell: called with every `engine.Update` of it, and with an Exception where it ends without one: `TimeoutError` for
+        its deadline, otherwise what the engine raised. In the thread that steps, so it has to be short.
+      deadline: by the scheduler's clock.
+      asked, admitted: when it was submitted, and had a slot; None before.
+      tokens: of the text so far, the prompt included.
+    """
+
+    request: Any
+    tell: Callable[[Any], None]
+    deadline: float = math.inf
+    slot: int | None = None
+    is_cancelled: bool = False
+    asked: float | None = None
+    admitted: float | None = None
+    tokens: int = 0
+
+
+class Scheduler:
+    """Gives free slots to texts, in turn among the groups in which they were submitted."""
+
+    def __init__(self, engine, *, most_waiting: int, clock: Callable[[], float] = time.monotonic):
+        self._engine, self._most_waiting, self._clock = engine, most_waiting, clock
+        self._changed = threading.Condition()
+        self._groups: collections.deque[collections.deque[Job]] = collections.deque()
+        self._running: dict[int, Job] = {}
+        self._ended: collections.deque[float] = collections.deque(maxlen=_REMEMBERED)
+        self._seconds_per_pass = STEP_SECONDS
+        self._is_closed = False
+
+    # What any thread may call.
+
+    @property
+    def waiting(self) -> int:
+        """Texts without a slot."""
+        with self._changed:
+            return self._count_waiting()
+
+    @property
+    def running(self) -> int:
+        """Texts with a slot."""
+        return len(self._running)
+
+    @property
+    def cached(self) -> int:
+        """Tokens of the texts that have a slot."""
+        return sum(job.tokens for job in list(self._running.values()))
+
+    def submit(self, jobs: Sequence[Job]):
+        """Queues the texts of one caller, all or none.
+
+        Raises:
+          QueueFull: they would wait, and so many may not.
+          Closed: no more are taken.
+        """
+        with self._changed:
+            if self._is_closed:
+                raise Closed("the server is shutting down; ask another one, or later", 1)
+            free = max(self._engine.slots - len(self._running) - self._count_waiting(), 0)
+            if self._count_waiting() + len(jobs) > self._most_waiting + free:
+                raise QueueFull(f"{self._count_waiting()} texts wait already", self._retry_after())
+            for job in jobs:
+                job.asked = self._clock()
+            self._groups.append(collections.deque(jobs))
+            self._changed.notify()
+
+    def cancel(self, job: Job):
+        """Drops a text; its slot is free before the next pass. Of one that has ended, nothing."""
+        with self._changed:
+            job.is_cancelled = True
+            if job.slot is None:
+                self._keep_waiting(lambda other: other is not job)
+            self._changed.notify()
+
+    def close(self):
+        """Takes no more texts. Those that are here go on."""
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify()
+
+    def wait(self, seconds: float) -> bool:
+        """Whether there is something to do, at the latest after some time."""
+        with self._changed:
+            return self._changed.wait_for(lambda: bool(self._running or self._groups), seconds)
+
+    # What one thread calls.
+
+    def step(self):
+        """Frees what was dropped or is too late, admits, and gives all texts some passes.
+
+        Raises whatever the engine raises; `fail` has to follow.
+        """
+        with self._changed:
+            self._expire()
+            self._admit()
+            running = dict(self._running)
+            is_awaited = bool(self._groups)
+        if not running:
+            return
+        updates = self._timed_step(wait=not is_awaited)
+        with self._changed:
+            for update in updates:
+                if update.is_finished:
+                    del self._running[update.slot]
+                    running[update.slot].slot = None
+                    self._ended.append(self._clock())
+        for update in updates:
+            running[update.slot].tokens += len(update.tokens)
+            if not running[update.slot].is_cancelled:
+                running[update.slot].tell(update)
+
+    def drop(self, reason: str):
+        """Ends all texts with an error; their slots are free before the next pass. Any thread may call it."""
+        with self._changed:
+            jobs = [*self._running.values(), *(job for group in self._groups for job in group)]
+            self._groups.clear()
+            self._changed.notify()
+            for job in jobs:
+                if not job.is_cancelled:
+                    job.tell(Closed(reason, 1))
+                job.is_cancelled = True
+
+    def fail(self, error: Exception, everything: bool = False):
+        """Ends the texts that have a slot, or all, with an error, and frees the engine."""
+        with self._changed:
+            dropped = list(self._running.values())
+            self._running.clear()
+            if everything:
+                dropped += [job for group in self._groups for job in group]
+                self._groups.clear()
+            for job in dropped:
+                job.slot = None
+        for job in dropped:
+            if not job.is_cancelled:
+                job.tell(error)
+        self._engine.release()
+
+    def _count_waiting(self):
+        return sum(map(len, self._groups))
+
+    def _retry_after(self) -> int:
+        """Seconds until a text of those that wait has had its turn, by how fast the last ones ended."""
+        if len(self._ended) < 2:
+            return 1
+        seconds = (self._ended[-1] - self._ended[0]) / (len(self._ended) - 1)
+        return min(max(math.ceil(seconds), 1), 60)
+
+    def _expire(self):
+        now = self._clock()
+        for slot, job in list(self._running.items()):
+            if job.is_cancelled or job.deadline <= now:
+                self._engine.free(slot)
+                del self._running[slot]
+                job.slot = None
+                self._say_late(job)
+        late = [job for group in self._groups for job in group if job.deadline <= now]
+        for job in late:
+            self._say_late(job)
+        if late:
+            self._keep_waiting(lambda job: job.deadline > now)
+
+    def _keep_waiting(self, is_kept):
+        kept = (collections.deque(filter(is_kept, group)) for group in self._groups)
+        self._groups = collections.deque(group for group in kept if group)
+
+    def _say_late(self, job):
+        if not job.is_cancelled:
+            job.tell(TimeoutError("the request took longer than it may"))
+
+    def _admit(self):
+        """A slot for a text of every group in turn: who asks for a thousand texts at once waits for them, nobody else."""
+        while self._groups and self._engine.free_slots:
+            group = self._groups.popleft()
+            job = group.popleft()
+            if group:
+                self._groups.append(group)
+            try:
+                job.slot = self._engine.insert(job.request)
+            except Exception as error:
+                job.tell(error)
+                raise
+            job.admitted, job.tokens = self._clock(), len(job.request.prompt)
+            self._running[job.slot] = job
+
+    def _timed_step(self, wait):
+        passes = min(max(int(STEP_SECONDS / self._seconds_per_pass), 1), MOST_PASSES)
+        start = self._clock()
+        updates = self._engine.step(passes, wait=wait, chunks=CHUNKS)
+        seconds = (self._clock() - start) / passes
+        # One slow step (a long prompt, another process) should not make the next ones short.
+        self._seconds_per_pass += 0.1 * (max(seconds, 1e-6) - self._seconds_per_pass)
+        return updates

@@ -1,0 +1,96 @@
+"""One request on its way: its texts go to the scheduler, their updates come back, and it ends with all of them freed."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Sequence
+
+from kforcing_jax.decoding import Update
+from kforcing_jax.serving.choices import Choice, Delta
+from kforcing_jax.serving.errors import ApiError
+from kforcing_jax.serving.metrics import Metrics, Times
+from kforcing_jax.serving.plan import Text
+from kforcing_jax.serving.scheduler import Closed, Job, QueueFull, Scheduler
+
+
+class Session:
+    """The texts of a request, from the event loop's side."""
+
+    def __init__(self, texts: Sequence[Text], tokenizer, scheduler: Scheduler, metrics: Metrics, seconds: float):
+        """`seconds` is the time that it may take."""
+        self.choices = [Choice(index, text, tokenizer) for index, text in enumerate(texts)]
+        self._scheduler, self._metrics = scheduler, metrics
+        self._loop, self._updates = asyncio.get_running_loop(), asyncio.Queue()
+        now = time.monotonic()
+        self._times = [Times(now) for _ in texts]
+        self._jobs = [
+            Job(text.request, self._teller(index), deadline=now + seconds) for index, text in enumerate(texts)
+        ]
+
+    def _teller(self, index):
+        return lambda update: self._loop.call_soon_threadsafe(self._updates.put_nowait, (index, update))
+
+    def submit(self):
+        """Queues the texts.
+
+        Raises:
+          ApiError: 429 where too many wait, 503 where no more are taken; both say when to come again.
+        """
+        try:
+            self._scheduler.submit(self._jobs)
+        except QueueFull as error:
+            raise ApiError(429, str(error), code="queue_full", headers=_again(error)) from None
+        except Closed as error:
+            raise ApiError(503, str(error), headers=_again(error)) from None
+
+    async def deltas(self) -> AsyncIterator[list[tuple[Choice, Delta]]]:
+        """What comes, until all texts have ended: everything that is there at a time, at least one.
+
+        Raises:
+          ApiError: 504 for the deadline, 500 where the engine failed.
+        """
+        left = len(self.choices)
+        while left:
+            found = [await self._updates.get()]
+            while not self._updates.empty():
+                found.append(self._updates.get_nowait())
+            told = [self._tell(index, update) for index, update in found]
+            told = [pair for pair in told if pair]
+            left -= sum(delta.reason is not None for _, delta in told)
+            if told:
+                yield told
+
+    def _tell(self, index, update: Update | Exception) -> tuple[Choice, Delta] | None:
+        choice, times = self.choices[index], self._times[index]
+        if choice.reason:
+            return None  # a step that had begun before its slot was freed
+        if isinstance(update, Exception) or update.error:
+            raise _failure(update)
+        delta, now = choice.add(update), time.monotonic()
+        if delta.tokens:
+            self._metrics.progressed(times, delta.tokens, now)
+        if delta.reason:
+            self._metrics.began(self._jobs[index].admitted - self._jobs[index].asked)
+            self._metrics.ended(times, choice, update.kept, now)
+            if not update.is_finished:
+                self._scheduler.cancel(self._jobs[index])
+        return (choice, delta) if delta.tokens or delta.text or delta.reason else None
+
+    def end(self):
+        """Frees what still runs or waits: after it nothing of the request is left."""
+        for job, choice in zip(self._jobs, self.choices, strict=True):
+            if choice.reason is None:
+                self._scheduler.cancel(job)
+
+
+def _again(error) -> dict[str, str]:
+    return {"Retry-After": str(error.retry_after)}
+
+
+def _failure(update) -> ApiError:
+    if isinstance(update, TimeoutError):
+        return ApiError(504, str(update), code="timeout")
+    if isinstance(update, Closed):
+        return ApiError(503, str(update), headers=_again(update))
+    if isinstance(update, Exception):
+        return ApiError(500, "the engine failed; the server's log says why")
+    return ApiError(500, str(update.error))

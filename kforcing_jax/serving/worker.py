@@ -1,0 +1,63 @@
+"""The thread in which the engine works."""
+
+import logging
+import threading
+import traceback
+from collections.abc import Callable
+
+from kforcing_jax.serving.scheduler import Scheduler
+
+_LOG = logging.getLogger("kforcing_jax")
+# So many steps in a row that fail are no accident.
+_MOST_FAILURES = 3
+_IDLE_SECONDS = 0.5
+
+
+class Worker:
+    """Steps a scheduler as long as there is something to do.
+
+    What the engine raises ends the texts that have a slot; their caches are given up, and the others go on. After three
+    such steps in a row all texts end, no more are taken, and `on_failure` is called.
+    """
+
+    def __init__(self, scheduler: Scheduler, on_failure: Callable[[], None] = lambda: None):
+        self._scheduler, self.on_failure = scheduler, on_failure
+        self._is_ending = False
+        self.has_failed = False
+        self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
+
+    def start(self):
+        """Begins to work."""
+        self._thread.start()
+
+    def stop(self):
+        """Ends after the step that it is in; texts that are left end with an error."""
+        self._is_ending = True
+        self._scheduler.close()
+        if self._thread.is_alive():
+            self._thread.join()
+        self._scheduler.fail(RuntimeError("the server was shut down"), everything=True)
+
+    def _work(self):
+        failures = 0
+        while not self._is_ending and failures < _MOST_FAILURES:
+            if not self._scheduler.wait(_IDLE_SECONDS):
+                continue
+            try:
+                self._scheduler.step()
+                failures = 0
+            except Exception as error:  # whatever it is, those who wait have to know
+                failures += 1
+                _LOG.error(f"a step of the engine failed\n{traceback.format_exc()}")
+                self._fail(error, everything=failures == _MOST_FAILURES)
+        if failures == _MOST_FAILURES:
+            self.has_failed = True
+            self.on_failure()
+
+    def _fail(self, error, everything):
+        if everything:
+            self._scheduler.close()
+        try:
+            self._scheduler.fail(error, everything)
+        except Exception:
+            _LOG.error(f"the engine cannot be released\n{traceback.format_exc()}")
