@@ -46,6 +46,7 @@ _CHAT_TEMPLATE = flags.DEFINE_string(
 )
 _API_KEY = flags.DEFINE_string("api_key", None, "That clients have to have; KFORCING_API_KEY says it unseen.")
 
+_PACKAGES = ("fastapi", "jinja2", "prometheus_client", "uvicorn")
 _LOG = logging.getLogger("kforcing_jax")
 # Programs are compiled for so many texts at a time, unless memory or --slots says otherwise.
 _MOST_SLOTS, _MOST_SLOTS_ON_A_CPU = 64, 16
@@ -79,13 +80,9 @@ def main(_):
 
 
 def _check_flags():
-    missing = [
-        name for name in ("fastapi", "uvicorn", "prometheus_client", "jinja2") if not importlib.util.find_spec(name)
-    ]
+    missing = [name for name in _PACKAGES if not importlib.util.find_spec(name)]
     if missing:
-        raise ConfigError(
-            f"{' and '.join(missing)} missing; pip install 'kforcing-jax[serve]', or -e '.[serve]' in a clone"
-        )
+        raise ConfigError(f"not installed: {', '.join(missing)}; pip install -e '.[serve]'")
     check_one_model(_WORKDIR.value)
     unused = ["prefix_file", "prefix_length", "batch_size", "num_samples", "max_new_tokens"]
     cli.refuse_flags(unused, "here: requests say what they want")
@@ -188,7 +185,7 @@ def _app(loaded: Loaded):
         most_texts=_QUEUE.value,
         chat_template=template,
     )
-    _warm_up(engine, served)
+    _warm_up(engine)
     scheduler, metrics = Scheduler(engine, most_waiting=_QUEUE.value), Metrics(loaded.name)
     positions = engine.slots * engine.max_length
     metrics.watch(
@@ -212,20 +209,45 @@ def _engine(loaded: Loaded):
     import jax
 
     from kforcing_jax.decoding import Engine
+    from kforcing_jax.decoding.memory import slots_that_fit
 
     length = _MAX_LENGTH.value or loaded.seq_len
     if length is None:
         raise ConfigError("--max_length is missing: nothing says how long the texts of this checkpoint are")
     if loaded.seq_len and length > loaded.seq_len:
         raise ConfigError(f"--max_length={length} exceeds the {loaded.seq_len} tokens of the texts of training")
-    slots = _SLOTS.value or (_MOST_SLOTS_ON_A_CPU if jax.default_backend() == "cpu" else _MOST_SLOTS)
-    heads = (loaded.student or loaded.teacher)[0].cfg.num_heads
+    mesh = _mesh((loaded.student or loaded.teacher)[0].cfg.num_heads)
     models = {"student": loaded.student, "teacher": loaded.teacher}
-    return Engine(**models, slots=slots, max_length=length, k=loaded.k, dtype=_DTYPE.value, mesh=_mesh(heads))
+
+    def engine_of(slots):
+        return Engine(**models, slots=slots, max_length=length, k=loaded.k, dtype=_DTYPE.value, mesh=mesh)
+
+    if _SLOTS.value:
+        return engine_of(_SLOTS.value)
+    _LOG.info("compiling for as many slots as fit")
+    return engine_of(slots_that_fit(engine_of, _MOST_SLOTS_ON_A_CPU if jax.default_backend() == "cpu" else _MOST_SLOTS))
 
 
-def _warm_up(engine, served):
-    engine.warm_up(told=lambda key, seconds: _LOG.info(f"  {' '.join(map(str, key)):<32} {seconds:6.1f} s"))
+def _warm_up(engine):
+    """Compiles all programs, and says what they took and what is left."""
+
+    def told(key, seconds):
+        words = ["scored" if part is True else str(part) for part in key]
+        _LOG.info(f"compiled {' '.join(words):<30} {seconds:6.1f} s")
+
+    engine.warm_up(told=told)
+    memory = engine.memory
+    left = "" if memory.left is None else f", {_mb(memory.left)} left"
+    _LOG.info(
+        f"memory of a device: weights {_mb(memory.weights)}, slots and their caches {_mb(memory.caches)}, "
+        f"programs {_mb(memory.programs)}{left}"
+    )
+    window = f", windows of up to {engine.models.k}" if "student" in engine.modes else ""
+    _LOG.info(f"{engine.slots} slots of {engine.max_length} tokens, modes {', '.join(engine.modes)}{window}")
+
+
+def _mb(count: int) -> str:
+    return f"{count / 1e6:,.0f} MB"
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Who gets a slot when: a bounded queue in front of an engine, fair among those who ask.
 
-Any thread may submit and cancel; one thread steps. Nothing here knows JAX: the engine is anything with `slots`, `free_slots`,
-`insert`, `step`, `free` and `release` (`decoding.engine.Engine`).
+Any thread may submit and cancel; one thread steps. Nothing here knows JAX: the engine is anything with `slots`,
+`free_slots`, `insert`, `step`, `free` and `release` (`decoding.engine.Engine`).
 """
 
 import collections
@@ -100,8 +100,8 @@ class Scheduler:
         with self._changed:
             if self._is_closed:
                 raise Closed("the server is shutting down; ask another one, or later", 1)
-            free = max(self._engine.slots - len(self._running) - self._count_waiting(), 0)
-            if self._count_waiting() + len(jobs) > self._most_waiting + free:
+            here = len(self._running) + self._count_waiting()
+            if here + len(jobs) > self._engine.slots + self._most_waiting:
                 raise QueueFull(f"{self._count_waiting()} texts wait already", self._retry_after())
             for job in jobs:
                 job.asked = self._clock()
@@ -212,7 +212,7 @@ class Scheduler:
             job.tell(TimeoutError("the request took longer than it may"))
 
     def _admit(self):
-        """A slot for a text of every group in turn: who asks for a thousand texts at once waits for them, nobody else."""
+        """A slot for a text of every group in turn: who asks for a thousand texts waits for them, nobody else."""
         while self._groups and self._engine.free_slots:
             group = self._groups.popleft()
             job = group.popleft()
@@ -227,7 +227,7 @@ class Scheduler:
             self._running[job.slot] = job
 
     def _timed_step(self, wait):
-        passes = min(max(int(STEP_SECONDS / self._seconds_per_pass), 1), MOST_PASSES)
+        passes = min(max(round(STEP_SECONDS / self._seconds_per_pass), 1), MOST_PASSES)
         start = self._clock()
         updates = self._engine.step(passes, wait=wait, chunks=CHUNKS)
         seconds = (self._clock() - start) / passes

@@ -34,7 +34,10 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 class Server(uvicorn.Server):
-    """Serves until SIGTERM or SIGINT; then it takes nothing new, and lets what has begun end. A second signal ends it at once."""
+    """Serves until SIGTERM or SIGINT; then it takes nothing new, and lets what has begun end.
+
+    A second signal ends it at once.
+    """
 
     def __init__(self, app: FastAPI, drain_seconds: float):
         super().__init__(

@@ -1,4 +1,4 @@
-"""One request on its way: its texts go to the scheduler, their updates come back, and it ends with all of them freed."""
+"""One request: its texts go to the scheduler, their updates come back, and at the end nothing of it is left."""
 
 import asyncio
 import time

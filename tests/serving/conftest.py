@@ -6,7 +6,7 @@ import time
 
 import httpx
 import pytest
-from fakes import FakeEngine
+from fake_engine import FakeEngine
 
 from kforcing_jax.config import DataConfig
 from kforcing_jax.data.tokenizers import Tokenizer, train_tokenizer
