@@ -1,6 +1,7 @@
 """Decoding step by step: a full forward pass over the whole text for every window, draws in f64. An oracle."""
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +14,21 @@ from kforcing_jax.noise import position_noise
 _UNIT = 64
 
 
-def decode_step_by_step(request, *, student=None, teacher=None, k=1):
-    """(new tokens, student passes, teacher passes) of a request; k is the engine's window."""
+class Decoded(NamedTuple):
+    """New tokens, forward passes of either model, and how many tokens every pass kept."""
+
+    tokens: list[int]
+    student_passes: int
+    teacher_passes: int
+    kept: list[int]
+
+
+def decode_step_by_step(request, *, student=None, teacher=None, k=1) -> Decoded:
+    """k is the engine's window."""
     k, text = request.k or k, list(request.prompt)
-    passes = {"student": 0, "teacher": 0}
-    while len(text) < request.end:
+    passes, kept = {"student": 0, "teacher": 0}, []
+    is_ended = False
+    while len(text) < request.end and not is_ended:
         new = []
         if request.mode != "ar":
             passes["student"] += 1
@@ -25,11 +36,12 @@ def decode_step_by_step(request, *, student=None, teacher=None, k=1):
         if request.mode != "student":
             passes["teacher"] += 1
             new = verified(teacher, request, text, new)
-        for token in new[: request.end - len(text)]:
-            text.append(token)
-            if token in request.end_ids:
-                return text[len(request.prompt) :], passes["student"], passes["teacher"]
-    return text[len(request.prompt) :], passes["student"], passes["teacher"]
+        new = new[: request.end - len(text)]
+        ends = [index for index, token in enumerate(new) if token in request.end_ids]
+        new, is_ended = new[: ends[0] + 1] if ends else new, bool(ends)
+        text += new
+        kept.append(len(new))
+    return Decoded(text[len(request.prompt) :], passes["student"], passes["teacher"], kept)
 
 
 def draft(student, request, text, k):
@@ -52,7 +64,7 @@ def verified(teacher, request, text, drafts):
     tokens = []
     for offset in range(len(drafts) + 1):
         logits_V = penalised(next_logits(teacher, text + tokens), request, text + tokens, teacher)
-        cdf_V = np.cumsum(softmax(logits_V / request.tau))
+        cdf_V = np.cumsum(softmax(truncated(logits_V / request.tau, request.top_k, request.top_p)))
         tokens.append(int(np.argmax(cdf_V / cdf_V[-1] > uniforms(request, len(text) + offset, 1)[0])))
         if offset < len(drafts) and tokens[-1] != drafts[offset]:
             break
@@ -68,11 +80,32 @@ def uniforms(request, first, count):
 
 
 def penalised(logits_V, request, text, model):
-    """f64, the mask impossible, less the penalty for what was generated."""
+    """f64, the mask impossible, with the biases, less the penalty for what was generated."""
     counts_V = np.bincount(text[len(request.prompt) :], minlength=len(logits_V))
     logits_V = np.asarray(logits_V, np.float64) - request.frequency_penalty * counts_V
+    logits_V[list(request.logit_bias)] += list(request.logit_bias.values())
     logits_V[model[0].cfg.mask_id] = -np.inf
     return logits_V
+
+
+def truncated(logits_V, top_k, top_p):
+    """By sorting: the top_k likeliest, of these the fewest that have top_p, and what is as likely as the last one."""
+    descending_V = np.sort(logits_V)[::-1]
+    if top_k:
+        logits_V = np.where(logits_V >= descending_V[min(top_k, len(logits_V)) - 1], logits_V, -np.inf)
+    if top_p < 1:
+        reached_V = np.cumsum(np.sort(softmax(logits_V))[::-1]) >= top_p
+        logits_V = np.where(logits_V >= descending_V[np.argmax(reached_V)], logits_V, -np.inf)
+    return logits_V
+
+
+def log_probabilities(teacher, text):
+    """(N - 1, V) of the tokens after every token of a text but its last, f64, the mask impossible."""
+    tokens = np.pad(text, (0, -len(text) % _UNIT))[None]
+    logits_NxV = np.asarray(_forward(*teacher, tokens, None, None), np.float64)[0, : len(text) - 1]
+    logits_NxV[:, teacher[0].cfg.mask_id] = -np.inf
+    shifted_NxV = logits_NxV - logits_NxV.max(axis=1, keepdims=True)
+    return shifted_NxV - np.log(np.exp(shifted_NxV).sum(axis=1, keepdims=True))
 
 
 def softmax(logits_V):

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from step_by_step import decode_step_by_step, next_logits
+from step_by_step import decode_step_by_step, log_probabilities, next_logits
 
 from kforcing_jax.config import MeshConfig
-from kforcing_jax.decoding import Engine, Request, generate, memory, programs, stream
+from kforcing_jax.decoding import Engine, Logprobs, Request, generate, memory, programs, stream
 from kforcing_jax.errors import ConfigError, DataError, RunError
 from kforcing_jax.models import CausalLM, ModelConfig, PushForwardLM, cache, cached, init_params
 from kforcing_jax.sharding import make_mesh, parameter_shardings
@@ -25,25 +25,45 @@ def engine(student, teacher):
     return Engine(student=student, teacher=teacher, slots=3, max_length=LONGEST, k=K)
 
 
+@pytest.fixture(scope="module")
+def warm(student, teacher):
+    """One for longer texts, all of whose programs are compiled."""
+    engine, told = Engine(student=student, teacher=teacher, slots=5, max_length=120, k=2), []
+    engine.warm_up(told=lambda key, seconds: told.append((key, seconds)))
+    assert {("run", "ar", 192), ("insert",), ("prefill", "teacher", "one", 64, 192, True)} <= {key for key, _ in told}
+    assert all(seconds > 0 for _, seconds in told)
+    return engine
+
+
 def serve(engine, requests, rng=None):
     """Tokens and passes of every request; with `rng` they arrive at random, and steps are of random length."""
+    updates = serve_updates(engine, requests, rng)
+    tokens = [list(itertools.chain(*(update.tokens for update in each))) for each in updates]
+    return tokens, [each[-1].passes for each in updates]
+
+
+def serve_updates(engine, requests, rng=None):
+    """All updates of every request."""
     waiting, running = list(range(len(requests))), {}
-    tokens, passes = [[] for _ in requests], [None for _ in requests]
+    updates = [[] for _ in requests]
     if rng is not None:
         rng.shuffle(waiting)
     while waiting or running:
         while waiting and engine.free_slots and (rng is None or not running or rng.random() < 0.6):
             index = waiting.pop(0)
             running[engine.insert(requests[index])] = index
-        step = {"passes": int(rng.integers(1, 4)), "wait": bool(rng.integers(2))} if rng is not None else {}
-        for update in engine.step(**step):
+        for update in engine.step(**(random_step(rng) if rng is not None else {})):
             index = running[update.slot]
             assert update.error is None
-            tokens[index] += update.tokens
-            passes[index] = update.passes
+            updates[index].append(update)
             if update.is_finished:
                 del running[update.slot]
-    return tokens, passes
+    return updates
+
+
+def random_step(rng):
+    chunks = rng.choice([None, 0, 1, 2])
+    return {"passes": int(rng.integers(1, 4)), "wait": bool(rng.integers(2)), "chunks": chunks}
 
 
 def random_request(rng):
@@ -59,18 +79,55 @@ def random_request(rng):
         confidence=float(rng.choice([0.0, 0.3, 0.9])) if mode == "student" else 0.0,
         frequency_penalty=float(rng.choice([0.0, 0.0, 0.5])),
         end_ids=rng.choice(12, rng.integers(0, 3), replace=False).tolist(),
+        **({} if mode == "student" else random_settings_of_a_teacher(rng)),
     )
+
+
+def random_settings_of_a_teacher(rng):
+    logprobs = rng.choice([None, 0, 3, 20])
+    return {
+        "top_k": int(rng.choice([0, 0, 1, 3, 100])),
+        "top_p": float(rng.choice([1.0, 1.0, 0.3, 0.9])),
+        "logit_bias": {int(token): float(rng.normal()) for token in rng.choice(13, rng.integers(0, 3), replace=False)},
+        "logprobs": logprobs,
+        "prompt_logprobs": bool(rng.integers(2)) and logprobs is not None,
+    }
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_requests_that_come_and_go_are_decoded_as_step_by_step(engine, student, teacher, seed):
     rng = np.random.default_rng(seed)
     requests = [random_request(rng) for _ in range(12)]
-    tokens, passes = serve(engine, requests, rng)
-    for request, found, counted in zip(requests, tokens, passes, strict=True):
-        expected, student_passes, teacher_passes = decode_step_by_step(request, student=student, teacher=teacher, k=K)
-        assert found == expected, request
-        assert counted == {"student": student_passes, "teacher": teacher_passes}, request
+    for request, updates in zip(requests, serve_updates(engine, requests, rng), strict=True):
+        expected = decode_step_by_step(request, student=student, teacher=teacher, k=K)
+        assert list(itertools.chain(*(update.tokens for update in updates))) == expected.tokens, request
+        passes = {"student": expected.student_passes, "teacher": expected.teacher_passes}
+        assert updates[-1].passes == passes, request
+        assert updates[-1].kept == tuple(sum(kept > j for kept in expected.kept) for j in range(K + 1)), request
+        check_logprobs(teacher, request, updates)
+
+
+def check_logprobs(teacher, request, updates):
+    """What updates told, against a full forward pass over the text."""
+    if request.logprobs is None:
+        assert all(update.logprobs is None and update.prompt_logprobs is None for update in updates)
+        return
+    of_prompts = [update.prompt_logprobs for update in updates if update.prompt_logprobs is not None]
+    assert len(of_prompts) == request.prompt_logprobs
+    text = [*request.prompt, *itertools.chain(*(update.tokens for update in updates))]
+    expected_NxV = log_probabilities(teacher, text)
+    first = 1 if request.prompt_logprobs else len(request.prompt)
+    found = Logprobs.joined([*of_prompts, *(update.logprobs for update in updates)])
+    tokens_N, expected_NxV = np.array(text[first:]), expected_NxV[first - 1 :]
+    np.testing.assert_allclose(found.token_N, expected_NxV[np.arange(len(tokens_N)), tokens_N], atol=1e-4)
+    alternatives = min(request.logprobs, 12)
+    np.testing.assert_allclose(found.top_NxT, -np.sort(-expected_NxV)[:, :alternatives], atol=1e-4)
+    assert found.top_ids_NxT.shape == (len(tokens_N), alternatives)
+    theirs_NxT = np.take_along_axis(expected_NxV, found.top_ids_NxT, axis=1)
+    np.testing.assert_allclose(found.top_NxT, theirs_NxT, atol=1e-4)
+    if alternatives:
+        is_likeliest = found.top_ids_NxT[:, 0] == tokens_N
+        assert (found.token_N == found.top_NxT[:, 0])[is_likeliest].all()
 
 
 def test_a_request_is_the_same_to_the_bit_alone_in_a_crowd_and_in_any_order(engine):
@@ -82,7 +139,17 @@ def test_a_request_is_the_same_to_the_bit_alone_in_a_crowd_and_in_any_order(engi
     assert serve(engine, requests, rng)[0] == alone
 
 
-@pytest.mark.parametrize("settings", [{}, {"tau": 0.3}, {"tau": 20.0}, {"frequency_penalty": 0.7}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"tau": 0.3},
+        {"tau": 20.0},
+        {"frequency_penalty": 0.7},
+        {"top_p": 0.7},
+        {"top_k": 3, "tau": 2.0, "logit_bias": {2: -100.0, 5: 1.0}},
+    ],
+)
 @pytest.mark.parametrize("k", [1, 2, 3, 4])
 def test_exact_decoding_is_the_ar_sample_of_that_seed(engine, k, settings):
     prompts = [[3, 1, 4], [1], [2, 7, 1, 8, 2, 8]]
@@ -140,15 +207,72 @@ def test_confidence_0_is_the_fixed_stride_and_1_takes_more_passes(engine):
     assert passes[0]["student"] == 8 < passes[1]["student"]
 
 
-def test_nothing_compiles_after_warm_up(student, teacher):
-    engine = Engine(student=student, teacher=teacher, slots=2, max_length=100, k=2)
-    engine.warm_up()
+ASKS = {"top_p": 0.8, "top_k": 5, "logit_bias": {3: 1.0}, "logprobs": 2, "prompt_logprobs": True}
+
+
+def test_nothing_compiles_after_warm_up(warm):
     rng = np.random.default_rng(3)
     with count_compilations() as compiled:
         for size, modes in enumerate((["ar"], ["student", "exact"], ["student", "ar", "exact"]), start=1):
             prompts = rng.integers(0, 12, (size, 29 * size))
-            serve(engine, [Request(p, 4 * size, mode=m, k=1 + size % 2) for p, m in zip(prompts, modes, strict=True)])
+            rows = zip(prompts, modes, strict=True)
+            requests = [Request(p, 4 * size, mode=m, k=1 + size % 2) for p, m in rows]
+            asking = [dataclasses.replace(r, **ASKS) for r in requests if r.mode != "student"]
+            serve(warm, [*requests, *asking], rng)
+            serve(warm, [*asking, *asking])
     assert compiled == []
+
+
+@pytest.mark.parametrize("mode", ["ar", "exact"])
+@pytest.mark.parametrize("length", [1, 2, 17, 100])
+def test_log_probabilities_are_those_of_a_full_forward_pass(warm, teacher, mode, length):
+    rng = np.random.default_rng(length)
+    prompts = rng.integers(0, 13, (3, length)).tolist()
+    settings = [{"logprobs": 12, "prompt_logprobs": True}, {"logprobs": 1, "top_k": 1, "tau": 0.5}, {}]
+    requests = [Request(p, 15, seed=7, mode=mode, **s) for p, s in zip(prompts, settings, strict=True)]
+    for request, updates in zip(requests, serve_updates(warm, requests, rng), strict=True):
+        check_logprobs(teacher, request, updates)
+    together = [dataclasses.replace(requests[0], prompt=prompt) for prompt in prompts]
+    for request, updates in zip(together, serve_updates(warm, together), strict=True):
+        check_logprobs(teacher, request, updates)
+
+
+def test_a_short_prompt_does_not_wait_for_a_long_one_nor_a_running_text_for_either(warm):
+    """One chunk a step: the long prompt takes two for each of its models, the short one a single one."""
+    rng = np.random.default_rng(1)
+    running = Request([3, 1], 40, mode="ar", seed=1)
+    long = Request(rng.integers(0, 12, 110).tolist(), 8, mode="exact", seed=2)
+    short = Request(rng.integers(0, 12, 10).tolist(), 8, mode="ar", seed=3)
+    alone = [serve(warm, [request])[0][0] for request in (running, long, short)]
+    slots = [warm.insert(running)]
+    warm.step(passes=1)
+    slots += [warm.insert(long), warm.insert(short)]
+    tokens, first = {slot: [] for slot in slots}, {}
+    for step in range(40):
+        for update in warm.step(passes=1, chunks=1):
+            if update.tokens:
+                first.setdefault(update.slot, step)
+            tokens[update.slot] += update.tokens
+    assert [first[slot] for slot in slots] == [0, 4, 2]
+    assert [tokens[slot] for slot in slots] == [alone[0][1:], *alone[1:]]
+
+
+def test_a_request_that_is_dropped_while_its_prompt_is_read_leaves_no_trace(warm):
+    rng = np.random.default_rng(2)
+    long = Request(rng.integers(0, 12, 110).tolist(), 8, mode="exact", seed=2, **ASKS)
+    others = [Request([5, 2], 20, mode=mode, seed=4, **ASKS) for mode in ("ar", "exact")]
+    alone = [serve(warm, [request])[0][0] for request in others]
+    kept, slot = warm.insert(others[0]), warm.insert(long)
+    before = warm.step(passes=1, chunks=1)
+    assert [(update.slot, len(update.tokens)) for update in before] == [(kept, 1), (slot, 0)]
+    assert not before[1].is_finished
+    assert warm.step(passes=0, chunks=1)[1].prompt_logprobs is None
+    warm.free(slot)
+    assert warm.insert(others[1]) == slot
+    after = {update.slot: update for update in warm.step()}
+    assert [before[0].tokens + after[kept].tokens, after[slot].tokens] == alone
+    assert len(after[slot].prompt_logprobs.token_N) == 1
+    assert warm.free_slots == warm.slots
 
 
 def test_a_second_call_of_generate_compiles_nothing(student, teacher):
@@ -262,6 +386,22 @@ def test_a_request_of_logits_that_are_no_numbers_stops_alone(student):
         ({"noise": [[0.1], [0.1, 0.2]]}, "noise should be an array"),
         ({"mode": ["ar"]}, "mode = "),
         ({"end_ids": [13]}, "end_ids has 13"),
+        ({"mode": "ar", "top_p": 0.0}, r"top_p = 0.0 is not in \(0, 1\]"),
+        ({"mode": "ar", "top_p": "1"}, r"top_p = '1' is not in"),
+        ({"mode": "ar", "top_k": -1}, "top_k = -1 should be a whole number, at least 1, or 0 for all"),
+        ({"mode": "ar", "top_k": True}, "top_k = True"),
+        ({"mode": "ar", "logit_bias": {13: 1.0}}, r"logit_bias has 13, which is not in \[0, 13\)"),
+        ({"mode": "ar", "logit_bias": {"1": 1.0}}, "logit_bias should be a list of integers"),
+        ({"mode": "ar", "logit_bias": {1: 101}}, "logit_bias has 101 for 1; expected a number from -100 to 100"),
+        ({"mode": "ar", "logit_bias": [1]}, r"logit_bias = \[1\] should be numbers by token id"),
+        ({"mode": "ar", "logprobs": 21}, "logprobs = 21 should be a whole number from 0 to 20"),
+        ({"mode": "ar", "logprobs": True}, "logprobs = True"),
+        ({"mode": "ar", "prompt_logprobs": True}, "prompt_logprobs = True needs logprobs"),
+        ({"mode": "ar", "prompt_logprobs": 1}, "prompt_logprobs = 1 should be True or False"),
+        ({"top_p": 0.9}, "top_p = 0.9 is not possible in mode 'student'; modes ar and exact can"),
+        ({"top_k": 2}, "top_k = 2 is not possible in mode 'student'"),
+        ({"logit_bias": {1: 1.0}}, "logit_bias = {1: 1.0} is not possible in mode 'student'"),
+        ({"logprobs": 0}, "logprobs = 0 is not possible in mode 'student'"),
     ],
 )
 def test_bad_requests_are_refused_before_they_have_a_slot(engine, change, says):
@@ -304,6 +444,8 @@ def test_models_that_do_not_fit_are_refused(student, teacher):
         Engine(student=student).warm_up(["fast"])
     with pytest.raises(DataError, match=r"mode = 'ar' needs teacher=\(model, params\)"):
         Engine(student=student).warm_up(["ar"])
+    with pytest.raises(DataError, match="chunks = -1 should be a whole number"):
+        Engine(student=student).step(chunks=-1)
     with pytest.raises(DataError, match="slot -1 has no request"):
         Engine(student=student).free(-1)
 
@@ -315,16 +457,35 @@ def test_slots_that_do_not_fit_the_memory_are_refused_with_the_numbers(engine, s
         small.insert(Request([1], 2))
 
 
+def test_slots_are_as_many_as_fit(student, teacher, monkeypatch):
+    def engine_of(slots):
+        return Engine(student=student, teacher=teacher, slots=slots, max_length=LONGEST, k=K)
+
+    fits = engine_of(3)
+    assert fits.memory.programs == 0
+    leaves = jax.tree.leaves((student[1], teacher[1]))
+    assert fits.memory.weights == sum(leaf.nbytes for leaf in leaves)
+    needed = fits.memory.caches + max(fits.programs.temporary_bytes(*key) for key in fits.largest_programs(["ar"]))
+    for left, slots in ((needed, 3), (needed - 1, 1)):
+        monkeypatch.setattr(memory, "bytes_left", lambda device, left=left: left)
+        assert memory.slots_that_fit(engine_of, 3, ["ar"]) == slots
+    monkeypatch.setattr(memory, "bytes_left", lambda device: 10_000)
+    with pytest.raises(RunError, match="1 slots of 128 positions take"):
+        memory.slots_that_fit(engine_of, 3, ["ar"])
+
+
 @pytest.mark.parametrize("shape", [{"data": 2, "tensor": 2}, {"data": 1, "fsdp": 2, "tensor": 2}])
 def test_a_mesh_gives_the_same_tokens(student, teacher, shape):
     mesh = make_mesh(MeshConfig(**shape), jax.devices()[:4])
     there = [(model, jax.device_put(params, parameter_shardings(params, mesh))) for model, params in (student, teacher)]
     rng = np.random.default_rng(5)
-    requests = [random_request(rng) for _ in range(5)]
+    requests = [random_request(rng) for _ in range(5)] + [Request([4, 2, 4], 9, mode="exact", **ASKS)]
     meshed = Engine(student=there[0], teacher=there[1], slots=3, max_length=LONGEST, k=K)
     assert meshed.slots == 4 and meshed.programs.mesh is mesh
-    expected = [decode_step_by_step(r, student=student, teacher=teacher, k=K)[0] for r in requests]
-    assert serve(meshed, requests)[0] == expected
+    for request, updates in zip(requests, serve_updates(meshed, requests, rng), strict=True):
+        expected = decode_step_by_step(request, student=student, teacher=teacher, k=K)
+        assert list(itertools.chain(*(update.tokens for update in updates))) == expected.tokens
+        check_logprobs(teacher, request, updates)
 
 
 @pytest.mark.parametrize("mode", ["student", "ar", "exact"])
