@@ -94,6 +94,7 @@ class Server(http.server.ThreadingHTTPServer):
         }
         self.paths, self.keys, self.requests = [], [], []
         self.meeting = None  # a barrier that requests wait at
+        self.late_error = None  # after the blocks of a stream
         self.is_endless, self.is_cut, self.hung_up = False, False, threading.Semaphore(0)
 
 
@@ -145,7 +146,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         while self.server.is_endless:
             self.choice("on ", 1, 99)
             time.sleep(0.01)
-        if not self.server.is_cut:
+        if self.server.late_error:
+            self.event(json.dumps({"error": {"message": self.server.late_error}}))
+            self.event("[DONE]")
+        elif not self.server.is_cut:
             self.choice("", 0, len(blocks), "length")
             usage = {"completion_tokens": sum(tokens for _, tokens in blocks), "passes": len(blocks)}
             self.event(json.dumps({"choices": [], "usage": usage}))
@@ -296,6 +300,13 @@ def test_errors_stand_in_words_beside_their_text(page, server):
     assert shown(page, ".error") == ["The queue is full. (try again in 7 s)", "The engine failed."]
 
 
+def test_an_error_within_a_stream_is_shown_with_what_came_before(page, server):
+    server.late_error = "The request took longer than 600 s."
+    write(page)
+    assert shown(page, ".error") == [server.late_error] * 2
+    assert shown(page, "mark") == ["👍🏽 end", "👎🏽 end!"]
+
+
 def test_a_stream_that_breaks_off_is_no_end(page, server):
     server.answers, server.is_cut = {"ar": [("half", 1)], "student": [("half", 1)]}, True
     write(page)
@@ -314,7 +325,7 @@ def test_markup_of_a_model_is_text(page, server):
 
 
 def test_events_are_the_same_wherever_a_stream_is_cut(page):
-    stream = 'data: {"ü": "👍🏽"}\r\n\r\n: comment\ndata:two\ndata: lines\n\nid: 3\rdata: 日\r\rdata: [DONE]\n\n'
+    stream = 'data: {"ü": "👍🏽"}\r\n\r\n: comment\ndata:two\r\ndata: lines\r\n\r\nid: 3\rdata: 日\r\rdata: [DONE]\n\n'
     found = page.run(f"""(async () => {{
         const bytes = new TextEncoder().encode({json.dumps(stream)}), found = new Set();
         for (let cut = 0; cut <= bytes.length; cut++) {{
@@ -392,6 +403,9 @@ def test_the_keyboard_is_enough_and_controls_have_names(page):
     page.until("document.querySelectorAll('mark')[1].textContent")
     wait(page)
     assert page.run("document.activeElement.id + document.activeElement.value") == "promptThe president said"
+    page.run("document.getElementById('start').focus()")
+    write(page)
+    assert page.run("document.activeElement.id") == "start"
 
 
 def test_nothing_is_wider_than_a_phone_and_nothing_jumps(page, server):
@@ -403,8 +417,8 @@ def test_nothing_is_wider_than_a_phone_and_nothing_jumps(page, server):
     try:
         before = page.run(size)
         write(page)
-        assert page.run(size) == before
-        assert before[0] == 360
+        assert page.run(size) == before and before[0] == 360
+        assert page.run("[...document.querySelectorAll('.text')].every((one) => one.scrollWidth === one.clientWidth)")
         assert page.run(columns) == 1
     finally:
         page.send("Emulation.clearDeviceMetricsOverride")
