@@ -132,7 +132,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         key = self.headers["Authorization"]
         self.server.keys.append(key)
         if self.server.api_key and key != f"Bearer {self.server.api_key}":
-            self.refuse(401, "This server wants an API key.")
+            self.refuse(401, "the key is missing")
             return False
         return True
 
@@ -383,7 +383,7 @@ def test_controls_stay_within_what_the_models_allow(page, server):
 def test_an_api_key_is_asked_for_sent_and_not_kept(browser, server):
     server.api_key = "sesame"
     browser.open(server.url)
-    browser.until("document.getElementById('model').textContent.includes('Fill in the API key')")
+    browser.until("document.getElementById('model').textContent.includes('wants an API key')")
     fill(browser, key="sesame")
     browser.until("!document.getElementById('start').disabled")
     write(browser)
