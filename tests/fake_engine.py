@@ -1,6 +1,7 @@
 """An engine without a model: texts that only their request decides, with or without others beside them."""
 
 import threading
+import time
 import types
 
 import numpy as np
@@ -22,12 +23,13 @@ class Clock:
 class FakeEngine:
     """`decoding.engine.Engine` as far as a server knows it, on a vocabulary of `size` ids."""
 
-    def __init__(self, slots=2, max_length=32, k=2, size=90, modes=("student", "ar", "exact")):
+    def __init__(self, slots=2, max_length=32, k=2, size=98, modes=("student", "ar", "exact"), seconds=0.0):
         self.slots, self.max_length, self.modes, self.size = slots, max_length, modes, size
         self.models = types.SimpleNamespace(k=k)
         self.texts = {}  # slot -> [request, its tokens, how many were told, parts of its prompt to be read]
         self.inserted, self.steps = [], []
         self.failures = []  # exceptions that the next steps raise
+        self.seconds = seconds  # of a step
         self.gate = threading.Event()  # closed, a step does not end
         self.gate.set()
 
@@ -52,12 +54,13 @@ class FakeEngine:
     def expected(self, request):
         """The whole text that a request gets."""
         random = np.random.default_rng([request.seed, *request.prompt])
-        tokens = random.integers(4, self.size, request.max_new_tokens).tolist()
+        tokens = random.integers(4, self.size - 1, request.max_new_tokens).tolist()
         ends = [n for n, token in enumerate(tokens) if token in request.end_ids]
         return tokens[: ends[0] + 1] if ends else tokens
 
     def step(self, passes, *, wait=True, chunks=None):
         self.gate.wait()
+        time.sleep(self.seconds)
         if self.failures:
             raise self.failures.pop(0)
         self.steps.append((passes, wait, chunks))

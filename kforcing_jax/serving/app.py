@@ -134,6 +134,7 @@ def _described(app, name) -> dict:
         "max_model_len": served.engine.max_length,
         "k": served.engine.models.k,
         "mode": mode,
+        "confidence": served.confidence if mode == "student" else 0.0,
         "modes": list(served.engine.modes),
         "tau": list(served.tau_range) if served.tau_range else None,
     }

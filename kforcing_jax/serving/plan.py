@@ -242,12 +242,9 @@ def _room(request, served, prompt) -> int:
     length, most = len(prompt), served.engine.max_length
     wanted = request.wanted_tokens
     if length + max(wanted or 0, 1) > most:
-        raise ApiError(
-            400,
-            f"a prompt of {length} tokens and {max(wanted or 0, 1)} new ones exceed the context of {most} tokens",
-            "prompt" if length >= most else "max_tokens",
-            "context_length_exceeded",
-        )
+        new = f" and max_tokens = {wanted} exceed" if length < most else " leaves no room in"
+        said = f"a prompt of {length} tokens{new} the context of {most} tokens"
+        raise ApiError(400, said, "prompt" if length >= most else "max_tokens", "context_length_exceeded")
     return most - length if wanted is None else wanted
 
 

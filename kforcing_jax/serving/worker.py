@@ -10,7 +10,7 @@ from kforcing_jax.serving.scheduler import Scheduler
 _LOG = logging.getLogger("kforcing_jax")
 # So many steps in a row that fail are no accident.
 _MOST_FAILURES = 3
-_IDLE_SECONDS = 0.5
+_IDLE_SECONDS = 0.1
 
 
 class Worker:

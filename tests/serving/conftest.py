@@ -51,6 +51,7 @@ class Running:
         self.url = f"http://127.0.0.1:{self.port}"
         self.server = Server(create_app(self.service), drain_seconds)
         self.service.worker.on_failure = self.server.fail
+        self.http = httpx.Client(timeout=30)
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [bound]}, daemon=True)
 
     def is_idle(self):
@@ -66,7 +67,7 @@ class Running:
 
     def post(self, path="/v1/completions", **fields):
         """The response to a JSON body."""
-        return httpx.post(self.url + path, json=fields, timeout=30)
+        return self.http.post(self.url + path, json=fields)
 
 
 @pytest.fixture(scope="session")
@@ -78,6 +79,16 @@ def tokenizer() -> Tokenizer:
 @pytest.fixture
 def start(tokenizer):
     """Starts servers; they end with the test."""
+    yield from _starter(tokenizer)
+
+
+@pytest.fixture(scope="module")
+def module_start(tokenizer):
+    """Starts servers that the tests of a module share."""
+    yield from _starter(tokenizer)
+
+
+def _starter(tokenizer):
     with contextlib.ExitStack() as stack:
 
         def one(engine=None, tokenizer=tokenizer, **settings):
