@@ -562,7 +562,17 @@ def test_the_image_holds_what_the_manifest_runs():
     config = flag(pod_of(manifest())["containers"][0]["command"], "config")
     assert "kforcing_jax" in copied and str(Path(config).parent) in copied and (REPOSITORY / config).exists()
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
-    assert re.search(r'pip install .*"\.\[(\w+)\]"', dockerfile).group(1) in project["optional-dependencies"]
+    accelerator = re.search(r"^ARG ACCELERATOR=(\w+)$", dockerfile, re.M).group(1)
+    extras = re.search(r'pip install .*"\.\[(.*)\]"', dockerfile).group(1).replace("${ACCELERATOR}", accelerator)
+    assert extras.split(",") == ["tpu", "serve"] and set(extras.split(",")) < set(project["optional-dependencies"])
+
+
+def test_the_image_gets_what_it_copies_and_nothing_else():
+    """Not what lies beside it in a checkout: runs, data, keys."""
+    dockerfile, ignored = (GKE / "Dockerfile").read_text(), (REPOSITORY / ".dockerignore").read_text().splitlines()
+    copied = {Path(name).parts[0] for line in re.findall(r"^COPY (.*) \S+$", dockerfile, re.M) for name in line.split()}
+    rules = [line for line in ignored if not line.startswith("#")]
+    assert rules[0] == "*" and {rule.removeprefix("!") for rule in rules if rule.startswith("!")} == copied
 
 
 def test_the_commands_of_the_docs_work_in_their_order_and_a_dry_run_prints_what_they_call(cloud):
