@@ -180,6 +180,26 @@ def test_the_autoscaler_reads_a_gauge_of_the_server(manifest, exported):
     assert exported[name] == {"model_name"}
 
 
+# The page that is all that a newcomer has.
+
+
+def test_the_docs_have_every_flag_of_the_server_and_no_other():
+    text = (REPOSITORY / "docs/serving.md").read_text()
+    rows = text[text.index("| flag |") :].split("\n\n")[0]
+    known = set(re.findall(r"^\s+--(?:\[no\])?(\w+)", run_command("serve", "--help").out, re.MULTILINE))
+    # What `generate` shares, and the server refuses; absl's own.
+    others = {"prefix_file", "prefix_length", "batch_size", "num_samples", "max_new_tokens", "help", "helpfull"}
+    others |= {"helpshort", "helpxml"}
+    assert set(re.findall(r"`--(\w+)`", rows)) == known - others
+
+
+def test_the_docs_have_every_metric_of_the_server_and_no_other(exported):
+    text = (REPOSITORY / "docs/serving.md").read_text()
+    rows = text[text.index("| name |") :].split("\n\n")[0].replace("`...", "`vllm:spec_decode_num")
+    theirs = {re.sub("_(bucket|sum|count)$", "", name) for name in exported if not name.endswith("_created")}
+    assert set(re.findall(r"`((?:vllm|kforcing):\w+)`", rows)) == theirs
+
+
 # The dashboard.
 
 
