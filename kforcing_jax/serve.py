@@ -13,13 +13,13 @@ from typing import NamedTuple
 from absl import flags
 
 from kforcing_jax import cli
-from kforcing_jax.cli import checkpoints as checkpoint_flags
 from kforcing_jax.cli.checkpoints import CHECKPOINT, TOKENIZER, WEIGHTS, K, check_one_model
 from kforcing_jax.cli.stages import choose_stage
 from kforcing_jax.data.places import expanded
 from kforcing_jax.errors import ConfigError, RunError
 
-flags.adopt_module_key_flags(checkpoint_flags)
+for _name in ("checkpoint", "tokenizer", "weights", "k"):
+    flags.declare_key_flag(_name)
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run directory.")
 _STAGE = flags.DEFINE_string("stage", None, "The student that drafts and decodes, not that of the largest window.")
 _TEACHER = flags.DEFINE_string("teacher", None, "The AR .ckpt beside a student --checkpoint, for modes ar and exact.")
@@ -92,8 +92,15 @@ def _check_flags():
         cli.refuse_flags(["stage"], "without --workdir")
     if not 0 <= _CONFIDENCE.value <= 1:
         raise ConfigError(f"--confidence={_CONFIDENCE.value} is not in [0, 1]")
-    if _API_KEY.value is not None and not _API_KEY.value.isascii():
-        raise ConfigError("--api_key should be ASCII, as headers of HTTP are")
+    _api_key()
+
+
+def _api_key() -> str | None:
+    """None lets everyone in, so an empty one is a mistake. Secrets out of files end with a line break."""
+    key = os.environ.get("KFORCING_API_KEY") if _API_KEY.value is None else _API_KEY.value
+    if key is not None and (not key.strip() or not key.isascii()):
+        raise ConfigError("--api_key, or KFORCING_API_KEY, should be ASCII, as headers of HTTP are, and not empty")
+    return key and key.strip()
 
 
 def _loaded() -> Loaded:
@@ -169,11 +176,8 @@ def _app(loaded: Loaded):
     from kforcing_jax.serving.scheduler import Scheduler
     from kforcing_jax.serving.worker import Worker
 
-    template = _template(loaded)
+    template, mode = _template(loaded), _mode(loaded)
     engine = _engine(loaded)
-    mode = _MODE.value or engine.modes[0]
-    if mode not in engine.modes:
-        raise ConfigError(f"--mode={mode} is not possible with what is loaded: {', '.join(engine.modes)}")
     served = Served(
         name=loaded.name,
         engine=engine,
@@ -191,8 +195,17 @@ def _app(loaded: Loaded):
     metrics.watch(
         lambda: scheduler.running, lambda: scheduler.waiting, lambda: scheduler.cached / positions, engine.slots
     )
-    key = _API_KEY.value or os.environ.get("KFORCING_API_KEY")
-    return create_app(Service(served, scheduler, Worker(scheduler), metrics, _REQUEST_TIMEOUT.value, key))
+    return create_app(Service(served, scheduler, Worker(scheduler), metrics, _REQUEST_TIMEOUT.value, _api_key()))
+
+
+def _mode(loaded) -> str:
+    """Of requests that do not say."""
+    from kforcing_jax.decoding.passes import MODELS
+
+    possible = [mode for mode, models in MODELS.items() if all(getattr(loaded, name) for name in models)]
+    if _MODE.value not in (None, *possible):
+        raise ConfigError(f"--mode={_MODE.value} is not possible with what is loaded: {', '.join(possible)}")
+    return _MODE.value or possible[0]
 
 
 def _template(loaded):

@@ -1,5 +1,6 @@
 """How tests compile: in a fraction of the time, or as users do."""
 
+import contextlib
 import importlib.metadata
 
 # XLA stops at a flag that it does not know, and this one may go with the older code generator that it asks for.
@@ -11,3 +12,19 @@ FAST_FLAGS = "--xla_cpu_use_fusion_emitters=false" if _HAS_EMITTERS else ""
 OPTIMISED = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False} | (
     {"xla_cpu_use_fusion_emitters": True} if _HAS_EMITTERS else {}
 )
+
+
+@contextlib.contextmanager
+def count_compilations():
+    """A list that grows by an entry whenever XLA compiles something, or fetches it from the cache."""
+    import jax  # whose settings `conftest` makes before it is imported
+
+    compiled = []
+
+    def listen(name, *_, **__):
+        if "backend_compile" in name:
+            compiled.append(name)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield compiled
+    jax.monitoring.unregister_event_duration_listener(listen)

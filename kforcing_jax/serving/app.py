@@ -16,6 +16,7 @@ from importlib import resources
 from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from kforcing_jax.serving import protocol
 from kforcing_jax.serving.errors import ApiError
@@ -31,7 +32,9 @@ MOST_BYTES = 8 * 2**20
 # Bodies from here on are read and tokenised beside the event loop, so that streams go on.
 _LARGE = 64 * 2**10
 # For the rest of a body, and for a client to take some of its stream.
-_SECONDS_FOR_A_BODY, _SECONDS_FOR_A_READER = 30, 60
+_SECONDS_FOR_A_BODY, SECONDS_FOR_A_READER = 30, 60
+# Said to nobody, but counted: as nginx does.
+_HUNG_UP = 499
 
 
 @dataclasses.dataclass
@@ -55,8 +58,9 @@ class Service:
 
     @property
     def status(self) -> str:
-        """ready, draining or failed."""
-        return "failed" if self.worker.has_failed else "draining" if self.is_draining else "ready"
+        """ready, draining, stalled or failed."""
+        broken = "failed" if self.worker.has_failed else "stalled" if self.worker.is_stalled else None
+        return broken or ("draining" if self.is_draining else "ready")
 
 
 def create_app(service: Service) -> FastAPI:
@@ -95,12 +99,12 @@ async def _chats(request: Request) -> Response:
 
 
 async def _models(request: Request) -> Response:
-    _check_key(request)
+    _check_caller(request)
     return JSONResponse({"object": "list", "data": [_described(request.app, name) for name in _served(request).ids]})
 
 
 async def _model(request: Request, name: str) -> Response:
-    _check_key(request)
+    _check_caller(request)
     if name not in _served(request).ids:
         raise ApiError(404, f"there is no model {name[:100]!r} here", "model", "model_not_found")
     return JSONResponse(_described(request.app, name))
@@ -144,7 +148,7 @@ def _described(app, name) -> dict:
 
 
 async def _answer(request: Request, kind: type, plan: Callable, form: Completions) -> Response:
-    _check_key(request)
+    _check_caller(request)
     service: Service = request.app.state.service
     body = await _body(request)
 
@@ -157,7 +161,7 @@ async def _answer(request: Request, kind: type, plan: Callable, form: Completion
     answer = Answer(form, secrets.token_hex(12), wanted.model or service.served.name, session.choices)
     session.submit()
     if wanted.stream:
-        return _EventStream(_events(session, answer, wanted), session.end)
+        return _EventStream(_events(session, answer, wanted), session.end, service.metrics.failed)
     return JSONResponse(await _unless_gone(request, _whole(session, answer), session.end))
 
 
@@ -184,7 +188,7 @@ async def _unless_gone(request, work, end):
     try:
         await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not work.done():
-            raise ApiError(499, "the client hung up")
+            raise ApiError(_HUNG_UP, "the client hung up")
         return work.result()
     finally:
         for task in (work, gone):
@@ -203,12 +207,12 @@ class _EventStream(Response):
     What goes wrong before the first event is an error of HTTP; afterwards it is the last event.
     """
 
-    def __init__(self, events: AsyncIterator[bytes], end: Callable[[], None]):
+    def __init__(self, events: AsyncIterator[bytes], end: Callable[[], None], failed: Callable[[int], None]):
         super().__init__(
             media_type="text/event-stream", headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         )
         del self.headers["content-length"]
-        self._events, self._end = events, end
+        self._events, self._end, self._failed = events, end, failed
 
     async def __call__(self, scope, receive, send):
         sending, gone = asyncio.ensure_future(self._send(send)), asyncio.ensure_future(_hung_up(receive))
@@ -216,6 +220,10 @@ class _EventStream(Response):
             await asyncio.wait({sending, gone}, return_when=asyncio.FIRST_COMPLETED)
             if sending.done():
                 sending.result()
+            else:
+                self._failed(_HUNG_UP)
+        except TimeoutError:  # of a reader; the system drops the connection, see `server.bind`
+            self._failed(_HUNG_UP)
         finally:
             for task in (sending, gone):
                 task.cancel()
@@ -229,19 +237,25 @@ class _EventStream(Response):
             async for part in self._events:
                 await self._send_part(send, part)
         except ApiError as error:
+            self._failed(error.status)
             await self._send_part(send, event_of(error.body()) + LAST_EVENT)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _send_part(self, send, part):
-        async with asyncio.timeout(_SECONDS_FOR_A_READER):
+        async with asyncio.timeout(SECONDS_FOR_A_READER):
             await send({"type": "http.response.body", "body": part, "more_body": True})
 
 
 # What comes in.
 
 
-def _check_key(request: Request):
-    """Raises ApiError 401 without the key; what was given is told nowhere."""
+def _check_caller(request: Request):
+    """Raises ApiError 401 without the key; what was given is told nowhere.
+
+    Without a key, a page of somebody else in a browser of this machine could set it to work: 403.
+    """
+    if request.headers.get("sec-fetch-site") == "cross-site":
+        raise ApiError(403, "pages of other sites may not ask")
     key = request.app.state.service.api_key
     if key is None:
         return
@@ -269,6 +283,8 @@ async def _body(request: Request) -> bytes:
                 if size > MOST_BYTES:
                     raise _too_large()
                 parts.append(part)
+    except ClientDisconnect:
+        raise ApiError(_HUNG_UP, "the client hung up") from None
     except TimeoutError:
         raise ApiError(408, f"the rest of the body did not come within {_SECONDS_FOR_A_BODY} s") from None
     return b"".join(parts)

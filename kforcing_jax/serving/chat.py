@@ -1,6 +1,7 @@
 """Chat templates: how messages become the text that a model was trained on."""
 
 import dataclasses
+import datetime
 import json
 from pathlib import Path
 
@@ -56,7 +57,7 @@ class ChatTemplate:
         """The text before the assistant's answer. Raises DataError where the template refuses the messages."""
         try:
             return self._compiled().render(messages=messages, add_generation_prompt=True, **self.tokens)
-        except jinja2.TemplateError as error:
+        except Exception as error:  # a template may do whatever it likes with messages that it did not expect
             raise DataError(f"messages: the chat template refuses them ({error})") from None
 
     def _compiled(self):
@@ -73,8 +74,6 @@ class ChatTemplate:
 
 
 def _today(form):
-    import datetime
-
     return datetime.datetime.now().strftime(form)
 
 

@@ -155,7 +155,7 @@ class Metrics:
         self._whole.observe(now - times.asked)
         if usage.completion > 1 and times.first is not None:
             self._per_token.observe((now - times.first) / (usage.completion - 1))
-        if usage.passes:
+        if usage.completion and usage.passes:
             self._per_pass.labels(self._model, mode).observe(usage.completion / usage.passes)
         self._count_passes(usage.student_passes, usage.teacher_passes)
         if mode == "exact":

@@ -221,7 +221,13 @@ def parse(kind: type[Sampling], fields: Any) -> Sampling:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         name = str(first["loc"][0]) if first["loc"] else None
-        said = first["msg"].removeprefix("Input ").removeprefix("String ").removeprefix("List ")
+        said = (
+            first["msg"]
+            .split(" after validation")[0]
+            .removeprefix("Input ")
+            .removeprefix("String ")
+            .removeprefix("List ")
+        )
         where = ".".join(map(str, first["loc"]))
         if first["type"] == "extra_forbidden":
             raise ApiError(400, f"{where} is no field of this request", name) from None

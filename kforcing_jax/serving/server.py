@@ -7,7 +7,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from kforcing_jax.errors import ConfigError
-from kforcing_jax.serving.app import Service
+from kforcing_jax.serving.app import SECONDS_FOR_A_READER, Service
 
 _CONNECTIONS_WAITING = 2048
 _POLL_SECONDS = 0.05
@@ -27,6 +27,8 @@ def bind(host: str, port: int) -> socket.socket:
         )[0]
         bound = socket.socket(family, kind, protocol)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):  # of Linux: for a client that takes nothing of what it is sent
+            bound.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * SECONDS_FOR_A_READER)
         bound.bind(address)
     except OSError as error:
         raise ConfigError(f"--host={host} --port={port}: {error.strerror or error}") from None

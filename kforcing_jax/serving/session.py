@@ -11,6 +11,9 @@ from kforcing_jax.serving.metrics import Metrics, Times
 from kforcing_jax.serving.plan import Text
 from kforcing_jax.serving.scheduler import Closed, Job, QueueFull, Scheduler
 
+# The scheduler looks at deadlines between steps.
+_SECONDS_FOR_A_STEP = 2
+
 
 class Session:
     """The texts of a request, from the event loop's side."""
@@ -50,7 +53,7 @@ class Session:
         """
         left = len(self.choices)
         while left:
-            found = [await self._updates.get()]
+            found = [await self._next()]
             while not self._updates.empty():
                 found.append(self._updates.get_nowait())
             told = [self._tell(index, update) for index, update in found]
@@ -58,6 +61,14 @@ class Session:
             left -= sum(delta.reason is not None for _, delta in told)
             if told:
                 yield told
+
+    async def _next(self):
+        """The deadline is the scheduler's to see to; where it cannot, because a step hangs, it is ours."""
+        try:
+            async with asyncio.timeout_at(self._jobs[0].deadline + _SECONDS_FOR_A_STEP):
+                return await self._updates.get()
+        except TimeoutError:
+            raise _failure(TimeoutError("the request took longer than it may")) from None
 
     def _tell(self, index, update: Update | Exception) -> tuple[Choice, Delta] | None:
         choice, times = self.choices[index], self._times[index]

@@ -2,6 +2,7 @@
 
 import logging
 import threading
+import time
 import traceback
 from collections.abc import Callable
 
@@ -11,6 +12,8 @@ _LOG = logging.getLogger("kforcing_jax")
 # So many steps in a row that fail are no accident.
 _MOST_FAILURES = 3
 _IDLE_SECONDS = 0.1
+# A step that lasts longer hangs: steps are to take hundredths of a second, and nothing compiles.
+_STALL_SECONDS = 60
 
 
 class Worker:
@@ -24,7 +27,14 @@ class Worker:
         self._scheduler, self.on_failure = scheduler, on_failure
         self._is_ending = False
         self.has_failed = False
+        self._step_began: float | None = None
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
+
+    @property
+    def is_stalled(self) -> bool:
+        """Whether a step does not end."""
+        began = self._step_began
+        return began is not None and time.monotonic() - began > _STALL_SECONDS
 
     def start(self):
         """Begins to work."""
@@ -43,6 +53,7 @@ class Worker:
         while not self._is_ending and failures < _MOST_FAILURES:
             if not self._scheduler.wait(_IDLE_SECONDS):
                 continue
+            self._step_began = time.monotonic()
             try:
                 self._scheduler.step()
                 failures = 0
@@ -50,6 +61,7 @@ class Worker:
                 failures += 1
                 _LOG.error(f"a step of the engine failed\n{traceback.format_exc()}")
                 self._fail(error, everything=failures == _MOST_FAILURES)
+            self._step_began = None
         if failures == _MOST_FAILURES:
             self.has_failed = True
             self.on_failure()

@@ -102,7 +102,9 @@ def _starter(tokenizer):
 
 
 def _end(running):
-    running.engine.gate.set()
+    if isinstance(running.engine, FakeEngine):
+        running.engine.gate.set()
+    running.http.close()
     running.server.should_exit = True
     running.thread.join(20)
     assert not running.thread.is_alive()

@@ -12,7 +12,7 @@ import pytest
 from fake_engine import FakeEngine
 
 from kforcing_jax.decoding import Request
-from kforcing_jax.serving import app
+from kforcing_jax.serving import app, session, worker
 
 
 def head(running, body, path="/v1/completions", length=None):
@@ -67,7 +67,7 @@ def test_who_hangs_up_amid_a_stream_frees_its_slot(start):
 
 
 def test_a_reader_that_takes_nothing_holds_no_slot_and_is_left_in_the_end(start, monkeypatch):
-    monkeypatch.setattr(app, "_SECONDS_FOR_A_READER", 0.5)
+    monkeypatch.setattr(app, "SECONDS_FOR_A_READER", 0.5)
     running = start(FakeEngine(slots=1, k=1, max_length=30_000))
     sock = socket.socket()
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
@@ -284,3 +284,43 @@ def test_thousands_of_requests_in_a_row_leave_nothing_behind(start, count):
     asyncio.run(several(count))
     assert objects() < before + 500
     running.wait_until(lambda: not running.server.server_state.tasks)
+
+
+def test_a_step_that_hangs_is_seen_and_its_requests_still_end(start, monkeypatch):
+    monkeypatch.setattr(worker, "_STALL_SECONDS", 0.1)
+    monkeypatch.setattr(session, "_SECONDS_FOR_A_STEP", 0.1)
+    running = start(FakeEngine(slots=1), seconds=0.2)
+    running.engine.gate.clear()
+    answer = running.post(prompt="a", max_tokens=4)
+    assert answer.status_code == 504 and answer.json()["error"]["code"] == "timeout"
+    health = httpx.get(f"{running.url}/health")
+    assert (health.status_code, health.json()["status"]) == (503, "stalled")
+    running.engine.gate.set()
+    running.wait_until(running.is_idle)
+    assert httpx.get(f"{running.url}/health").status_code == 200
+
+
+def test_what_goes_wrong_within_streams_is_counted(start):
+    running = start(FakeEngine(slots=1, k=1, max_length=2000, seconds=0.01))
+    sock = connect(running, head(running, body(max_tokens=1900, stream=True)))
+    assert b"data:" in sock.recv(10_000)
+    running.engine.failures.append(ValueError("broken"))
+    while b"[DONE]" not in sock.recv(10_000):
+        pass
+    sock.sendall(head(running, body(max_tokens=1900, stream=True)))
+    assert b"data:" in sock.recv(10_000)
+    sock.close()
+    running.wait_until(running.is_idle)
+    text = httpx.get(f"{running.url}/metrics").text
+    for status in ("500", "499"):
+        assert f'kforcing:request_errors_total{{model_name="fake",status="{status}"}} 1.0' in text
+
+
+def test_pages_of_other_sites_may_not_ask(start):
+    """A browser lets them send, and says where they are from."""
+    running = start()
+    headers = {"Sec-Fetch-Site": "cross-site", "Content-Type": "text/plain"}
+    refused = httpx.post(f"{running.url}/v1/completions", content=body(), headers=headers)
+    assert refused.status_code == 403 and not running.engine.inserted
+    headers["Sec-Fetch-Site"] = "same-origin"
+    assert httpx.post(f"{running.url}/v1/completions", content=body(), headers=headers).status_code == 200

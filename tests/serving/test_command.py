@@ -1,0 +1,112 @@
+"""`python -m kforcing_jax.serve`, as a user starts and ends it."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+
+import httpx
+import pytest
+from commands import REPOSITORY, refused, run_command
+from micro import micro_config
+
+from kforcing_jax.sharding import make_mesh
+from kforcing_jax.training import curriculum
+from kforcing_jax.workdir import Workdir
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The folder of a finished micro run."""
+    folder = tmp_path_factory.mktemp("serve") / "micro"
+    workdir = Workdir.claim(folder, micro_config())
+    curriculum.run(workdir, workdir.corpus(), make_mesh(workdir.config.mesh))
+    return folder
+
+
+class Serving:
+    """A server in a process of its own."""
+
+    def __init__(self, *flags, **environment):
+        command = [sys.executable, "-m", "kforcing_jax.serve", "--port=0", *flags]
+        environment = os.environ | {"PYTHONPATH": str(REPOSITORY)} | environment
+        self.process = subprocess.Popen(command, env=environment, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
+        self.lines = []
+        for line in self.process.stderr:
+            self.lines.append(line)
+            if found := re.search(r"serving (\S+) at (http://\S+):", line):
+                self.name, self.url = found[1], found[2]
+                return
+        raise AssertionError("".join(self.lines))
+
+    def end(self):
+        """The status after SIGTERM, and what was said since the start."""
+        self.process.send_signal(signal.SIGTERM)
+        said = self.process.stderr.read()
+        return self.process.wait(60), said
+
+
+@pytest.mark.smoke
+def test_it_says_what_it_compiled_and_has_serves_and_ends_with_a_signal(run):
+    serving = Serving(f"--workdir={run}", "--slots=2", KFORCING_API_KEY="a-secret")
+    said = "".join(serving.lines)
+    assert len(re.findall(r"^compiled .+\d\.\d s$", said, re.MULTILINE)) > 6
+    assert re.search(r"^memory of a device: weights \d+ MB, slots and their caches \d+ MB, programs \d+ MB", said, re.M)
+    assert "2 slots of 8 tokens, modes student, ar, exact, windows of up to 2" in said and serving.name == "micro"
+    assert httpx.get(f"{serving.url}/health").json() == {"status": "ready"}
+    assert httpx.get(f"{serving.url}/v1/models").status_code == 401
+    key = {"Authorization": "Bearer a-secret"}
+    fields = {"prompt": "012", "max_tokens": 5, "seed": 3}
+    texts = {}
+    for mode in ("student", "ar", "exact"):
+        answer = httpx.post(f"{serving.url}/v1/completions", json=fields | {"mode": mode}, headers=key, timeout=60)
+        texts[mode] = answer.json()["choices"][0]["text"]
+    status, later = serving.end()
+    assert status == 0 and later == "" and "a-secret" not in said
+    assert texts["exact"] == texts["ar"]
+    flags = [f"--workdir={run}", "--prompt=012", "--seed=3", "--max_new_tokens=5", "--json"]
+    for mode, text in texts.items():
+        assert json.loads(run_command("generate", *flags, f"--mode={mode}").out)["text"] == ["012" + text]
+
+
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        ([], "--workdir"),
+        (["--workdir=RUN", "--checkpoint=x.ckpt"], "--workdir"),
+        (["--workdir=/nowhere/run"], "no config.json"),
+        (["--workdir=RUN", "--k=3"], "largest trained window, 2"),
+        (["--workdir=RUN", "--stage=k8"], "k8"),
+        (["--workdir=RUN", "--max_length=9"], "8 tokens of the texts of training"),
+        (["--workdir=RUN", "--mode=exact", "--stage=ar"], "--mode=exact is not possible"),
+        (["--workdir=RUN", "--confidence=2"], "--confidence=2.0"),
+        (["--workdir=RUN", "--tensor=3"], "2 heads"),
+        (["--workdir=RUN", "--teacher=x.ckpt"], "--teacher has no effect"),
+        (["--workdir=RUN", "--num_samples=2"], "--num_samples has no effect"),
+        (["--workdir=RUN", "--port=70000"], "port"),
+        (["--workdir=RUN", "--host=no.such.host.invalid"], "--host=no.such.host.invalid"),
+        (["--workdir=RUN", "--chat_template=/nowhere.jinja"], "/nowhere.jinja"),
+        (["--checkpoint=/nowhere.ckpt"], "/nowhere.ckpt"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_in_one_line(run, flags, says):
+    flags = [flag.replace("RUN", str(run)) for flag in flags]
+    refused(run_command("serve", *flags, *([] if "--port=70000" in flags else ["--port=0"])), says)
+
+
+def test_a_port_that_is_taken_is_refused_before_anything_is_loaded(run):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        result = run_command("serve", f"--workdir={run}", f"--port={port}")
+    refused(result, f"--port={port}", "in use")
+
+
+@pytest.mark.parametrize("key", ["", " \n", "schlüssel"])
+def test_a_key_that_nobody_could_give_is_refused(run, monkeypatch, key):
+    monkeypatch.setenv("KFORCING_API_KEY", key)
+    refused(run_command("serve", f"--workdir={run}", "--port=0"), "KFORCING_API_KEY")
