@@ -14,14 +14,12 @@ from kforcing_jax.models import CausalLM, PushForwardLM
 def draw(model, slots: Slots, active_B: jax.Array, ordered_BxKxV: jax.Array, u_BxK: jax.Array):
     """(tokens_BxK, probabilities_BxK of a student's own tokens) of windows after the texts of the slots.
 
-    A window's own tokens count for its later ones' penalty. Counting, weighing, biases and truncation cost their time
-    only when an active request asks for them; otherwise the probabilities are 1.
+    A window's own tokens count for its later ones' penalty. Weighing costs its time only when an active request asks
+    for it, otherwise the probabilities are 1; and so do penalties, biases and truncation.
     """
     settings = slots.settings
-    is_penalised = jnp.any(active_B & (settings.penalty_B != 0))
+    is_changed = jnp.any(active_B & settings.is_changed_B)
     is_weighed = jnp.any(active_B & (settings.confidence_B > 0))
-    is_biased = jnp.any(active_B[:, None] & (settings.bias_BxI != 0))
-    is_truncated = isinstance(model, CausalLM) & jnp.any(active_B & ((settings.top_p_B < 1) | (settings.top_k_B > 0)))
 
     def plain():
         tokens_BxK = model.pick(ordered_BxKxV, u_BxK, settings.tau_B[:, None])
@@ -30,7 +28,7 @@ def draw(model, slots: Slots, active_B: jax.Array, ordered_BxKxV: jax.Array, u_B
     def one_offset(counts_BxV, logits_and_u):
         ordered_BxV, u_B = logits_and_u
         ordered_BxV = _biased(model, settings, ordered_BxV) - settings.penalty_B[:, None] * counts_BxV
-        token_B = _pick(model, settings, ordered_BxV, u_B, is_truncated)
+        token_B = _pick(model, settings, active_B, ordered_BxV, u_B)
         counts_BxV += jax.nn.one_hot(model.cfg.column_of(token_B), counts_BxV.shape[1])
         return counts_BxV, (token_B, _probabilities(model, ordered_BxV, is_weighed))
 
@@ -40,7 +38,7 @@ def draw(model, slots: Slots, active_B: jax.Array, ordered_BxKxV: jax.Array, u_B
         _, drawn_KxB = jax.lax.scan(one_offset, counts_BxV, offsets_first)
         return jax.tree.map(jnp.transpose, drawn_KxB)
 
-    return jax.lax.cond(is_penalised | is_biased | is_truncated, one_by_one, plain)
+    return jax.lax.cond(is_changed, one_by_one, plain)
 
 
 def _biased(model, settings, ordered_BxV):
@@ -48,11 +46,12 @@ def _biased(model, settings, ordered_BxV):
     return ordered_BxV.at[rows_Bx1, model.cfg.column_of(settings.biased_BxI)].add(settings.bias_BxI)
 
 
-def _pick(model, settings, ordered_BxV, u_B, is_truncated):
+def _pick(model, settings, active_B, ordered_BxV, u_B):
     """The model's tokens, a teacher's among those that truncation leaves."""
     if not isinstance(model, CausalLM):
         return model.pick(ordered_BxV, u_B, settings.tau_B)
     tempered_BxV = model.tempered(ordered_BxV, settings.tau_B)
+    is_truncated = jnp.any(active_B & ((settings.top_p_B < 1) | (settings.top_k_B > 0)))
     cut = functools.partial(truncated, tempered_BxV, settings.top_k_B, settings.top_p_B)
     tempered_BxV = jax.lax.cond(is_truncated, cut, lambda: tempered_BxV)
     return model.cfg.token_at(noise.inverse_cdf(tempered_BxV, u_B))

@@ -46,19 +46,14 @@ def width(vocab_size: int) -> int:
     return 1 + 2 * min(MOST_LOGPROBS, vocab_size - 1)
 
 
-def score(model, ordered_xV: jax.Array, tokens_x: jax.Array, is_asked=True) -> jax.Array:
-    """scores_xC of tokens by the logits that they were drawn from; zeros, at no cost, unless they are asked for."""
-    alternatives = width(ordered_xV.shape[-1]) // 2
-
-    def scores():
-        shifted_xV = model.tempered(ordered_xV, jnp.ones(tokens_x.shape))
-        log_total_x1 = jnp.log(jnp.sum(jnp.exp(shifted_xV), axis=-1, keepdims=True))
-        own_x1 = jnp.take_along_axis(shifted_xV, model.cfg.column_of(tokens_x)[..., None], axis=-1)
-        top_xT, columns_xT = jax.lax.top_k(shifted_xV, alternatives)
-        ids_xT = model.cfg.token_at(columns_xT).astype(jnp.float32)
-        return jnp.concatenate([own_x1 - log_total_x1, top_xT - log_total_x1, ids_xT], axis=-1)
-
-    return jax.lax.cond(is_asked, scores, lambda: jnp.zeros((*tokens_x.shape, 1 + 2 * alternatives)))
+def score(model, ordered_xV: jax.Array, tokens_x: jax.Array) -> jax.Array:
+    """scores_xC of tokens by the logits that they were drawn from."""
+    shifted_xV = model.tempered(ordered_xV, jnp.ones(tokens_x.shape))
+    log_total_x1 = jnp.log(jnp.sum(jnp.exp(shifted_xV), axis=-1, keepdims=True))
+    own_x1 = jnp.take_along_axis(shifted_xV, model.cfg.column_of(tokens_x)[..., None], axis=-1)
+    top_xT, columns_xT = jax.lax.top_k(shifted_xV, width(ordered_xV.shape[-1]) // 2)
+    ids_xT = model.cfg.token_at(columns_xT).astype(jnp.float32)
+    return jnp.concatenate([own_x1 - log_total_x1, top_xT - log_total_x1, ids_xT], axis=-1)
 
 
 def score_chunk(model, weights: Weights, hidden_BxGxD: jax.Array, tokens_BxG: jax.Array) -> jax.Array:

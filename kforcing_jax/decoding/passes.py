@@ -183,10 +183,19 @@ def _teacher_draws(models, live, weights, state, active_B, draft_BxK=None):
     u_BxM = at_positions(slots.noise_BxS, slots.length_B, tokens_BxM.shape[1])
     logits_BxMxV = ordered_logits(model, weights, hidden_BxMxD)
     drawn = _drawn(model, slots, active_B, logits_BxMxV, u_BxM)
-    is_asked = jnp.any(active_B & slots.settings.is_scored_B)
-    scores_BxMxC = score(model, logits_BxMxV, drawn.tokens_BxM, is_asked)
-    slots = slots._replace(scores_BxSxC=put(slots.scores_BxSxC, scores_BxMxC, slots.length_B))
+    slots = _scored(model, slots, active_B, logits_BxMxV, drawn.tokens_BxM)
     return drawn, _after_a_pass(state._replace(slots=slots), "teacher", caches, active_B)
+
+
+def _scored(model, slots, active_B, logits_BxMxV, tokens_BxM) -> Slots:
+    """With the log-probabilities of the tokens after the text, if an active request asks for them."""
+
+    def scored(_, scores_BxSxC):
+        return put(scores_BxSxC, score(model, logits_BxMxV, tokens_BxM), slots.length_B)
+
+    # A loop of one turn or none: the branches of a cond would copy the array, a loop writes into it.
+    turns = jnp.any(active_B & slots.settings.is_scored_B).astype(jnp.int32)
+    return slots._replace(scores_BxSxC=jax.lax.fori_loop(0, turns, scored, slots.scores_BxSxC))
 
 
 def _drawn(model, slots, active_B, logits_BxMxV, u_BxM) -> Drawn:
