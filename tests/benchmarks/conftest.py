@@ -1,0 +1,3 @@
+"""Servers for what drives them."""
+
+from serving.conftest import start, tokenizer  # noqa: F401
