@@ -46,6 +46,8 @@ _CHAT_TEMPLATE = flags.DEFINE_string(
 )
 _API_KEY = flags.DEFINE_string("api_key", None, "That clients have to have; KFORCING_API_KEY says it unseen.")
 
+# No request may ask for more texts than its share of the queue, were there so many.
+_CALLERS = 4
 _PACKAGES = ("fastapi", "jinja2", "prometheus_client", "uvicorn")
 _LOG = logging.getLogger("kforcing_jax")
 # Programs are compiled for so many texts at a time, unless memory or --slots says otherwise.
@@ -74,9 +76,9 @@ def main(_):
     app = _app(_loaded())
     host, port = bound.getsockname()[:2]
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-    _LOG.info(f"serving {app.state.service.served.name} at {address}: /v1, /health, /metrics, and a page at /")
-    if not serve(app, bound, _DRAIN_SECONDS.value):
-        raise RunError("the engine failed several times in a row; what is above says why")
+    name = app.state.service.served.name
+    said = f"serving {name} at {address}: /v1, /health, /metrics, and a page at /"
+    serve(app, bound, _DRAIN_SECONDS.value, lambda: _LOG.info(said))
 
 
 def _check_flags():
@@ -186,7 +188,7 @@ def _app(loaded: Loaded):
         mode=mode,
         confidence=_CONFIDENCE.value,
         tau_range=loaded.tau_range,
-        most_texts=_QUEUE.value,
+        most_texts=max(_QUEUE.value // _CALLERS, 1),
         chat_template=template,
     )
     _warm_up(engine)
@@ -205,6 +207,8 @@ def _mode(loaded) -> str:
     possible = [mode for mode, models in MODELS.items() if all(getattr(loaded, name) for name in models)]
     if _MODE.value not in (None, *possible):
         raise ConfigError(f"--mode={_MODE.value} is not possible with what is loaded: {', '.join(possible)}")
+    if "student" not in possible:
+        cli.refuse_flags(["k", "confidence"], "without a student")
     return _MODE.value or possible[0]
 
 

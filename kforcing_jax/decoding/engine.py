@@ -160,8 +160,9 @@ class Engine:
         Args:
           passes: of every request whose prompt is read.
           wait: if not, returns as soon as a request of a mode has ended, whose slot another one may want.
-          chunks: programs that read up to 64 tokens of prompts, at most; new prompts take turns. None reads all of
-            them. What does not depend on it: the tokens.
+          chunks: parts of prompts, of up to 64 tokens, that are read before the passes; new prompts take turns. A
+            program that reads a part of all slots counts as so many; one always runs. None reads all, 0 none. What
+            does not depend on it: the tokens.
 
         Returns:
           An update for every request that was running, or waits for its prompt to be read.
@@ -228,7 +229,9 @@ class Engine:
         """The keys of those that need most memory, of what requests of these modes run."""
         live, names = self.programs.lives[-1], dict.fromkeys(name for mode in modes for name in MODELS[mode])
         run = [("run", mode, live) for mode in modes]
-        return run + [("prefill", name, "all", CHUNKS[-1], live) for name in names]
+        read = [("prefill", name, "all", CHUNKS[-1], live) for name in names]
+        scored = ("prefill", "teacher", "one" if self._reads_one_row else "all", CHUNKS[-1], live, True)
+        return run + read + [scored] * ("teacher" in names)
 
     def release(self):
         """Gives the memory of slots and caches back; requests are dropped, what was compiled is kept."""
@@ -397,14 +400,13 @@ class Engine:
         return len(self._requests[slot].prompt) - 1
 
     def _read_prompts(self, chunks: int | None):
-        """Prompts into the models' caches, by up to so many programs."""
+        """Prompts into the models' caches, up to so many parts of them."""
         done = 0
         while self._reading and (chunks is None or done < chunks):
-            self._read_chunk(*next(iter(self._reading)))
-            done += 1
+            done += self._read_chunk(*next(iter(self._reading)))
 
-    def _read_chunk(self, slot: int, name: str):
-        """The next chunk of a prompt; of all prompts together where most slots have one to read."""
+    def _read_chunk(self, slot: int, name: str) -> int:
+        """The next chunk of a prompt, or of all prompts together where most slots have one: how many rows it reads."""
         slots = [other for other, model in self._reading if model == name]
         scored = name == "teacher" and bool(self._owed.intersection(slots))
         is_alone = self._reads_one_row and (scored or 2 * len(slots) < self.slots)
@@ -419,6 +421,7 @@ class Engine:
         self._state = Decoding(new, self._state.caches | {name: caches})
         # Those that are not done go to the end.
         self._reading |= {(s, name): done + chunk for s, done in read.items() if done + chunk < self._to_read(s)}
+        return 1 if is_alone else self.slots
 
     def _call(self, key: tuple, *arguments):
         """A program's result; what compiling it takes does not count as time of the engine."""

@@ -187,7 +187,8 @@ def whole_numbers(values, name: str, end: int) -> np.ndarray:
     except ValueError:  # lists of different lengths
         array = np.empty((0, 0))
     if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
-        raise DataError(f"{name} should be a list of integers, not {values!r}")
+        shown = repr(values)
+        raise DataError(f"{name} should be a list of integers, not {shown[:60]}{'...' * (len(shown) > 60)}")
     outside = array[(array < 0) | (array >= end)]
     if outside.size:
         raise DataError(f"{name} has {outside[0]}, which is not in [0, {end})")

@@ -10,6 +10,7 @@ import hmac
 import json
 import secrets
 import time
+import urllib.parse
 from collections.abc import AsyncIterator, Callable
 from importlib import resources
 
@@ -19,6 +20,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from kforcing_jax.serving import protocol
+from kforcing_jax.serving.choices import Choice
 from kforcing_jax.serving.errors import ApiError
 from kforcing_jax.serving.metrics import CONTENT_TYPE, Metrics
 from kforcing_jax.serving.plan import Served, plan_chat, plan_completion
@@ -33,6 +35,7 @@ MOST_BYTES = 8 * 2**20
 _LARGE = 64 * 2**10
 # For the rest of a body, and for a client to take some of its stream.
 _SECONDS_FOR_A_BODY, SECONDS_FOR_A_READER = 30, 60
+_BEARER = {"WWW-Authenticate": "Bearer"}
 # Said to nobody, but counted: as nginx does.
 _HUNG_UP = 499
 
@@ -69,8 +72,10 @@ def create_app(service: Service) -> FastAPI:
     @contextlib.asynccontextmanager
     async def life(_):
         service.worker.start()
-        yield
-        await asyncio.to_thread(service.worker.stop)
+        try:
+            yield
+        finally:
+            await asyncio.to_thread(service.worker.stop)
 
     app = FastAPI(title="kforcing_jax", lifespan=life, docs_url=None, redoc_url=None, openapi_url=None)
     app.state.service, app.state.created = service, int(time.time())
@@ -156,9 +161,14 @@ async def _answer(request: Request, kind: type, plan: Callable, form: Completion
         wanted = protocol.parse(kind, _decoded(body))
         return wanted, plan(wanted, service.served)
 
+    def begun():
+        return [Choice(index, text, service.served.tokenizer) for index, text in enumerate(texts)]
+
     wanted, texts = await asyncio.to_thread(understood) if len(body) > _LARGE else understood()
-    session = Session(texts, service.served.tokenizer, service.scheduler, service.metrics, service.seconds)
-    answer = Answer(form, secrets.token_hex(12), wanted.model or service.served.name, session.choices)
+    is_large = sum(len(text.request.prompt) for text in texts) > _LARGE // 16
+    choices = await asyncio.to_thread(begun) if is_large else begun()
+    session = Session(choices, service.scheduler, service.metrics, service.seconds)
+    answer = Answer(form, secrets.token_hex(12), wanted.model or service.served.name, choices)
     session.submit()
     if wanted.stream:
         return _EventStream(_events(session, answer, wanted), session.end, service.metrics.failed)
@@ -252,18 +262,20 @@ class _EventStream(Response):
 def _check_caller(request: Request):
     """Raises ApiError 401 without the key; what was given is told nowhere.
 
-    Without a key, a page of somebody else in a browser of this machine could set it to work: 403.
+    Without a key, a page of another site in a browser of this machine could set it to work: 403.
     """
-    if request.headers.get("sec-fetch-site") == "cross-site":
-        raise ApiError(403, "pages of other sites may not ask")
     key = request.app.state.service.api_key
     if key is None:
+        origin = request.headers.get("origin")
+        hosts = (request.headers.get("host"), request.headers.get("x-forwarded-host"))
+        if origin is not None and urllib.parse.urlsplit(origin).netloc not in hosts:
+            raise ApiError(403, "pages of other sites may not ask")
         return
     scheme, _, given = request.headers.get("authorization", "").partition(" ")
     if not given:
-        raise ApiError(401, "the API key is missing: Authorization: Bearer KEY", code="missing_api_key")
+        raise ApiError(401, "the API key is missing: Authorization: Bearer KEY", None, "missing_api_key", _BEARER)
     if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), key.encode()):
-        raise ApiError(401, "the API key is wrong", code="invalid_api_key")
+        raise ApiError(401, "the API key is wrong", None, "invalid_api_key", _BEARER)
 
 
 async def _body(request: Request) -> bytes:

@@ -17,14 +17,14 @@ _IMPOSSIBLE = -9999.0
 class Scored(NamedTuple):
     """A token with its log-probability, in nats, under the teacher at temperature 1.
 
-    `offset` is that of its text in the text of the choice. `value` and `top`, the likeliest tokens' texts and values,
-    are None of a prompt's first token, which nothing predicts.
+    `offset` is that of its text in the text of the choice. `value` and `top`, the likeliest tokens' texts and values in
+    descending order, are None of a prompt's first token, which nothing predicts.
     """
 
     text: str
     offset: int
     value: float | None
-    top: dict[str, float] | None
+    top: list[tuple[str, float]] | None
 
 
 class Delta(NamedTuple):
@@ -118,16 +118,16 @@ class Choice:
             self._offset = len(pieces[0])
             scores += self._scored(prompt[1:], pieces[1:], self._prompt_scores)
         given = self.wanted.prompt_text
-        return prompt_text(self._tokenizer, prompt) if given is None else given, scores
+        echo = prompt_text(self._tokenizer, prompt) if given is None else given
+        self._offset = len(echo)  # a vocabulary may not give a text back as it was given
+        return echo, scores
 
     def _scored(self, tokens: Sequence[int], pieces: Sequence[str], logprobs) -> list[Scored]:
         scores = []
         for row, token in enumerate(tokens):
             value, text = _number(logprobs.token_N[row]), self._text(token)
-            top = {}
-            for other, of_other in zip(logprobs.top_ids_NxT[row], logprobs.top_NxT[row], strict=True):
-                top.setdefault(self._text(int(other)), _number(of_other))
-            top.setdefault(text, value)
+            likeliest = zip(logprobs.top_ids_NxT[row], logprobs.top_NxT[row], strict=True)
+            top = [(self._text(int(other)), _number(of_other)) for other, of_other in likeliest]
             scores.append(Scored(text, self._offset, value, top))
             self._offset += len(pieces[row])
         return scores
@@ -151,4 +151,4 @@ def total(choices: Sequence[Choice]) -> Usage:
 
 
 def _number(value) -> float:
-    return max(float(value), _IMPOSSIBLE)
+    return float(value) if value > _IMPOSSIBLE else _IMPOSSIBLE  # nor is what is no number JSON

@@ -64,11 +64,16 @@ CONTENT_TYPE = CONTENT_TYPE_LATEST
 
 @dataclasses.dataclass
 class Times:
-    """Of one text, by the server's clock, in seconds: asked for, first and last new tokens."""
+    """Of one text, by the server's clock, in seconds: asked for, given a slot, first and last new tokens.
+
+    `at_first` is how many tokens came first, at once.
+    """
 
     asked: float
+    began: float | None = None
     first: float | None = None
     last: float | None = None
+    at_first: int = 0
 
 
 class Metrics:
@@ -130,14 +135,15 @@ class Metrics:
         """A request was refused, or failed."""
         self._errors.labels(self._model, str(status)).inc()
 
-    def began(self, queued: float):
-        """A text had a slot after so many seconds."""
-        self._queued.observe(queued)
+    def began(self, times: Times, now: float):
+        """A text has a slot."""
+        times.began = now
+        self._queued.observe(now - times.asked)
 
     def progressed(self, times: Times, tokens: int, now: float):
         """A text has new tokens."""
         if times.first is None:
-            times.first = now
+            times.first, times.at_first = now, tokens
             self._first.observe(now - times.asked)
         else:
             for histogram in self._between:
@@ -153,13 +159,20 @@ class Metrics:
         self._prompt_length.observe(usage.prompt)
         self._new_length.observe(usage.completion)
         self._whole.observe(now - times.asked)
-        if usage.completion > 1 and times.first is not None:
-            self._per_token.observe((now - times.first) / (usage.completion - 1))
+        if usage.completion > times.at_first:  # the time of those that came first is not known
+            self._per_token.observe((times.last - times.first) / (usage.completion - times.at_first))
         if usage.completion and usage.passes:
             self._per_pass.labels(self._model, mode).observe(usage.completion / usage.passes)
         self._count_passes(usage.student_passes, usage.teacher_passes)
         if mode == "exact":
             self._count_drafts(kept, choice.wanted.request.k)
+
+    def dropped(self, times: Times, choice: Choice):
+        """A text was wanted no longer, or failed; what it had cost was spent."""
+        self._success.labels(self._model, "abort").inc()
+        if times.began is not None:
+            self._prompt.inc(choice.usage.prompt)
+            self._count_passes(choice.usage.student_passes, choice.usage.teacher_passes)
 
     def _count_passes(self, student, teacher):
         self._passes.labels(self._model, "student").inc(student)

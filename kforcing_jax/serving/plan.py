@@ -6,11 +6,15 @@ from collections.abc import Sequence
 
 from kforcing_jax.config import check_tau
 from kforcing_jax.data.tokenizers import Tokenizer
-from kforcing_jax.decoding.requests import MODES, Request
+from kforcing_jax.decoding.requests import Request
 from kforcing_jax.errors import UserError
 from kforcing_jax.serving.chat import ChatTemplate
 from kforcing_jax.serving.errors import ApiError
 from kforcing_jax.serving.protocol import ChatRequest, CompletionRequest, Sampling
+
+_DIGITS = 10  # of an id at most
+# Characters of a prompt that is tokenised: so many for every token of the context, or what is always possible.
+_CHARACTERS_A_TOKEN, _CHARACTERS_ALWAYS = 64, 2**16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +94,9 @@ def plan_chat(request: ChatRequest, served: Served) -> list[Text]:
         )
     _check_count(request, served, 1)
     try:
-        ids = served.tokenizer.encode_marked(served.chat_template.render([m.plain() for m in request.messages]))
+        text = served.chat_template.render([message.plain() for message in request.messages])
+        _check_size(text, served, "messages")
+        ids = served.tokenizer.encode_marked(text)
     except UserError as error:
         raise ApiError(400, str(error), "messages") from None
     return _texts(request, served, ids)
@@ -110,6 +116,7 @@ def _prompt_ids(prompt: str | list[int], with_beginning: bool | None, served: Se
     if isinstance(prompt, str):
         if served.tokenizer is None:
             raise ApiError(400, "prompt should be token ids: this server has no tokenizer", "prompt")
+        _check_size(prompt, served, "prompt")
         try:
             encode = served.tokenizer.encode if with_beginning is False and prompt else served.tokenizer.encode_prompt
             prompt = encode(prompt)
@@ -118,6 +125,14 @@ def _prompt_ids(prompt: str | list[int], with_beginning: bool | None, served: Se
     if not prompt:
         raise ApiError(400, "prompt is empty; start from a token, such as that which ends documents", "prompt")
     return prompt
+
+
+def _check_size(text: str, served: Served, field: str):
+    """Raises ApiError for a text that is far longer than a context: tokenising megabytes takes gigabytes."""
+    most = max(_CHARACTERS_A_TOKEN * served.engine.max_length, _CHARACTERS_ALWAYS)
+    if len(text) > most:
+        said = f"{field} has {len(text):,} characters; the limit is {most:,}, for a context of"
+        raise ApiError(400, f"{said} {served.engine.max_length} tokens", field, "context_length_exceeded")
 
 
 def _texts(request: Sampling, served: Served, prompt: Sequence[int], **more) -> list[Text]:
@@ -142,7 +157,7 @@ def _texts(request: Sampling, served: Served, prompt: Sequence[int], **more) -> 
         logprobs=alternatives,
         prompt_logprobs=alternatives is not None and more.get("echo", False),
     )
-    _check(asked, served)
+    _check(asked, request, served)
     if request.stops and served.tokenizer is None:
         raise ApiError(400, "stop has no effect: this server has no tokenizer; see stop_token_ids", "stop")
     seeds = [(seed + choice) % 2**32 for choice in range(request.choices)]
@@ -232,7 +247,7 @@ def _confidence(request, served, mode) -> float:
 
 def _bias(request) -> dict[int, float]:
     for key in request.logit_bias or {}:
-        if not key.strip().isdecimal():
+        if len(key) > _DIGITS or not key.isascii() or not key.isdecimal() or str(int(key)) != key:
             raise ApiError(400, f"logit_bias has {key[:50]!r}, which is no token id", "logit_bias")
     return {int(key): bias for key, bias in (request.logit_bias or {}).items()}
 
@@ -248,14 +263,14 @@ def _room(request, served, prompt) -> int:
     return most - length if wanted is None else wanted
 
 
-def _check(asked: Request, served):
+def _check(asked: Request, request: Sampling, served):
     try:
         served.engine.check(asked)
     except UserError as error:
-        name = str(error).split(" ")[0]
-        fields = {"prompt", "end_ids", "k", "tau", "logit_bias", *MODES}
-        names = {"end_ids": "stop_token_ids", "tau": "temperature"}
-        raise ApiError(400, str(error), names.get(name, name) if name in fields else None) from None
+        name, _, rest = str(error).partition(" ")
+        name = {"end_ids": "stop_token_ids", "tau": "temperature"}.get(name, name)
+        is_field = name in type(request).model_fields
+        raise ApiError(400, f"{name} {rest}", name if is_field else None) from None
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -1,6 +1,7 @@
 """The fields of requests: OpenAI's, those that load tools and other servers add, and ours."""
 
 import difflib
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -87,7 +88,7 @@ class Sampling(_Strict):
         for name in fields.keys() - cls.model_fields.keys() - _NEUTRAL.keys() - set(_UNREAD):
             near = difflib.get_close_matches(name, cls.model_fields, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
-            raise ApiError(400, f"{name[:50]} is no field of this request{hint}", name[:50])
+            raise ApiError(400, f"{_plain(name)} is no field of this request{hint}", _plain(name))
         return {name: value for name, value in fields.items() if name in cls.model_fields}
 
     @model_validator(mode="after")
@@ -177,6 +178,14 @@ def _in_parts(content):
 class Message(_Strict):
     """Of a chat."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_empty(cls, fields: Any) -> Any:
+        """Answers come back as they were given: with fields that say that there is nothing."""
+        if not isinstance(fields, dict):
+            return fields
+        return {name: value for name, value in fields.items() if name in cls.model_fields or value not in (None, [])}
+
     role: Annotated[str, Field(min_length=1, max_length=50)]
     content: Annotated[list[Part], BeforeValidator(_in_parts)]
     name: str | None = None
@@ -221,19 +230,18 @@ def parse(kind: type[Sampling], fields: Any) -> Sampling:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         name = str(first["loc"][0]) if first["loc"] else None
-        said = (
-            first["msg"]
-            .split(" after validation")[0]
-            .removeprefix("Input ")
-            .removeprefix("String ")
-            .removeprefix("List ")
-        )
+        said = re.sub("^(Input|String|List) | after validation.*", "", first["msg"])
         where = ".".join(map(str, first["loc"]))
         if first["type"] == "extra_forbidden":
             raise ApiError(400, f"{where} is no field of this request", name) from None
         if first["type"] == "missing":
             raise ApiError(400, f"{where} is missing", name) from None
         raise ApiError(400, f"{where} = {_shown(first['input'])} {said}", name) from None
+
+
+def _plain(name: str) -> str:
+    """Of what a client sent, and may be no text."""
+    return name[:50].encode("ascii", "backslashreplace").decode()
 
 
 def _shown(value) -> str:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 
 from kforcing_jax.serving.choices import Choice, Delta, Scored, total
+from kforcing_jax.serving.text import INCOMPLETE
 
 
 class Completions:
@@ -32,9 +33,15 @@ class Completions:
         return {
             "tokens": [score.text for score in scores],
             "token_logprobs": [score.value for score in scores],
-            "top_logprobs": [score.top for score in scores],
+            "top_logprobs": [self._by_text(score) for score in scores],
             "text_offset": [score.offset for score in scores],
         }
+
+    def _by_text(self, score) -> dict[str, float] | None:
+        """The likeliest tokens, and the token itself. Of several with one text, bytes of characters, the likeliest."""
+        if score.top is None:
+            return None
+        return dict([(score.text, score.value), *score.top[::-1]])
 
 
 class Chats(Completions):
@@ -56,10 +63,11 @@ class Chats(Completions):
             return None
 
         def named(text, value):
-            return {"token": text, "logprob": value, "bytes": list(text.encode())}
+            is_whole = INCOMPLETE not in text  # otherwise the text does not say which bytes they are
+            return {"token": text, "logprob": value, "bytes": list(text.encode()) if is_whole else None}
 
         def entry(score):
-            return named(score.text, score.value) | {"top_logprobs": list(itertools.starmap(named, score.top.items()))}
+            return named(score.text, score.value) | {"top_logprobs": list(itertools.starmap(named, score.top))}
 
         return {"content": list(map(entry, scores)), "refusal": None}
 

@@ -15,7 +15,7 @@ from typing import Any
 # Of a step, in seconds: long enough that what surrounds it is little, short enough that streams flow.
 STEP_SECONDS = 0.02
 MOST_PASSES = 16
-# Of new prompts, parts that a step reads while texts are running.
+# Parts of new prompts that a step reads before its passes, so that a long one does not hold up what runs.
 CHUNKS = 4
 # Over so many texts that ended the time per text is averaged.
 _REMEMBERED = 64
@@ -47,7 +47,7 @@ class Job:
         its deadline, otherwise what the engine raised. In the thread that steps, so it has to be short.
       deadline: by the scheduler's clock.
       asked, admitted: when it was submitted, and had a slot; None before.
-      tokens: of the text so far, the prompt included.
+      tokens, passes: of the text so far, the prompt included; of the model that has most.
     """
 
     request: Any
@@ -58,6 +58,7 @@ class Job:
     asked: float | None = None
     admitted: float | None = None
     tokens: int = 0
+    passes: int = 0
 
 
 class Scheduler:
@@ -103,17 +104,20 @@ class Scheduler:
             here = len(self._running) + self._count_waiting()
             if here + len(jobs) > self._engine.slots + self._most_waiting:
                 raise QueueFull(f"{self._count_waiting()} texts wait already", self._retry_after())
+            if not self._groups:
+                self._ended.clear()  # how fast slots come free is known only while they are wanted
             for job in jobs:
                 job.asked = self._clock()
             self._groups.append(collections.deque(jobs))
             self._changed.notify()
 
-    def cancel(self, job: Job):
-        """Drops a text; its slot is free before the next pass. Of one that has ended, nothing."""
+    def cancel(self, *jobs: Job):
+        """Drops texts; their slots are free before the next step. Of those that have ended, nothing."""
         with self._changed:
-            job.is_cancelled = True
-            if job.slot is None:
-                self._keep_waiting(lambda other: other is not job)
+            for job in jobs:
+                job.is_cancelled = True
+            if any(job.slot is None for job in jobs):
+                self._keep_waiting(lambda job: not job.is_cancelled)
             self._changed.notify()
 
     def close(self):
@@ -129,8 +133,8 @@ class Scheduler:
 
     # What one thread calls.
 
-    def step(self):
-        """Frees what was dropped or is too late, admits, and gives all texts some passes.
+    def step(self) -> bool:
+        """Frees what was dropped or is too late, admits, and gives all texts some passes: whether there were any.
 
         Raises whatever the engine raises; `fail` has to follow.
         """
@@ -140,21 +144,22 @@ class Scheduler:
             running = dict(self._running)
             is_awaited = bool(self._groups)
         if not running:
-            return
-        updates = self._timed_step(wait=not is_awaited)
+            return False
+        start = self._clock()
+        updates = self._engine.step(self._passes(), wait=not is_awaited, chunks=CHUNKS)
+        self._note_passes(self._clock() - start, [(running[update.slot], update) for update in updates])
         with self._changed:
             for update in updates:
                 if update.is_finished:
-                    del self._running[update.slot]
-                    running[update.slot].slot = None
-                    self._ended.append(self._clock())
+                    self._leave(running[update.slot])
         for update in updates:
             running[update.slot].tokens += len(update.tokens)
             if not running[update.slot].is_cancelled:
                 running[update.slot].tell(update)
+        return True
 
     def drop(self, reason: str):
-        """Ends all texts with an error; their slots are free before the next pass. Any thread may call it."""
+        """Ends all texts with an error; their slots are free before the next step. Any thread may call it."""
         with self._changed:
             jobs = [*self._running.values(), *(job for group in self._groups for job in group)]
             self._groups.clear()
@@ -182,8 +187,14 @@ class Scheduler:
     def _count_waiting(self):
         return sum(map(len, self._groups))
 
+    def _leave(self, job):
+        """A slot is free again."""
+        del self._running[job.slot]
+        job.slot = None
+        self._ended.append(self._clock())
+
     def _retry_after(self) -> int:
-        """Seconds until a text of those that wait has had its turn, by how fast the last ones ended."""
+        """Seconds until a slot is free for one of those that wait, by how fast the last ones came free."""
         if len(self._ended) < 2:
             return 1
         seconds = (self._ended[-1] - self._ended[0]) / (len(self._ended) - 1)
@@ -194,8 +205,7 @@ class Scheduler:
         for slot, job in list(self._running.items()):
             if job.is_cancelled or job.deadline <= now:
                 self._engine.free(slot)
-                del self._running[slot]
-                job.slot = None
+                self._leave(job)
                 self._say_late(job)
         late = [job for group in self._groups for job in group if job.deadline <= now]
         for job in late:
@@ -226,11 +236,16 @@ class Scheduler:
             job.admitted, job.tokens = self._clock(), len(job.request.prompt)
             self._running[job.slot] = job
 
-    def _timed_step(self, wait):
-        passes = min(max(round(STEP_SECONDS / self._seconds_per_pass), 1), MOST_PASSES)
-        start = self._clock()
-        updates = self._engine.step(passes, wait=wait, chunks=CHUNKS)
-        seconds = (self._clock() - start) / passes
-        # One slow step (a long prompt, another process) should not make the next ones short.
-        self._seconds_per_pass += 0.1 * (max(seconds, 1e-6) - self._seconds_per_pass)
-        return updates
+    def _passes(self) -> int:
+        """Of the next step."""
+        return min(max(round(STEP_SECONDS / self._seconds_per_pass), 1), MOST_PASSES)
+
+    def _note_passes(self, seconds, told):
+        """How long a pass takes, from a step and what it gave; it may have ended early."""
+        done = 0
+        for job, update in told:
+            passes = max(update.passes.values())
+            done, job.passes = max(done, passes - job.passes), passes
+        if done:
+            # One slow step (a long prompt, another process) should not make the next ones short.
+            self._seconds_per_pass += 0.1 * (max(seconds / done, 1e-6) - self._seconds_per_pass)

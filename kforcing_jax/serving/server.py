@@ -1,22 +1,30 @@
 """The process around the application: its socket, its signals, and how it ends."""
 
 import asyncio
+import contextlib
+import resource
 import socket
+from collections.abc import Callable
 
 import uvicorn
 from fastapi import FastAPI
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from kforcing_jax.errors import ConfigError
+from kforcing_jax.errors import ConfigError, RunError
 from kforcing_jax.serving.app import SECONDS_FOR_A_READER, Service
 
 _CONNECTIONS_WAITING = 2048
 _POLL_SECONDS = 0.05
+# Longer than balancers keep connections (Google's: 600 s), so that none is closed that one is about to use.
+_SECONDS_OF_IDLENESS = 620
+# For the head of a request, and its size: nothing of it is known before it is whole.
+_SECONDS_FOR_A_HEAD, _MOST_BYTES_OF_A_HEAD = 30, 64 * 2**10
 # For answers that are complete and not yet taken.
 _SECONDS_FOR_THE_LAST_BYTES = 5
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket of an address, before anything is loaded: nobody can connect yet, and nobody else can take it.
+    """A socket of an address, before anything is loaded: an address that is in use is said, and nobody can connect yet.
 
     Raises:
       ConfigError: the address is not to be had.
@@ -35,13 +43,52 @@ def bind(host: str, port: int) -> socket.socket:
     return bound
 
 
+class _Connection(HttpToolsProtocol):
+    """Closes connections whose next request does not begin in time, or never ends to begin."""
+
+    def connection_made(self, transport):
+        super().connection_made(transport)
+        self._begin_head()
+
+    def on_message_begin(self):
+        super().on_message_begin()
+        self._begin_head()
+
+    def on_headers_complete(self):
+        self._end_head()
+        super().on_headers_complete()
+
+    def data_received(self, data):
+        super().data_received(data)
+        if self._timer is not None:
+            self._size += len(data)
+            if self._size > _MOST_BYTES_OF_A_HEAD:
+                self.transport.close()
+
+    def connection_lost(self, exc):
+        self._end_head()
+        super().connection_lost(exc)
+
+    _timer, _size = None, 0
+
+    def _begin_head(self):
+        self._end_head()
+        self._timer, self._size = self.loop.call_later(_SECONDS_FOR_A_HEAD, self.transport.close), 0
+
+    def _end_head(self):
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+
 class Server(uvicorn.Server):
     """Serves until SIGTERM or SIGINT; then it takes nothing new, and lets what has begun end.
 
     A second signal ends it at once.
     """
 
-    def __init__(self, app: FastAPI, drain_seconds: float):
+    def __init__(self, app: FastAPI, drain_seconds: float, announce: Callable[[], None] = lambda: None):
+        """`announce` is called when clients can connect."""
         super().__init__(
             uvicorn.Config(
                 app,
@@ -49,16 +96,19 @@ class Server(uvicorn.Server):
                 access_log=False,  # whatever is in an address may be a secret
                 server_header=False,
                 backlog=_CONNECTIONS_WAITING,
+                timeout_keep_alive=_SECONDS_OF_IDLENESS,
+                http=_Connection,
                 timeout_graceful_shutdown=_SECONDS_FOR_THE_LAST_BYTES,
             )
         )
         self._service: Service = app.state.service
-        self._drain_seconds = drain_seconds
-        self._loop = None
+        self._drain_seconds, self._announce = drain_seconds, announce
+        self._loop = self._draining = None
 
     async def startup(self, sockets=None):
         self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
+        self._announce()
 
     def handle_exit(self, sig, frame):
         """Not uvicorn's: that closes the door first, and a gateway hears of it by refused connections."""
@@ -67,11 +117,14 @@ class Server(uvicorn.Server):
             return
         self._service.is_draining = True
         self._service.scheduler.close()
-        self._loop.call_soon_threadsafe(lambda: setattr(self, "_draining", self._loop.create_task(self._drain())))
+        self._loop.call_soon_threadsafe(self._begin_to_drain)
 
     def fail(self):
         """Ends the process; any thread may call it."""
         self.should_exit = True
+
+    def _begin_to_drain(self):
+        self._draining = self._loop.create_task(self._drain())
 
     async def _drain(self):
         ends = self._loop.time() + self._drain_seconds
@@ -82,9 +135,25 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
 
-def serve(app: FastAPI, bound: socket.socket, drain_seconds: float) -> bool:
-    """Serves until a signal ends it, or the engine does: whether it was a signal."""
-    server = Server(app, drain_seconds)
-    app.state.service.worker.on_failure = server.fail
+def serve(app: FastAPI, bound: socket.socket, drain_seconds: float, announce: Callable[[], None]):
+    """Serves until a signal ends it, or the engine does.
+
+    Raises:
+      RunError: it was the engine.
+    """
+    worker = app.state.service.worker
+    server = Server(app, drain_seconds, announce)
+    worker.on_failure = server.fail
+    _allow_many_files()
     server.run(sockets=[bound])
-    return not app.state.service.worker.has_failed
+    if worker.has_failed:
+        raise RunError("the engine failed several times in a row; what is above says why")
+    if worker.is_alive:
+        raise RunError("a step of the engine did not end; the process is given up")
+
+
+def _allow_many_files():
+    """A connection is a file, and shells allow a thousand."""
+    with contextlib.suppress(ValueError, OSError):
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -7,7 +7,7 @@ from tokenizers.decoders import DecodeStream
 from kforcing_jax.data.tokenizers import Tokenizer
 
 # What the decoder puts where bytes are no character, or not yet one.
-_INCOMPLETE = "\ufffd"
+INCOMPLETE = "\ufffd"
 _MOST_TOKENS_OF_A_CHARACTER = 8
 
 
@@ -63,12 +63,12 @@ class IdStream:
 
 def prompt_text(tokenizer: Tokenizer | None, prompt: Sequence[int]) -> str:
     """What a `TextStream`'s pieces follow: the text of a prompt, without the bytes of half a character at its end."""
-    return tokenizer.decode(prompt).rstrip(_INCOMPLETE) if tokenizer else " ".join(map(str, prompt))
+    return tokenizer.decode(prompt).rstrip(INCOMPLETE) if tokenizer else " ".join(map(str, prompt))
 
 
 def _whole_characters(tokenizer, prompt) -> int:
     """How many tokens of a prompt to begin with: what ends within a character is read token by token."""
     for count in range(len(prompt), max(len(prompt) - _MOST_TOKENS_OF_A_CHARACTER, -1), -1):
-        if not tokenizer.decode(prompt[:count]).endswith(_INCOMPLETE):
+        if not tokenizer.decode(prompt[:count]).endswith(INCOMPLETE):
             return count
     return len(prompt)

@@ -14,6 +14,8 @@ _MOST_FAILURES = 3
 _IDLE_SECONDS = 0.1
 # A step that lasts longer hangs: steps are to take hundredths of a second, and nothing compiles.
 _STALL_SECONDS = 60
+# For the step that it is in when it has to stop.
+_SECONDS_TO_STOP = 5
 
 
 class Worker:
@@ -40,13 +42,21 @@ class Worker:
         """Begins to work."""
         self._thread.start()
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether it works, or hangs."""
+        return self._thread.is_alive()
+
     def stop(self):
-        """Ends after the step that it is in; texts that are left end with an error."""
+        """Ends after the step that it is in, if that ends; texts that are left end with an error."""
         self._is_ending = True
         self._scheduler.close()
-        if self._thread.is_alive():
-            self._thread.join()
-        self._scheduler.fail(RuntimeError("the server was shut down"), everything=True)
+        if self.is_alive:
+            self._thread.join(_SECONDS_TO_STOP)
+        if self.is_alive:
+            self._scheduler.drop("the server was shut down")
+        else:
+            self._scheduler.fail(RuntimeError("the server was shut down"), everything=True)
 
     def _work(self):
         failures = 0
@@ -55,8 +65,7 @@ class Worker:
                 continue
             self._step_began = time.monotonic()
             try:
-                self._scheduler.step()
-                failures = 0
+                failures = 0 if self._scheduler.step() else failures
             except Exception as error:  # whatever it is, those who wait have to know
                 failures += 1
                 _LOG.error(f"a step of the engine failed\n{traceback.format_exc()}")

@@ -182,6 +182,7 @@ REFUSED = {
     "half of a surrogate pair": (dict(prompt="a\ud800"), "prompt", "U+D800"),
     "more than the context": (dict(max_tokens=32), "max_tokens", "context of 32"),
     "a prompt of the whole context": (dict(prompt="a" * 32), "prompt", "context of 32"),
+    "a prompt of a megabyte": (dict(prompt="a" * 10**6), "prompt", "1,000,000 characters"),
     "too many choices": (dict(n=129), "n", "128"),
     "no choice": (dict(n=0), "n", "1"),
     "too many texts": (dict(prompt=["a"] * 33, n=2), "n", "64"),
@@ -195,6 +196,9 @@ REFUSED = {
     "top_k of a student": (dict(top_k=5), "top_k", "mode ar or exact can"),
     "logprobs of a student": (dict(logprobs=1), "logprobs", "mode ar or exact can"),
     "logit_bias of a student": (dict(logit_bias={"5": 1}), "logit_bias", "mode ar or exact can"),
+    "a bias of a number that is none": (dict(logit_bias={"9" * 5000: 1}, mode="ar"), "logit_bias", "no token id"),
+    "two ways to write an id": (dict(logit_bias={" 1": 1, "1": 2}, mode="ar"), "logit_bias", "' 1'"),
+    "a name that is no text": ({"a\ud800": 1}, "a\\ud800", "no field"),
     "a bias of what is no id": (dict(logit_bias={"x": 1}, mode="ar"), "logit_bias", "'x'"),
     "a temperature that it was not trained with": (dict(temperature=0.5), "temperature", "mode ar or exact takes any"),
     "no temperature": (dict(temperature=0), "temperature", "trained with (1)"),
@@ -273,7 +277,7 @@ def test_a_model_without_a_chat_template_says_so(shared):
 
 
 def test_chats_go_through_the_template(start):
-    running = start(chat_template=ChatTemplate(TEMPLATE))
+    running = start(FakeEngine(max_length=80), chat_template=ChatTemplate(TEMPLATE))
     client = openai.OpenAI(base_url=f"{running.url}/v1", api_key="none")
     messages = [{"role": "user", "content": "hi"}]
     answer = client.chat.completions.create(model="fake", messages=messages, max_completion_tokens=6, seed=2)
@@ -283,6 +287,9 @@ def test_chats_go_through_the_template(start):
     stream = client.chat.completions.create(model="fake", messages=parts, max_tokens=6, seed=2, stream=True)
     chunks = [chunk.choices[0].delta for chunk in stream]
     assert chunks[0].role == "assistant" and "".join(delta.content or "" for delta in chunks) == text
+    again = [*messages, answer.choices[0].message, {"role": "user", "content": "more"}]
+    second = client.chat.completions.create(model="fake", messages=again, max_tokens=3, seed=2)
+    assert second.usage.prompt_tokens == len(f"<user>hi</><assistant>{text}</><user>more</>>")
     image = running.post("/v1/chat/completions", messages=[{"role": "user", "content": [{"type": "image_url"}]}])
     assert image.status_code == 400 and image.json()["error"]["param"] == "messages"
 
@@ -299,7 +306,8 @@ def test_a_key_guards_the_api_and_is_told_nowhere(start, capfd):
     running = start(api_key="secret-key")
     for headers in ({}, {"Authorization": "Bearer wrong-key"}, {"Authorization": "Basic secret-key"}):
         for path in ("/v1/models", "/v1/models/fake"):
-            assert httpx.get(running.url + path, headers=headers).status_code == 401
+            refused = httpx.get(running.url + path, headers=headers)
+            assert refused.status_code == 401 and refused.headers["www-authenticate"] == "Bearer"
         response = httpx.post(f"{running.url}/v1/completions", json={"prompt": "a"}, headers=headers)
         assert response.status_code == 401 and "key" in response.json()["error"]["message"]
         assert response.json()["error"]["type"] == "authentication_error"
@@ -335,3 +343,31 @@ def test_metrics_count_what_was_served(start):
         'vllm:kv_cache_usage_perc{model_name="fake"}': 0.5,
     }.items():
         assert float(lines[name]) == value, name
+
+
+def test_the_time_of_a_token_leaves_out_those_that_came_first_at_once(start):
+    """Many tokens come with the first event: they took no time that anybody saw, and count for nothing."""
+    running = start(FakeEngine(k=1, seconds=0.01))
+    running.scheduler._seconds_per_pass = 0.004  # five passes a step, of 10 ms
+    running.post(prompt="a", max_tokens=15, seed=1, ignore_eos=True)
+    running.post(prompt="a", max_tokens=1, seed=1)
+    lines = dict(
+        line.rsplit(" ", 1) for line in httpx.get(f"{running.url}/metrics").text.splitlines() if line[0] != "#"
+    )
+    name = 'vllm:request_time_per_output_token_seconds_{}{{model_name="fake"}}'
+    assert float(lines[name.format("count")]) == 1 and 0.0019 < float(lines[name.format("sum")]) < 0.01
+
+
+def test_what_is_dropped_is_counted_with_what_it_cost(start):
+    running = start(FakeEngine(slots=1, k=1, max_length=500, seconds=0.005))
+    with httpx.stream(
+        "POST", f"{running.url}/v1/completions", json=dict(prompt="abc", max_tokens=400, stream=True)
+    ) as r:
+        next(r.iter_lines())
+    running.wait_until(running.is_idle)
+    running.wait_until(
+        lambda: 'finished_reason="abort",model_name="fake"} 1.0' in httpx.get(f"{running.url}/metrics").text
+    )
+    text = httpx.get(f"{running.url}/metrics").text
+    assert 'vllm:prompt_tokens_total{model_name="fake"} 3.0' in text
+    assert 'kforcing:passes_total{model="student",model_name="fake"} 0.0' not in text

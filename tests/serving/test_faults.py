@@ -1,10 +1,12 @@
 """Clients that misbehave, an engine that fails, a server that is told to end: nothing is lost, nobody else notices."""
 
 import asyncio
+import contextlib
 import gc
 import json
 import random
 import socket
+import threading
 import time
 
 import httpx
@@ -12,7 +14,7 @@ import pytest
 from fake_engine import FakeEngine
 
 from kforcing_jax.decoding import Request
-from kforcing_jax.serving import app, session, worker
+from kforcing_jax.serving import app, server, session, worker
 
 
 def head(running, body, path="/v1/completions", length=None):
@@ -83,16 +85,25 @@ def test_a_reader_that_takes_nothing_holds_no_slot_and_is_left_in_the_end(start,
 
 def test_half_a_request_takes_nothing_and_is_told_so(start, monkeypatch):
     monkeypatch.setattr(app, "_SECONDS_FOR_A_BODY", 0.3)
+    monkeypatch.setattr(server, "_SECONDS_FOR_A_HEAD", 0.3)
     running = start()
-    idle, part = connect(running, b"POST /v1/comp"), connect(running, head(running, b'{"prompt":', length=100))
+    silent, idle, part = (
+        connect(running),
+        connect(running, b"POST /v1/comp"),
+        connect(running, head(running, b'{"prompt":', length=100)),
+    )
     gone = connect(running, head(running, b'{"prompt":', length=100))
     gone.close()
     assert running.post(prompt="a", max_tokens=2).status_code == 200
     answer = part.recv(10_000).decode()
-    assert " 408 " in answer.splitlines()[0] and "did not come" in answer
+    assert " 408 " in answer.splitlines()[0]
+    assert silent.recv(10) == idle.recv(10) == b""  # both are closed
+    endless = connect(running, b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * 20_000)
+    with contextlib.suppress(ConnectionError):
+        assert endless.recv(10) == b""
     running.wait_until(running.is_idle)
-    idle.close()
-    part.close()
+    for sock in (silent, idle, part, endless):
+        sock.close()
 
 
 def test_more_than_may_wait_is_told_when_to_come_again(start):
@@ -247,9 +258,18 @@ def test_a_thousand_who_hang_up_at_any_time_change_nothing_for_the_others(start)
 def test_a_thousand_connections_at_once_are_served(start):
     running = start(FakeEngine(slots=8, k=4), most_waiting=1024)
 
+    def all_are_here():
+        return (
+            running.scheduler.running + running.scheduler.waiting
+            == len(running.server.server_state.connections)
+            == 1000
+        )
+
     async def all_of_them():
         return await asyncio.gather(*(_ask(running, {"seed": seed, "max_tokens": 8}) for seed in range(1000)))
 
+    running.engine.gate.clear()
+    threading.Thread(target=lambda: (running.wait_until(all_are_here, 60), running.engine.gate.set())).start()
     answers = asyncio.run(all_of_them())
     assert [_whole(answer, False) for answer in answers] == [text(running, seed, new=8) for seed in range(1000)]
     running.wait_until(running.is_idle)
@@ -300,6 +320,22 @@ def test_a_step_that_hangs_is_seen_and_its_requests_still_end(start, monkeypatch
     assert httpx.get(f"{running.url}/health").status_code == 200
 
 
+def test_a_connection_may_be_idle_longer_than_balancers_leave_it(start):
+    assert start().server.config.timeout_keep_alive > 600
+
+
+def test_a_server_whose_engine_hangs_ends_all_the_same(start, monkeypatch):
+    monkeypatch.setattr(worker, "_SECONDS_TO_STOP", 0.2)
+    running = start(FakeEngine(slots=1), drain_seconds=0.1)
+    running.engine.gate.clear()
+    sock = connect(running, head(running, body()))
+    running.wait_until(lambda: running.scheduler.running)
+    running.server.handle_exit(15, None)
+    assert b" 503 " in sock.recv(10_000).splitlines()[0]
+    running.thread.join(20)
+    assert not running.thread.is_alive() and running.service.worker.is_alive
+
+
 def test_what_goes_wrong_within_streams_is_counted(start):
     running = start(FakeEngine(slots=1, k=1, max_length=2000, seconds=0.01))
     sock = connect(running, head(running, body(max_tokens=1900, stream=True)))
@@ -317,10 +353,11 @@ def test_what_goes_wrong_within_streams_is_counted(start):
 
 
 def test_pages_of_other_sites_may_not_ask(start):
-    """A browser lets them send, and says where they are from."""
+    """A browser lets them send, and says where they are from. With a key they would have to know it."""
     running = start()
-    headers = {"Sec-Fetch-Site": "cross-site", "Content-Type": "text/plain"}
-    refused = httpx.post(f"{running.url}/v1/completions", content=body(), headers=headers)
-    assert refused.status_code == 403 and not running.engine.inserted
-    headers["Sec-Fetch-Site"] = "same-origin"
+    for origin, status in (("https://elsewhere.org", 403), ("null", 403), (running.url, 200)):
+        headers = {"Origin": origin, "Content-Type": "text/plain"}
+        answer = httpx.post(f"{running.url}/v1/completions", content=body(), headers=headers)
+        assert answer.status_code == status and bool(running.engine.inserted) == (status == 200)
+    headers = {"Origin": "https://public.org", "X-Forwarded-Host": "public.org"}  # of a proxy
     assert httpx.post(f"{running.url}/v1/completions", content=body(), headers=headers).status_code == 200
