@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import gc
-import json
 import random
 import socket
 import threading
@@ -12,25 +11,16 @@ import time
 import httpx
 import pytest
 from fake_engine import FakeEngine
+from raw_http import ask, body, head, whole
 
 from kforcing_jax.decoding import Request
 from kforcing_jax.serving import app, server, session, worker
-
-
-def head(running, body, path="/v1/completions", length=None):
-    """A request as bytes."""
-    length = len(body) if length is None else length
-    return f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {length}\r\n\r\n".encode() + body
 
 
 def connect(running, sent=b""):
     sock = socket.create_connection(("127.0.0.1", running.port), timeout=20)
     sock.sendall(sent)
     return sock
-
-
-def body(**fields):
-    return json.dumps({"prompt": "hello", "max_tokens": 20, "seed": 1, "ignore_eos": True} | fields).encode()
 
 
 def text(running, seed=1, prompt="hello", new=20):
@@ -48,7 +38,7 @@ def held(start):
 
 @pytest.mark.parametrize("fields", [{}, {"stream": True}, {"n": 5}, {"n": 5, "stream": True}])
 def test_who_hangs_up_frees_slots_and_queue(held, fields):
-    sock = connect(held, head(held, body(**fields)))
+    sock = connect(held, head(body(**fields)))
     held.wait_until(lambda: held.scheduler.running == min(fields.get("n", 1), 2))
     sock.close()
     held.wait_until(lambda: held.scheduler.waiting == 0)
@@ -59,7 +49,7 @@ def test_who_hangs_up_frees_slots_and_queue(held, fields):
 
 def test_who_hangs_up_amid_a_stream_frees_its_slot(start):
     running = start(FakeEngine(slots=1, k=1, max_length=4000))
-    sock = connect(running, head(running, body(max_tokens=3900, stream=True)))
+    sock = connect(running, head(body(max_tokens=3900, stream=True)))
     assert b"data:" in sock.recv(100_000)
     running.engine.gate.clear()
     sock.close()
@@ -74,7 +64,7 @@ def test_a_reader_that_takes_nothing_holds_no_slot_and_is_left_in_the_end(start,
     sock = socket.socket()
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
     sock.connect(("127.0.0.1", running.port))
-    sock.sendall(head(running, body(max_tokens=29_000, stream=True)))
+    sock.sendall(head(body(max_tokens=29_000, stream=True)))
     running.wait_until(lambda: running.scheduler.running)
     other = running.post(prompt="hello", max_tokens=20, seed=1, ignore_eos=True)
     assert other.json()["choices"][0]["text"] == text(running)
@@ -90,9 +80,9 @@ def test_half_a_request_takes_nothing_and_is_told_so(start, monkeypatch):
     silent, idle, part = (
         connect(running),
         connect(running, b"POST /v1/comp"),
-        connect(running, head(running, b'{"prompt":', length=100)),
+        connect(running, head(b'{"prompt":', length=100)),
     )
-    gone = connect(running, head(running, b'{"prompt":', length=100))
+    gone = connect(running, head(b'{"prompt":', length=100))
     gone.close()
     assert running.post(prompt="a", max_tokens=2).status_code == 200
     answer = part.recv(10_000).decode()
@@ -109,7 +99,7 @@ def test_half_a_request_takes_nothing_and_is_told_so(start, monkeypatch):
 def test_more_than_may_wait_is_told_when_to_come_again(start):
     running = start(FakeEngine(slots=1), most_waiting=2)
     running.engine.gate.clear()
-    socks = [connect(running, head(running, body())) for _ in range(3)]
+    socks = [connect(running, head(body())) for _ in range(3)]
     running.wait_until(lambda: running.scheduler.running + running.scheduler.waiting == 3)
     refused = running.post(prompt="a")
     assert refused.status_code == 429 and int(refused.headers["retry-after"]) >= 1
@@ -124,9 +114,9 @@ def test_more_than_may_wait_is_told_when_to_come_again(start):
 def test_a_request_that_takes_too_long_ends_with_504(start):
     running = start(FakeEngine(slots=1), seconds=0.3)
     running.engine.gate.clear()
-    socks = [connect(running, head(running, body()))]
+    socks = [connect(running, head(body()))]
     running.wait_until(lambda: running.scheduler.running)  # it runs, the others wait
-    socks += [connect(running, head(running, body(**fields))) for fields in ({"stream": True}, {"n": 2})]
+    socks += [connect(running, head(body(**fields))) for fields in ({"stream": True}, {"n": 2})]
     running.wait_until(lambda: running.scheduler.waiting == 3)
     time.sleep(0.4)
     running.engine.gate.set()
@@ -139,7 +129,7 @@ def test_a_request_that_takes_too_long_ends_with_504(start):
 
 def test_what_the_engine_raises_is_a_500_for_those_in_it_and_the_server_goes_on(held):
     held.engine.failures.append(ValueError("a secret detail"))
-    socks = [connect(held, head(held, body(seed=seed))) for seed in range(3)]
+    socks = [connect(held, head(body(seed=seed))) for seed in range(3)]
     held.wait_until(lambda: held.scheduler.running + held.scheduler.waiting == 3)  # the first is in the step
     held.engine.gate.set()
     answers = [sock.recv(10_000).decode() for sock in socks]
@@ -165,7 +155,7 @@ def test_what_is_raised_amid_a_stream_is_its_last_event(start):
 
 def test_an_engine_that_fails_three_times_in_a_row_ends_the_server(held):
     held.engine.failures += [ValueError(str(n)) for n in range(3)]
-    socks = [connect(held, head(held, body(seed=seed, n=2))) for seed in range(4)]
+    socks = [connect(held, head(body(seed=seed, n=2))) for seed in range(4)]
     held.wait_until(lambda: held.scheduler.running + held.scheduler.waiting == 8)
     held.engine.gate.set()
     for sock in socks:
@@ -176,7 +166,7 @@ def test_an_engine_that_fails_three_times_in_a_row_ends_the_server(held):
 
 
 def test_a_signal_drains_what_has_begun_takes_no_more_and_ends(held):
-    socks = [connect(held, head(held, body(seed=seed, stream=bool(seed % 2)))) for seed in range(6)]
+    socks = [connect(held, head(body(seed=seed, stream=bool(seed % 2)))) for seed in range(6)]
     kept = connect(held)  # a connection without a request
     held.wait_until(lambda: held.scheduler.running + held.scheduler.waiting == 6)
     held.server.handle_exit(15, None)
@@ -200,7 +190,7 @@ def test_a_signal_drains_what_has_begun_takes_no_more_and_ends(held):
 def test_what_does_not_end_while_draining_is_told_so(start):
     running = start(FakeEngine(slots=1, k=1, max_length=500), drain_seconds=0.2)
     running.engine.gate.clear()
-    sock = connect(running, head(running, body(max_tokens=400)))
+    sock = connect(running, head(body(max_tokens=400)))
     running.wait_until(lambda: running.scheduler.running)
     running.server.handle_exit(15, None)
     assert b" 503 " in sock.recv(10_000).splitlines()[0]
@@ -209,40 +199,14 @@ def test_what_does_not_end_while_draining_is_told_so(start):
     assert not running.thread.is_alive() and running.is_idle()
 
 
-async def _ask(running, fields, hang_up_after=None):
-    """The text of an answer, over a connection of its own; None for one that is hung up."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", running.port)
-    try:
-        writer.write(head(running, body(**fields)))
-        await writer.drain()
-        if hang_up_after is not None:
-            await asyncio.sleep(hang_up_after)
-            return None
-        answer = b""
-        while not answer.endswith((b"[DONE]\n\n\r\n0\r\n\r\n", b"}")):
-            part = await reader.read(65_536)
-            assert part, answer
-            answer += part
-        return answer.decode()
-    finally:
-        writer.close()
-
-
-def _whole(answer, stream):
-    if not stream:
-        return json.loads(answer.split("\r\n\r\n", 1)[1])["choices"][0]["text"]
-    lines = [line for line in answer.splitlines() if line.startswith("data: {")]
-    return "".join(json.loads(line[6:])["choices"][0]["text"] for line in lines)
-
-
 def test_a_thousand_who_hang_up_at_any_time_change_nothing_for_the_others(start):
     running, numbers = start(FakeEngine(slots=4, k=2, max_length=64), most_waiting=4096), random.Random(1)
 
     async def one(number):
         fields = {"seed": number, "stream": bool(number % 2), "max_tokens": numbers.randrange(1, 50)}
         gone = numbers.random() * 0.05 if number % 3 else None
-        answer = await _ask(running, fields, gone)
-        return answer is None or _whole(answer, fields["stream"]) == text(running, number, new=fields["max_tokens"])
+        answer = await ask(running.port, fields, gone)
+        return answer is None or whole(answer, fields["stream"]) == text(running, number, new=fields["max_tokens"])
 
     async def all_of_them():
         right = []
@@ -266,12 +230,12 @@ def test_a_thousand_connections_at_once_are_served(start):
         )
 
     async def all_of_them():
-        return await asyncio.gather(*(_ask(running, {"seed": seed, "max_tokens": 8}) for seed in range(1000)))
+        return await asyncio.gather(*(ask(running.port, {"seed": seed, "max_tokens": 8}) for seed in range(1000)))
 
     running.engine.gate.clear()
     threading.Thread(target=lambda: (running.wait_until(all_are_here, 60), running.engine.gate.set())).start()
     answers = asyncio.run(all_of_them())
-    assert [_whole(answer, False) for answer in answers] == [text(running, seed, new=8) for seed in range(1000)]
+    assert [whole(answer, False) for answer in answers] == [text(running, seed, new=8) for seed in range(1000)]
     running.wait_until(running.is_idle)
 
 
@@ -282,7 +246,7 @@ def test_thousands_of_requests_in_a_row_leave_nothing_behind(start, count):
     async def in_a_row(count):
         reader, writer = await asyncio.open_connection("127.0.0.1", running.port)
         for number in range(count):
-            writer.write(head(running, body(max_tokens=4, stream=bool(number % 2))))
+            writer.write(head(body(max_tokens=4, stream=bool(number % 2))))
             answer = b""
             while not answer.endswith((b"\r\n0\r\n\r\n", b"}")):
                 answer += await reader.read(65_536)
@@ -328,7 +292,7 @@ def test_a_server_whose_engine_hangs_ends_all_the_same(start, monkeypatch):
     monkeypatch.setattr(worker, "_SECONDS_TO_STOP", 0.2)
     running = start(FakeEngine(slots=1), drain_seconds=0.1)
     running.engine.gate.clear()
-    sock = connect(running, head(running, body()))
+    sock = connect(running, head(body()))
     running.wait_until(lambda: running.scheduler.running)
     running.server.handle_exit(15, None)
     assert b" 503 " in sock.recv(10_000).splitlines()[0]
@@ -338,12 +302,12 @@ def test_a_server_whose_engine_hangs_ends_all_the_same(start, monkeypatch):
 
 def test_what_goes_wrong_within_streams_is_counted(start):
     running = start(FakeEngine(slots=1, k=1, max_length=2000, seconds=0.01))
-    sock = connect(running, head(running, body(max_tokens=1900, stream=True)))
+    sock = connect(running, head(body(max_tokens=1900, stream=True)))
     assert b"data:" in sock.recv(10_000)
     running.engine.failures.append(ValueError("broken"))
     while b"[DONE]" not in sock.recv(10_000):
         pass
-    sock.sendall(head(running, body(max_tokens=1900, stream=True)))
+    sock.sendall(head(body(max_tokens=1900, stream=True)))
     assert b"data:" in sock.recv(10_000)
     sock.close()
     running.wait_until(running.is_idle)

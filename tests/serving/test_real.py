@@ -1,13 +1,15 @@
 """The server on the engine: what comes out over HTTP is what the library gives, alone and in a crowd."""
 
+import asyncio
 import concurrent.futures
-import contextlib
 import random
+import re
 
 import httpx
 import numpy as np
 import openai
 import pytest
+import raw_http
 from compiling import count_compilations
 
 from kforcing_jax.decoding import Engine, Request, decode
@@ -38,6 +40,9 @@ def cases():
         fields = {"prompt": prompt, "seed": number, "mode": mode}
         fields |= {"max_tokens": numbers.randrange(1, 20), "frequency_penalty": numbers.choice([0.0, 0.5])}
         fields |= {"confidence": numbers.choice([0.0, 0.4])} if mode == "student" else {"temperature": 0.7}
+        if mode != "student":
+            asked = {"top_p": 0.8}, {"top_k": 3}, {"logit_bias": {"1": 2.0, "4": -100.0}}, {"logprobs": 2}, {}
+            fields |= asked[number % len(asked)]
         cases.append(fields | ({} if mode == "ar" else {"k": numbers.randrange(1, 4)}))
     return cases
 
@@ -47,7 +52,9 @@ def expected(models, cases):
     engine, texts = Engine(**models, **SIZES), []
     for fields in cases:
         names = {"temperature": "tau", "max_tokens": "max_new_tokens"}
-        request = Request(**{names.get(name, name): value for name, value in fields.items()})
+        asked = {names.get(name, name): value for name, value in fields.items()}
+        asked["logit_bias"] = {int(token): bias for token, bias in fields.get("logit_bias", {}).items()}
+        request = Request(**asked)
         texts += ["".join(f" {token}" for token in update.tokens) for _, update in decode(engine, [request])]
     return texts
 
@@ -68,21 +75,28 @@ def test_a_seed_gives_the_librarys_text_alone_and_in_a_crowd_and_nothing_compile
     server.wait_until(server.is_idle)
 
 
-def test_who_hangs_up_leaves_no_trace_in_the_texts_of_others(server, models, cases):
-    wanted = expected(models, cases)
-    numbers = random.Random(5)
+def test_a_thousand_who_hang_up_leave_no_trace_in_the_texts_of_others(server, models, cases):
+    wanted, numbers = expected(models, cases), random.Random(5)
 
-    def hang_up(number):
-        fields = cases[number % len(cases)] | {"seed": 1000 + number, "stream": True, "max_tokens": 20}
-        with contextlib.suppress(httpx.TimeoutException):
-            httpx.post(f"{server.url}/v1/completions", json=fields, timeout=numbers.random() * 0.1)
+    async def one(number):
+        fields = cases[number % len(cases)]
+        if number % 5 == 0:
+            answer = await raw_http.ask(server.port, fields)
+            return raw_http.whole(answer, stream=False) == wanted[number % len(cases)]
+        fields = fields | {"seed": 1000 + number, "stream": bool(number % 2), "max_tokens": 20}
+        return await raw_http.ask(server.port, fields, hang_up_after=numbers.random() * 0.1)
 
-    with concurrent.futures.ThreadPoolExecutor(16) as pool:
-        gone = [pool.submit(hang_up, number) for number in range(100)]
-        kept = list(pool.map(lambda fields: ask(server, fields)["text"], cases))
-        concurrent.futures.wait(gone)
-    assert kept == wanted
+    async def all_of_them():
+        told = []
+        for first in range(0, 1250, 125):
+            told += await asyncio.gather(*(one(number) for number in range(first, first + 125)))
+        return told
+
+    told = asyncio.run(all_of_them())
+    assert told.count(None) == 1000 and told.count(True) == 250
     server.wait_until(server.is_idle)
+    text = httpx.get(f"{server.url}/metrics").text
+    assert float(re.search(r'finished_reason="abort",model_name="fake"} ([\d.]+)', text)[1]) > 300
 
 
 def test_log_probabilities_are_those_of_a_full_pass_over_prompt_and_text(server, models):
