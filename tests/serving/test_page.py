@@ -12,6 +12,7 @@ import time
 from importlib import resources
 
 import pytest
+from fake_engine import FakeEngine
 
 CHROMIUM = next(filter(None, map(shutil.which, ["chromium", "chromium-browser", "google-chrome"])), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium, chromium-browser or google-chrome here")
@@ -207,7 +208,7 @@ def page(browser, server):
 
 def load(browser, server):
     """The page, ready to start."""
-    browser.open(server.url)
+    browser.open(server.url.rstrip("/") + "/")
     browser.until("!document.getElementById('start').disabled")
     return browser
 
@@ -382,7 +383,7 @@ def test_controls_stay_within_what_the_models_allow(page, server):
 
 def test_an_api_key_is_asked_for_sent_and_not_kept(browser, server):
     server.api_key = "sesame"
-    browser.open(server.url)
+    browser.open(server.url.rstrip("/") + "/")
     browser.until("document.getElementById('model').textContent.includes('wants an API key')")
     fill(browser, key="sesame")
     browser.until("!document.getElementById('start').disabled")
@@ -440,3 +441,19 @@ def test_the_page_is_one_file(page, server):
     assert not re.search(
         rb"innerHTML|insertAdjacentHTML|document\.write|https?://|@import|url\(|<script [^>]*src", PAGE
     )
+
+
+def test_the_page_works_with_the_server_that_it_comes_with(browser, start):
+    running = start(FakeEngine(max_length=40), confidence=0.25)
+    page = load(browser, running)
+    assert page.run("document.getElementById('confidence').value") == "0.25"
+    fill(page, prompt="hello", seed="7", max_tokens="8")
+    write(page)
+    assert shown(page, ".tokens") == ["8", "8"] and shown(page, ".passes") == ["4", "4"]
+    assert shown(page, ".same") == [running.post(prompt="hello", seed=7, max_tokens=8).json()["choices"][0]["text"]] * 2
+    student = running.engine.inserted[1]
+    assert (student.mode, student.k, student.confidence, student.seed) == ("student", 2, 0.25, 7)
+    fill(page, prompt="h" * 50)
+    write(page)
+    assert all("context of 40 tokens" in words for words in shown(page, ".panel .error"))
+    running.wait_until(running.is_idle)
