@@ -14,6 +14,8 @@ from typing import Any
 
 # Of a step, in seconds: long enough that what surrounds it is little, short enough that streams flow.
 STEP_SECONDS = 0.02
+# The same where texts wait for a slot: what surrounds a step costs by the step, and a text that waits gains by speed.
+BUSY_STEP_SECONDS = 0.04
 MOST_PASSES = 16
 # Parts of new prompts that a step reads before its passes, so that a long one does not hold up what runs.
 CHUNKS = 4
@@ -146,7 +148,9 @@ class Scheduler:
         if not running:
             return False
         start = self._clock()
-        updates = self._engine.step(self._passes(), wait=not is_awaited, chunks=CHUNKS)
+        seconds = BUSY_STEP_SECONDS if is_awaited else STEP_SECONDS
+        # Not until one ends: of texts that began at different times one would end in nearly every pass.
+        updates = self._engine.step(self._passes(seconds), wait=True, chunks=CHUNKS)
         self._note_passes(self._clock() - start, [(running[update.slot], update) for update in updates])
         with self._changed:
             for update in updates:
@@ -236,9 +240,9 @@ class Scheduler:
             job.admitted, job.tokens = self._clock(), len(job.request.prompt)
             self._running[job.slot] = job
 
-    def _passes(self) -> int:
-        """Of the next step."""
-        return min(max(round(STEP_SECONDS / self._seconds_per_pass), 1), MOST_PASSES)
+    def _passes(self, seconds) -> int:
+        """Of the next step, that is to take so long."""
+        return min(max(round(seconds / self._seconds_per_pass), 1), MOST_PASSES)
 
     def _note_passes(self, seconds, told):
         """How long a pass takes, from a step and what it gave; it may have ended early."""
