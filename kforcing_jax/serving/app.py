@@ -77,18 +77,20 @@ def create_app(service: Service) -> FastAPI:
         finally:
             await asyncio.to_thread(service.worker.stop)
 
-    app = FastAPI(title="kforcing_jax", lifespan=life, docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(
+        title="kforcing_jax", lifespan=life, redirect_slashes=False, docs_url=None, redoc_url=None, openapi_url=None
+    )
     app.state.service, app.state.created = service, int(time.time())
     app.add_exception_handler(ApiError, _refusal)
     app.add_exception_handler(HTTPException, _not_here)
     app.add_exception_handler(Exception, _accident)
     app.add_api_route("/v1/completions", _completions, methods=["POST"])
     app.add_api_route("/v1/chat/completions", _chats, methods=["POST"])
-    app.add_api_route("/v1/models", _models, methods=["GET"])
-    app.add_api_route("/v1/models/{name:path}", _model, methods=["GET"])
-    app.add_api_route("/health", _health, methods=["GET"])
-    app.add_api_route("/metrics", _metrics, methods=["GET"])
-    app.add_api_route("/", _page, methods=["GET"], response_class=HTMLResponse)
+    app.add_api_route("/v1/models", _models, methods=["GET", "HEAD"])
+    app.add_api_route("/v1/models/{name:path}", _model, methods=["GET", "HEAD"])
+    app.add_api_route("/health", _health, methods=["GET", "HEAD"])
+    app.add_api_route("/metrics", _metrics, methods=["GET", "HEAD"])
+    app.add_api_route("/", _page, methods=["GET", "HEAD"], response_class=HTMLResponse)
     return app
 
 
@@ -298,7 +300,8 @@ async def _body(request: Request) -> bytes:
     except ClientDisconnect:
         raise ApiError(_HUNG_UP, "the client hung up") from None
     except TimeoutError:
-        raise ApiError(408, f"the rest of the body did not come within {_SECONDS_FOR_A_BODY} s") from None
+        said = f"the rest of the body did not come within {_SECONDS_FOR_A_BODY} s"
+        raise ApiError(408, said, headers={"Connection": "close"}) from None
     return b"".join(parts)
 
 
@@ -309,8 +312,10 @@ def _too_large():
 def _decoded(body: bytes):
     try:
         return json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise ApiError(400, f"the body is not JSON ({' '.join(str(error).split())[:100]})") from None
+    except json.JSONDecodeError as error:
+        raise ApiError(400, f"the body is not JSON ({error})") from None
+    except (ValueError, RecursionError):  # no UTF-8, numbers of thousands of digits, thousands of brackets
+        raise ApiError(400, "the body is not JSON that can be read") from None
 
 
 # What goes wrong.

@@ -258,7 +258,7 @@ def _room(request, served, prompt) -> int:
     wanted = request.wanted_tokens
     if length + max(wanted or 0, 1) > most:
         new = f" and max_tokens = {wanted} exceed" if length < most else " leaves no room in"
-        said = f"a prompt of {length} tokens{new} the context of {most} tokens"
+        said = f"a prompt of {length} token{'s' * (length != 1)}{new} the context of {most} tokens"
         raise ApiError(400, said, "prompt" if length >= most else "max_tokens", "context_length_exceeded")
     return most - length if wanted is None else wanted
 

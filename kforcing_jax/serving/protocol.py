@@ -16,6 +16,7 @@ def _listed(value):
     return [value] if isinstance(value, str) else value
 
 
+_Count = Annotated[int, Field(ge=0, lt=2**31)]
 _Stop = Annotated[str, Field(min_length=1, max_length=1000)]
 # What other servers would do, and this one does not: their fields, and the values that ask for nothing.
 _NEUTRAL = {
@@ -59,7 +60,7 @@ class Sampling(_Strict):
     model: str | None = None
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
     best_of: int | None = None
-    max_tokens: Annotated[int, Field(ge=0)] | None = None
+    max_tokens: _Count | None = None
     temperature: Annotated[float, Field(ge=0)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: Annotated[list[_Stop], Field(max_length=16), BeforeValidator(_listed)] | None = None
@@ -69,10 +70,10 @@ class Sampling(_Strict):
     stream_options: StreamOptions | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
     mode: Literal["student", "ar", "exact"] | None = None
-    k: Annotated[int, Field(ge=1)] | None = None
+    k: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     confidence: Annotated[float, Field(ge=0, le=1)] | None = None
 
     @model_validator(mode="before")
@@ -200,7 +201,7 @@ class ChatRequest(Sampling):
     """A body of `/v1/chat/completions`."""
 
     messages: Annotated[list[Message], Field(min_length=1)]
-    max_completion_tokens: Annotated[int, Field(ge=0)] | None = None
+    max_completion_tokens: _Count | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 

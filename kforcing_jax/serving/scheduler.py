@@ -105,7 +105,7 @@ class Scheduler:
                 raise Closed("the server is shutting down; ask another one, or later", 1)
             here = len(self._running) + self._count_waiting()
             if here + len(jobs) > self._engine.slots + self._most_waiting:
-                raise QueueFull(f"{self._count_waiting()} texts wait already", self._retry_after())
+                raise QueueFull(f"{here} texts run or wait already", self._retry_after())
             if not self._groups:
                 self._ended.clear()  # how fast slots come free is known only while they are wanted
             for job in jobs:

@@ -17,8 +17,9 @@ _CONNECTIONS_WAITING = 2048
 _POLL_SECONDS = 0.05
 # Longer than balancers keep connections (Google's: 600 s), so that none is closed that one is about to use.
 _SECONDS_OF_IDLENESS = 620
-# For the head of a request, and its size: nothing of it is known before it is whole.
-_SECONDS_FOR_A_HEAD, _MOST_BYTES_OF_A_HEAD = 30, 64 * 2**10
+# For the head of a request, and its size: nothing of it is known before it is whole. Then for the rest: the application
+# answers before that, if it reads it at all.
+_SECONDS_FOR_A_HEAD, _MOST_BYTES_OF_A_HEAD, _SECONDS_FOR_A_MESSAGE = 30, 64 * 2**10, 60
 # For answers that are complete and not yet taken.
 _SECONDS_FOR_THE_LAST_BYTES = 5
 
@@ -44,7 +45,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 class _Connection(HttpToolsProtocol):
-    """Closes connections whose next request does not begin in time, or never ends to begin."""
+    """Closes connections whose next request does not come in time, or whose head does not end."""
 
     def connection_made(self, transport):
         super().connection_made(transport)
@@ -55,27 +56,37 @@ class _Connection(HttpToolsProtocol):
         self._begin_head()
 
     def on_headers_complete(self):
-        self._end_head()
+        self._begin(_SECONDS_FOR_A_MESSAGE)
+        self._size = None
         super().on_headers_complete()
+
+    def on_message_complete(self):
+        self._end()
+        super().on_message_complete()
 
     def data_received(self, data):
         super().data_received(data)
-        if self._timer is not None:
+        if self._size is not None:
             self._size += len(data)
             if self._size > _MOST_BYTES_OF_A_HEAD:
                 self.transport.close()
 
     def connection_lost(self, exc):
-        self._end_head()
+        self._end()
         super().connection_lost(exc)
 
-    _timer, _size = None, 0
+    _timer = _size = None  # what is left of the time; bytes of a head that is not whole
 
     def _begin_head(self):
-        self._end_head()
-        self._timer, self._size = self.loop.call_later(_SECONDS_FOR_A_HEAD, self.transport.close), 0
+        self._begin(_SECONDS_FOR_A_HEAD)
+        self._size = 0
 
-    def _end_head(self):
+    def _begin(self, seconds):
+        self._end()
+        self._timer = self.loop.call_later(seconds, self.transport.close)
+
+    def _end(self):
+        self._size = None
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -84,14 +95,14 @@ class _Connection(HttpToolsProtocol):
 class Server(uvicorn.Server):
     """Serves until SIGTERM or SIGINT; then it takes nothing new, and lets what has begun end.
 
-    A second signal ends it at once.
+    A second signal ends that with errors, a third one the process.
     """
 
     def __init__(self, app: FastAPI, drain_seconds: float, announce: Callable[[], None] = lambda: None):
         """`announce` is called when clients can connect."""
         super().__init__(
             uvicorn.Config(
-                app,
+                _without_closed_connections(app),
                 log_level="error",
                 access_log=False,  # whatever is in an address may be a secret
                 server_header=False,
@@ -104,6 +115,7 @@ class Server(uvicorn.Server):
         self._service: Service = app.state.service
         self._drain_seconds, self._announce = drain_seconds, announce
         self._loop = self._draining = None
+        self._signals = 0
 
     async def startup(self, sockets=None):
         self._loop = asyncio.get_running_loop()
@@ -112,12 +124,15 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig, frame):
         """Not uvicorn's: that closes the door first, and a gateway hears of it by refused connections."""
-        if self._service.is_draining or self._loop is None:
+        self._signals += 1
+        if self._loop is None or self._signals > 2:
             self.should_exit = self.force_exit = True
-            return
-        self._service.is_draining = True
-        self._service.scheduler.close()
-        self._loop.call_soon_threadsafe(self._begin_to_drain)
+        elif self._signals == 2:
+            self._drain_seconds = 0
+        else:
+            self._service.is_draining = True
+            self._service.scheduler.close()
+            self._loop.call_soon_threadsafe(self._begin_to_drain)
 
     def fail(self):
         """Ends the process; any thread may call it."""
@@ -127,12 +142,27 @@ class Server(uvicorn.Server):
         self._draining = self._loop.create_task(self._drain())
 
     async def _drain(self):
-        ends = self._loop.time() + self._drain_seconds
-        scheduler = self._service.scheduler
-        while (scheduler.waiting or scheduler.running) and self._loop.time() < ends:
+        began, scheduler = self._loop.time(), self._service.scheduler
+        while (scheduler.waiting or scheduler.running) and self._loop.time() < began + self._drain_seconds:
             await asyncio.sleep(_POLL_SECONDS)
         scheduler.drop("the server was shut down before this text ended")
         self.should_exit = True
+
+
+def _without_closed_connections(app):
+    """What is sent to a client that has gone between two requests is no error to be logged."""
+
+    async def quiet(scope, receive, send):
+        async def send_if_open(message):
+            try:
+                await send(message)
+            except RuntimeError as error:  # of uvloop
+                if "closed" not in str(error):
+                    raise
+
+        await app(scope, receive, send_if_open)
+
+    return quiet
 
 
 def serve(app: FastAPI, bound: socket.socket, drain_seconds: float, announce: Callable[[], None]):

@@ -86,7 +86,7 @@ def test_half_a_request_takes_nothing_and_is_told_so(start, monkeypatch):
     gone.close()
     assert running.post(prompt="a", max_tokens=2).status_code == 200
     answer = part.recv(10_000).decode()
-    assert " 408 " in answer.splitlines()[0]
+    assert " 408 " in answer.splitlines()[0] and "connection: close" in answer.lower()
     assert silent.recv(10) == idle.recv(10) == b""  # both are closed
     endless = connect(running, b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * 20_000)
     with contextlib.suppress(ConnectionError):
@@ -185,6 +185,29 @@ def test_a_signal_drains_what_has_begun_takes_no_more_and_ends(held):
     held.thread.join(20)
     assert not held.thread.is_alive() and held.is_idle()
     kept.close()
+
+
+def test_a_second_signal_ends_what_is_left_with_an_answer(start, caplog):
+    running = start(FakeEngine(slots=1), drain_seconds=60)
+    running.engine.gate.clear()
+    socks = [connect(running, head(body(stream=bool(n % 2)))) for n in range(4)]
+    running.wait_until(lambda: running.scheduler.running + running.scheduler.waiting == 4)
+    for _ in range(2):
+        running.server.handle_exit(15, None)
+    for sock in socks:
+        assert b" 503 " in sock.recv(10_000).splitlines()[0]
+    running.engine.gate.set()
+    running.thread.join(20)
+    assert not running.thread.is_alive() and running.is_idle() and "Exception" not in caplog.text
+
+
+def test_requests_one_after_the_other_that_nobody_waits_for_leave_no_trace(start, caplog):
+    running = start(FakeEngine(seconds=0.01))
+    for _ in range(5):
+        connect(running, head(body()) * 50).close()
+    running.wait_until(lambda: not running.server.server_state.connections)
+    running.wait_until(running.is_idle)
+    assert "Exception" not in caplog.text
 
 
 def test_what_does_not_end_while_draining_is_told_so(start):

@@ -83,7 +83,7 @@ def test_callers_are_served_in_the_order_in_which_they_came(scheduler, engine):
 
 def test_texts_beyond_free_slots_and_queue_are_refused_as_a_whole(scheduler, engine):
     Caller(scheduler, 1, count=5)
-    with pytest.raises(QueueFull, match="5 texts wait"):
+    with pytest.raises(QueueFull, match="5 texts run or wait"):
         Caller(scheduler, 2, count=4)
     Caller(scheduler, 3, count=3)  # 2 slots and 6 that may wait
     finish(scheduler, engine)
