@@ -294,13 +294,13 @@ def main(_):
         results = at_rising_rates(load)
     say(f"{load.compared} texts compared with what their seed gave before, {load.parted} parted")
     say(_sustained_text(sustained(results)))
-    if _PLOT.value:
-        _draw(results)
     if _JSON.value:
         general = {"device": device_text(), "date": datetime.date.today().isoformat(), "command": " ".join(sys.argv)}
         general |= {"texts_compared": load.compared, "texts_parted": load.parted}
         found = {"against_engine": overhead, "sustained": sustained(results), "results": results}
-        print(json.dumps(general | found))
+        print(json.dumps(general | found), flush=True)
+    if _PLOT.value:
+        _draw(results)
 
 
 def _draw(results):
