@@ -61,7 +61,7 @@ def exported():
     wanted = types.SimpleNamespace(request=types.SimpleNamespace(mode="exact", k=2))
     times = Times(0.0)
     metrics.failed(429)
-    metrics.began(0.1)
+    metrics.began(times, 0.1)
     metrics.progressed(times, 3, 0.2)
     metrics.progressed(times, 3, 0.3)
     metrics.ended(times, types.SimpleNamespace(usage=usage, reason="stop", wanted=wanted), (2, 2, 1), 0.3)
