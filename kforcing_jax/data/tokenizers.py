@@ -124,7 +124,10 @@ class Tokenizer:
     def _encode_batch(self, numbered_pieces):
         numbers, pieces = zip(*numbered_pieces, strict=True)
         try:
-            encodings = self.backend.encode_batch_fast(pieces, add_special_tokens=False)
+            if len(pieces) == 1:  # without waking the library's threads: a server's prompts come one by one
+                encodings = [self.backend.encode(pieces[0], add_special_tokens=False)]
+            else:
+                encodings = self.backend.encode_batch_fast(pieces, add_special_tokens=False)
         except Exception as error:  # the library raises bare Exception, where there is no token for what is unknown
             raise DataError(f"the text is not one of this vocabulary ({' '.join(str(error).split())[:200]})") from None
         return zip(numbers, (self._without_special(e.ids) for e in encodings), strict=True)

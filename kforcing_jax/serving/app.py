@@ -26,7 +26,7 @@ from kforcing_jax.serving.metrics import CONTENT_TYPE, Metrics
 from kforcing_jax.serving.plan import Served, plan_chat, plan_completion
 from kforcing_jax.serving.responses import LAST_EVENT, Answer, Chats, Completions, event_of
 from kforcing_jax.serving.scheduler import Scheduler
-from kforcing_jax.serving.session import Session
+from kforcing_jax.serving.session import Mailbox, Session
 from kforcing_jax.serving.worker import Worker
 
 # Of a body. A prompt that fits a context is far smaller.
@@ -70,7 +70,8 @@ def create_app(service: Service) -> FastAPI:
     """The application. Its life is the worker's: it starts with it, and ends with it."""
 
     @contextlib.asynccontextmanager
-    async def life(_):
+    async def life(app):
+        app.state.mailbox = Mailbox()
         service.worker.start()
         try:
             yield
@@ -84,13 +85,13 @@ def create_app(service: Service) -> FastAPI:
     app.add_exception_handler(ApiError, _refusal)
     app.add_exception_handler(HTTPException, _not_here)
     app.add_exception_handler(Exception, _accident)
-    app.add_api_route("/v1/completions", _completions, methods=["POST"])
-    app.add_api_route("/v1/chat/completions", _chats, methods=["POST"])
-    app.add_api_route("/v1/models", _models, methods=["GET", "HEAD"])
-    app.add_api_route("/v1/models/{name:path}", _model, methods=["GET", "HEAD"])
-    app.add_api_route("/health", _health, methods=["GET", "HEAD"])
-    app.add_api_route("/metrics", _metrics, methods=["GET", "HEAD"])
-    app.add_api_route("/", _page, methods=["GET", "HEAD"], response_class=HTMLResponse)
+    app.add_route("/v1/completions", _completions, methods=["POST"])
+    app.add_route("/v1/chat/completions", _chats, methods=["POST"])
+    app.add_route("/v1/models", _models, methods=["GET", "HEAD"])
+    app.add_route("/v1/models/{name:path}", _model, methods=["GET", "HEAD"])
+    app.add_route("/health", _health, methods=["GET", "HEAD"])
+    app.add_route("/metrics", _metrics, methods=["GET", "HEAD"])
+    app.add_route("/", _page, methods=["GET", "HEAD"])
     return app
 
 
@@ -110,8 +111,9 @@ async def _models(request: Request) -> Response:
     return JSONResponse({"object": "list", "data": [_described(request.app, name) for name in _served(request).ids]})
 
 
-async def _model(request: Request, name: str) -> Response:
+async def _model(request: Request) -> Response:
     _check_caller(request)
+    name = request.path_params["name"]
     if name not in _served(request).ids:
         raise ApiError(404, f"there is no model {name[:100]!r} here", "model", "model_not_found")
     return JSONResponse(_described(request.app, name))
@@ -126,8 +128,8 @@ async def _metrics(request: Request) -> Response:
     return Response(request.app.state.service.metrics.text(), media_type=CONTENT_TYPE)
 
 
-async def _page() -> str:
-    return resources.files("kforcing_jax.serving").joinpath("page.html").read_text(encoding="utf-8")
+async def _page(_: Request) -> Response:
+    return HTMLResponse(resources.files("kforcing_jax.serving").joinpath("page.html").read_bytes())
 
 
 def _served(request: Request) -> Served:
@@ -169,7 +171,8 @@ async def _answer(request: Request, kind: type, plan: Callable, form: Completion
     wanted, texts = await asyncio.to_thread(understood) if len(body) > _LARGE else understood()
     is_large = sum(len(text.request.prompt) for text in texts) > _LARGE // 16
     choices = await asyncio.to_thread(begun) if is_large else begun()
-    session = Session(choices, service.scheduler, service.metrics, service.seconds)
+    mailbox = request.app.state.mailbox
+    session = Session(choices, service.scheduler, service.metrics, mailbox, service.seconds)
     answer = Answer(form, secrets.token_hex(12), wanted.model or service.served.name, choices)
     session.submit()
     if wanted.stream:
@@ -225,17 +228,20 @@ class _EventStream(Response):
         )
         del self.headers["content-length"]
         self._events, self._end, self._failed = events, end, failed
+        self._since: float | None = None  # of a part that is being sent
 
     async def __call__(self, scope, receive, send):
         sending, gone = asyncio.ensure_future(self._send(send)), asyncio.ensure_future(_hung_up(receive))
         try:
-            await asyncio.wait({sending, gone}, return_when=asyncio.FIRST_COMPLETED)
+            done = ()
+            while not done and not self._is_stuck():  # where it is, the system drops the connection, see `server.bind`
+                done, _ = await asyncio.wait(
+                    {sending, gone}, timeout=SECONDS_FOR_A_READER, return_when=asyncio.FIRST_COMPLETED
+                )
             if sending.done():
                 sending.result()
             else:
                 self._failed(_HUNG_UP)
-        except TimeoutError:  # of a reader; the system drops the connection, see `server.bind`
-            self._failed(_HUNG_UP)
         finally:
             for task in (sending, gone):
                 task.cancel()
@@ -254,8 +260,13 @@ class _EventStream(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _send_part(self, send, part):
-        async with asyncio.timeout(SECONDS_FOR_A_READER):
-            await send({"type": "http.response.body", "body": part, "more_body": True})
+        self._since = time.monotonic()
+        await send({"type": "http.response.body", "body": part, "more_body": True})
+        self._since = None
+
+    def _is_stuck(self):
+        """Whether the client has taken nothing for long."""
+        return self._since is not None and time.monotonic() - self._since > SECONDS_FOR_A_READER / 2
 
 
 # What comes in.

@@ -51,7 +51,7 @@ def trim(
         if token in end_ids:
             return Trimmed(index + 1, text, "", "stop")
         text += piece
-        found = [at for at in (text.find(word) for word in stop) if at >= 0]
+        found = [at for at in (text.find(word) for word in stop) if at >= 0] if stop else ()
         if found:
             return Trimmed(index + 1, text[: min(found)], "", "stop", is_cut=True)
     if len(block) >= room:

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import resource
 import socket
+import sys
 from collections.abc import Callable
 
 import uvicorn
@@ -15,6 +16,7 @@ from kforcing_jax.serving.app import SECONDS_FOR_A_READER, Service
 
 _CONNECTIONS_WAITING = 2048
 _POLL_SECONDS = 0.05
+_SECONDS_OF_A_TURN = 1e-4
 # Longer than balancers keep connections (Google's: 600 s), so that none is closed that one is about to use.
 _SECONDS_OF_IDLENESS = 620
 # For the head of a request, and its size: nothing of it is known before it is whole. Then for the rest: the application
@@ -175,6 +177,8 @@ def serve(app: FastAPI, bound: socket.socket, drain_seconds: float, announce: Ca
     server = Server(app, drain_seconds, announce)
     worker.on_failure = server.fail
     _allow_many_files()
+    # The engine's thread wants the interpreter a few times a step, and would wait up to 5 ms for each.
+    sys.setswitchinterval(_SECONDS_OF_A_TURN)
     server.run(sockets=[bound])
     if worker.has_failed:
         raise RunError("the engine failed several times in a row; what is above says why")

@@ -1,6 +1,7 @@
 """One request: its texts go to the scheduler, their updates come back, and at the end nothing of it is left."""
 
 import asyncio
+import collections
 import time
 from collections.abc import AsyncIterator, Sequence
 
@@ -14,13 +15,35 @@ from kforcing_jax.serving.scheduler import Closed, Job, QueueFull, Scheduler
 _SECONDS_FOR_A_STEP = 2
 
 
+class Mailbox:
+    """From the engine's thread to the event loop: one call wakes it for all that a step tells."""
+
+    def __init__(self):
+        self._loop, self._letters, self._is_called = asyncio.get_running_loop(), collections.deque(), False
+
+    def put(self, queue: asyncio.Queue, entry: tuple):
+        """Puts an entry into a queue of the loop. Any thread may call it."""
+        self._letters.append((queue, entry))
+        if not self._is_called:
+            self._is_called = True
+            self._loop.call_soon_threadsafe(self._deliver)
+
+    def _deliver(self):
+        self._is_called = False  # before it looks: what is put from now on calls again
+        while self._letters:
+            queue, entry = self._letters.popleft()
+            queue.put_nowait(entry)
+
+
 class Session:
     """The texts of a request, from the event loop's side."""
 
-    def __init__(self, choices: Sequence[Choice], scheduler: Scheduler, metrics: Metrics, seconds: float):
+    def __init__(
+        self, choices: Sequence[Choice], scheduler: Scheduler, metrics: Metrics, mailbox: Mailbox, seconds: float
+    ):
         """`seconds` is the time that it may take."""
         self.choices = choices
-        self._scheduler, self._metrics = scheduler, metrics
+        self._scheduler, self._metrics, self._mailbox, self._seconds = scheduler, metrics, mailbox, seconds
         self._loop, self._updates = asyncio.get_running_loop(), asyncio.Queue()
         now = time.monotonic()
         self._times = [Times(now) for _ in choices]
@@ -31,19 +54,18 @@ class Session:
     def _teller(self, index):
         """In the engine's thread, and with its time: who reads an answer slowly does not change what it took."""
 
-        def tell(update):
-            self._loop.call_soon_threadsafe(self._updates.put_nowait, (index, update, time.monotonic()))
-
-        return tell
+        return lambda update: self._mailbox.put(self._updates, (index, update, time.monotonic()))
 
     def submit(self):
-        """Queues the texts.
+        """Queues the texts. Their deadline is the scheduler's to see to; where it cannot, as a step hangs, it is ours.
 
         Raises:
           ApiError: 429 where too many wait, 503 where no more are taken; both say when to come again.
         """
         try:
             self._scheduler.submit(self._jobs)
+            late = 0, TimeoutError("the request took longer than it may"), 0.0
+            self._late = self._loop.call_later(self._seconds + _SECONDS_FOR_A_STEP, self._updates.put_nowait, late)
         except QueueFull as error:
             raise ApiError(429, str(error), code="queue_full", headers=_again(error)) from None
         except Closed as error:
@@ -57,7 +79,7 @@ class Session:
         """
         left = len(self.choices)
         while left:
-            found = [await self._next()]
+            found = [await self._updates.get()]
             while not self._updates.empty():
                 found.append(self._updates.get_nowait())
             told = [self._tell(*entry) for entry in found]
@@ -66,16 +88,10 @@ class Session:
             if told:
                 yield told
 
-    async def _next(self):
-        """The deadline is the scheduler's to see to; where it cannot, because a step hangs, it is ours."""
-        try:
-            async with asyncio.timeout_at(self._jobs[0].deadline + _SECONDS_FOR_A_STEP):
-                return await self._updates.get()
-        except TimeoutError:
-            raise _failure(TimeoutError("the request took longer than it may")) from None
-
     def _tell(self, index, update: Update | Exception, now: float) -> tuple[Choice, Delta] | None:
         choice, times, job = self.choices[index], self._times[index], self._jobs[index]
+        if isinstance(update, TimeoutError):
+            raise _failure(update)
         if choice.reason:
             return None  # a step that had begun before its slot was freed
         if isinstance(update, Exception) or update.error:
@@ -93,6 +109,7 @@ class Session:
 
     def end(self):
         """Frees what still runs or waits: after it nothing of the request is left."""
+        self._late.cancel()
         left = [index for index, choice in enumerate(self.choices) if choice.reason is None]
         if left:
             self._scheduler.cancel(*(self._jobs[index] for index in left))

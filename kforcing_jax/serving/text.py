@@ -34,10 +34,14 @@ class TextStream:
         self._ids.append(token)
         piece = self._stream.step(self._tokenizer.backend, token)
         self._is_whole = piece is not None
+        if not piece:
+            return ""
+        begins, self._length = self._length, self._length + len(piece)
+        if begins == self._told:
+            self._told = self._length
+            return piece
         # A prompt may end within a token's text: with a whole character and a part of the next.
-        new = (piece or "")[max(self._told - self._length, 0) :]
-        self._length += len(piece or "")
-        self._told = max(self._told, self._length)
+        new, self._told = piece[self._told - begins :], max(self._told, self._length)
         return new
 
     def finish(self) -> str:
