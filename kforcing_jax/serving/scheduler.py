@@ -17,8 +17,9 @@ STEP_SECONDS = 0.02
 # The same where texts wait for a slot: what surrounds a step costs by the step, and a text that waits gains by speed.
 BUSY_STEP_SECONDS = 0.04
 MOST_PASSES = 16
-# Parts of new prompts that a step reads before its passes, so that a long one does not hold up what runs.
-CHUNKS = 4
+# Parts of new prompts that a step reads before its passes: half as many as those, so that a long prompt does not hold
+# up what runs, and enough that slots do not stand idle where short ones come at any time.
+CHUNKS = 8
 # Over so many texts that ended the time per text is averaged.
 _REMEMBERED = 64
 

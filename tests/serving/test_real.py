@@ -13,6 +13,7 @@ import raw_http
 from compiling import count_compilations
 
 from kforcing_jax.decoding import Engine, Request, decode
+from kforcing_jax.serving.scheduler import CHUNKS
 
 SIZES = {"slots": 5, "max_length": 40, "k": 3}
 
@@ -168,4 +169,4 @@ def test_a_long_prompt_does_not_hold_up_what_runs(models, module_start):
         second = pool.submit(ask, running, {"prompt": [2] * 900, "max_tokens": 6, "seed": 2})
         first.result(), second.result()
     read = [tokens for tokens in steps if len(tokens) == 2 and 0 in tokens.values()]
-    assert len(read) >= 3 and all(max(tokens.values()) > 0 for tokens in read)
+    assert len(read) >= 900 // 64 // CHUNKS and all(max(tokens.values()) > 0 for tokens in read)
