@@ -7,8 +7,8 @@ Requests come at random, whether earlier ones were answered or not (Poisson; the
 for every mode), at rates that rise until no mode keeps up: more than 1.1 times what it answers. Modes take turns at
 every rate. The first fifth of a round is left out, and useful are the tokens that come in the rest of it. A request's
 time and its first token's count from when it should have been sent; a time per token is that from a text's first event
-to its last, over the tokens after the first event. Texts of a seed are compared with each other at every rate, and a few
-of them with what the seed gives alone.
+to its last, over the tokens after the first event. Texts of a seed are compared with each other, and
+a few of them with what the seed gives alone.
 
 With `--workdir` the server is started here, and compared with its engine: the same requests without HTTP, and by twice
 as many clients as there are slots, each of which asks again when it was answered.
