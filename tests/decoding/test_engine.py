@@ -1,6 +1,5 @@
 """The engine against step-by-step decoding, and what a request may and may not depend on."""
 
-import contextlib
 import dataclasses
 import itertools
 
@@ -8,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiling import count_compilations
 from step_by_step import decode_step_by_step, log_probabilities, next_logits
 
 from kforcing_jax.config import MeshConfig
@@ -289,18 +289,6 @@ def test_a_second_call_of_generate_compiles_nothing(student, teacher):
         call(2, 1, 100, mode="exact", teacher=teacher, tau=0.5, frequency_penalty=0.1)
         call(4, 30, 7, confidence=0.4, eos_id=3)
     assert compiled == []
-
-
-@contextlib.contextmanager
-def count_compilations():
-    compiled = []
-
-    def listen(name, *_, **__):
-        if "backend_compile" in name:
-            compiled.append(name)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    yield compiled
 
 
 def test_attention_over_a_part_of_the_caches_gives_the_same_tokens(student, teacher, monkeypatch):
