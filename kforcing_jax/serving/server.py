@@ -176,7 +176,7 @@ def serve(app: FastAPI, bound: socket.socket, drain_seconds: float, announce: Ca
     worker = app.state.service.worker
     server = Server(app, drain_seconds, announce)
     worker.on_failure = server.fail
-    _allow_many_files()
+    allow_many_files()
     # The engine's thread wants the interpreter a few times a step, and would wait up to 5 ms for each.
     sys.setswitchinterval(_SECONDS_OF_A_TURN)
     server.run(sockets=[bound])
@@ -186,7 +186,7 @@ def serve(app: FastAPI, bound: socket.socket, drain_seconds: float, announce: Ca
         raise RunError("a step of the engine did not end; the process is given up")
 
 
-def _allow_many_files():
+def allow_many_files():
     """A connection is a file, and shells allow a thousand."""
     with contextlib.suppress(ValueError, OSError):
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]

@@ -355,7 +355,7 @@ def test_the_time_of_a_token_leaves_out_those_that_came_first_at_once(start):
         line.rsplit(" ", 1) for line in httpx.get(f"{running.url}/metrics").text.splitlines() if line[0] != "#"
     )
     name = 'vllm:request_time_per_output_token_seconds_{}{{model_name="fake"}}'
-    assert float(lines[name.format("count")]) == 1 and 0.0019 < float(lines[name.format("sum")]) < 0.01
+    assert float(lines[name.format("count")]) == 1 and float(lines[name.format("sum")]) > 0.0019
 
 
 def test_what_is_dropped_is_counted_with_what_it_cost(start):
