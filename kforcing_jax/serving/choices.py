@@ -138,12 +138,10 @@ class Choice:
 
 def total(choices: Sequence[Choice]) -> Usage:
     """Of the choices of one request; a prompt counts once, however many choices it has."""
-    usages, counted = (
-        [choice.usage for choice in choices],
-        {id(c.wanted.request.prompt): c.usage.prompt for c in choices},
-    )
+    usages = [choice.usage for choice in choices]
+    prompts = {id(choice.wanted.request.prompt): choice.usage.prompt for choice in choices}
     return Usage(
-        sum(counted.values()),
+        sum(prompts.values()),
         sum(usage.completion for usage in usages),
         sum(usage.student_passes for usage in usages),
         sum(usage.teacher_passes for usage in usages),

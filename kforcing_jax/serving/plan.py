@@ -57,7 +57,7 @@ class Text:
       request: for the engine.
       room: tokens of it that are wanted; the engine always draws one.
       stop: strings that end it.
-      echo: what comes before it, if the prompt is to be told again.
+      echo: whether the prompt is told again, before it.
       prompt_text: of the prompt, where it came as text.
     """
 
@@ -222,13 +222,7 @@ def _tau(request, served, mode) -> float:
 
 
 def _untrained(wanted, trained, served) -> str:
-    known = (
-        ""
-        if not trained
-        else f" ({trained[0]:g})"
-        if trained[0] == trained[1]
-        else f" ({trained[0]:g} to {trained[1]:g})"
-    )
+    known = " (" + " to ".join(f"{tau:g}" for tau in dict.fromkeys(trained)) + ")" if trained else ""
     others = [mode for mode in served.engine.modes if mode != "student"]
     others = f"; mode {_listed(others)} takes any" if others else ""
     return f"temperature = {wanted:g} is none that the student was trained with{known}{others}"

@@ -20,7 +20,7 @@ MOST_PASSES = 16
 # Parts of new prompts that a step reads before its passes: half as many as those, so that a long prompt does not hold
 # up what runs, and enough that slots do not stand idle where short ones come at any time.
 CHUNKS = 8
-# Over so many texts that ended the time per text is averaged.
+# Over so many slots that came free the time until the next one is averaged.
 _REMEMBERED = 64
 
 
@@ -49,7 +49,7 @@ class Job:
       tell: called with every `engine.Update` of it, and with an Exception where it ends without one: `TimeoutError` for
         its deadline, otherwise what the engine raised. In the thread that steps, so it has to be short.
       deadline: by the scheduler's clock.
-      asked, admitted: when it was submitted, and had a slot; None before.
+      admitted: when it had a slot; None before.
       tokens, passes: of the text so far, the prompt included; of the model that has most.
     """
 
@@ -58,7 +58,6 @@ class Job:
     deadline: float = math.inf
     slot: int | None = None
     is_cancelled: bool = False
-    asked: float | None = None
     admitted: float | None = None
     tokens: int = 0
     passes: int = 0
@@ -109,8 +108,6 @@ class Scheduler:
                 raise QueueFull(f"{here} texts run or wait already", self._retry_after())
             if not self._groups:
                 self._ended.clear()  # how fast slots come free is known only while they are wanted
-            for job in jobs:
-                job.asked = self._clock()
             self._groups.append(collections.deque(jobs))
             self._changed.notify()
 

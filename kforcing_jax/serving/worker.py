@@ -25,8 +25,9 @@ class Worker:
     such steps in a row all texts end, no more are taken, and `on_failure` is called.
     """
 
-    def __init__(self, scheduler: Scheduler, on_failure: Callable[[], None] = lambda: None):
-        self._scheduler, self.on_failure = scheduler, on_failure
+    def __init__(self, scheduler: Scheduler):
+        self._scheduler = scheduler
+        self.on_failure: Callable[[], None] = lambda: None
         self._is_ending = False
         self.has_failed = False
         self._step_began: float | None = None
