@@ -37,8 +37,9 @@ def check_tau(name: str, tau: float):
         raise ConfigError(f"{name} = {tau} is not in [1e-6, 1000]")
 
 
-# Of the learning rate, after a linear warm-up (training/optimizer.py).
-SCHEDULES = ("constant", "cosine")
+# Of the learning rate, after a linear warm-up, and what takes the steps (training/optimizer.py).
+SCHEDULES = ("constant", "cosine", "linear", "wsd")
+OPTIMIZERS = ("adamw", "muon")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,13 +160,17 @@ class StageConfig:
 
     window: int = 0  # tokens per pass; 0 for the AR teacher
     checkpoint: str = ""  # stages.ar only: a released .ckpt that is the teacher; nothing is trained then
+    init_from: str = ""  # first weights from another run: RUN (its stage of this name) or RUN/STAGE
     teacher: str = "previous"  # previous (the paper) | ar; ignored by the AR stage
-    steps: int = 1000
+    steps: int = 1000  # 0 with init_from: the stage is what it was given, untrained
     batch_size: int = 32  # rows per step, over all devices
     accumulation: int = 1  # parts that a step works its batch off in; more parts take less memory
+    optimizer: str = "adamw"  # adamw | muon: Muon for the matrices of blocks and noise encoder, AdamW for the rest
     learning_rate: float = 1e-4
-    schedule: str = "constant"  # constant | cosine (to zero), each after a linear warm-up
-    warmup_steps: int = 0
+    rest_rate: float = 0.1  # muon: the share of learning_rate that AdamW has for the rest
+    schedule: str = "constant"  # constant | cosine | linear (both to zero) | wsd: constant, then linear to zero
+    warmup_steps: int = 0  # of a linear warm-up before it
+    decay_fraction: float = 0.2  # wsd: of the steps after the warm-up, those in which the rate falls
     beta1: float = 0.9
     beta2: float = 0.999
     epsilon: float = 1e-6
@@ -188,18 +193,23 @@ class StageConfig:
             raise ConfigError(f"{prefix}.checkpoint = {self.checkpoint!r}: only stages.ar can be a released file")
         _one_of(f"{prefix}.teacher", self.teacher, ("previous", "ar"))
         _one_of(f"{prefix}.schedule", self.schedule, SCHEDULES)
-        for field in ("steps", "batch_size", "accumulation"):
+        _one_of(f"{prefix}.optimizer", self.optimizer, OPTIMIZERS)
+        if self.checkpoint and self.init_from:
+            raise ConfigError(f"{prefix}.checkpoint and {prefix}.init_from are both given; weights come from one of them")
+        _at_least(f"{prefix}.steps", self.steps, 0 if self.init_from else 1)
+        for field in ("batch_size", "accumulation"):
             _at_least(f"{prefix}.{field}", getattr(self, field), 1)
         _at_least(f"{prefix}.warmup_steps", self.warmup_steps, 0)
-        for field in ("learning_rate", "epsilon", "clip_norm"):
+        for field in ("learning_rate", "rest_rate", "epsilon", "clip_norm"):
             _positive(f"{prefix}.{field}", getattr(self, field))
         if not 0 <= self.weight_decay < float("inf"):
             raise ConfigError(f"{prefix}.weight_decay = {self.weight_decay} should be zero or positive, and finite")
         for field in ("beta1", "beta2", "ema_decay"):
             if not 0 <= getattr(self, field) < 1:
                 raise ConfigError(f"{prefix}.{field} = {getattr(self, field)} is not in [0, 1)")
-        if not 0 <= self.bfloat16_fraction <= 1:
-            raise ConfigError(f"{prefix}.bfloat16_fraction = {self.bfloat16_fraction} is not in [0, 1]")
+        for field in ("bfloat16_fraction", "decay_fraction"):
+            if not 0 <= getattr(self, field) <= 1:
+                raise ConfigError(f"{prefix}.{field} = {getattr(self, field)} is not in [0, 1]")
         check_tau(f"{prefix}.tau_min", self.tau_min)
         check_tau(f"{prefix}.tau_max", self.tau_max)
         if self.tau_min > self.tau_max:
@@ -259,14 +269,29 @@ class EvaluationConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LoggingConfig:
-    """How often a stage speaks and saves, in steps."""
+    """How often a stage speaks, is validated and saves; in steps unless said."""
 
     log_every: int = 25
+    validate_every: int = 200  # 0: only at the end of a stage
+    validation_rows: int = 16  # validation rows that this looks at, always the same
+    sample_prompt: str = ""  # continued at every validation; "": the beginning of the first validation row
+    sample_tokens: int = 48  # new tokens of that sample; 0: none
     checkpoint_every: int = 200
+    checkpoint_seconds: float = 0.0  # also save when the last checkpoint is older than this; 0: by steps alone
+    keep_newest: int = 2  # checkpoints of a stage that stay; the last one does in any case
+    keep_every: int = 0  # also those of every this many steps; 0: none
+    keep_best: int = 0  # also so many with the lowest validation loss
+    trackers: tuple[str, ...] = ()  # tensorboard | wandb, beside metrics.jsonl
 
     def __post_init__(self):
-        _at_least("logging.log_every", self.log_every, 1)
-        _at_least("logging.checkpoint_every", self.checkpoint_every, 1)
+        for field in ("log_every", "checkpoint_every", "validation_rows", "keep_newest"):
+            _at_least(f"logging.{field}", getattr(self, field), 1)
+        for field in ("validate_every", "sample_tokens", "keep_every", "keep_best"):
+            _at_least(f"logging.{field}", getattr(self, field), 0)
+        if not 0 <= self.checkpoint_seconds < float("inf"):
+            raise ConfigError(
+                f"logging.checkpoint_seconds = {self.checkpoint_seconds} should be zero or positive, and finite"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -411,22 +436,26 @@ def _convert(expected, value, path):
     if expected is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if typing.get_origin(expected) is tuple:
-        return _numbers(value, path, typing.get_args(expected)[0])
+        return _several(value, path, typing.get_args(expected)[0])
     if isinstance(expected, type) and type(value) is not expected:
         raise ConfigError(f"{path} = {value!r} should be of type {expected.__name__}")
     return value
 
 
-def _numbers(value, path, kind) -> tuple:
-    """From a list, as JSON has it, from one number, or from the text of a flag: 1,8,64; without text there are none."""
+def _several(value, path, kind) -> tuple:
+    """From a list, as JSON has it, from one value, or from the text of a flag: 1,8,64; without text there are none."""
     parts = value if isinstance(value, list | tuple) else [value]
     try:
         if isinstance(value, str):
-            parts = [kind(part) for part in value.split(",")] if value.strip() else []
-        if any(type(part) not in (int, kind) for part in parts):
+            parts = [kind(part.strip()) for part in value.split(",")] if value.strip() else []
+        if any(type(part) not in ((int, float) if kind is float else (kind,)) for part in parts):
             raise ValueError
     except ValueError:
-        right = {int: "whole numbers, such as 1,8,64", float: "numbers, such as 0,0.3,0.5"}[kind]
+        right = {
+            int: "whole numbers, such as 1,8,64",
+            float: "numbers, such as 0,0.3,0.5",
+            str: "names, such as a,b",
+        }[kind]
         raise ConfigError(f"{path} = {value!r} should be {right}") from None
     return tuple(map(kind, parts))
 

@@ -1,34 +1,94 @@
-"""The optimiser of a stage."""
+"""The optimiser of a stage: schedules of the learning rate, and what takes the steps, each by its name."""
 
+from collections.abc import Callable
+
+import jax
 import optax
 
 from kforcing_jax.config import StageConfig
 
-# By the names in `config.SCHEDULES`: (highest rate, steps) -> schedule.
-AFTER_WARMUP = {
-    "constant": lambda rate, steps: optax.constant_schedule(rate),
-    "cosine": optax.cosine_decay_schedule,
+# By the names in `config.SCHEDULES`: (stage, steps after the warm-up) -> schedule.
+SCHEDULES: dict[str, Callable[[StageConfig, int], optax.Schedule]] = {
+    "constant": lambda stage, steps: optax.constant_schedule(stage.learning_rate),
+    "cosine": lambda stage, steps: optax.cosine_decay_schedule(stage.learning_rate, steps),
+    "linear": lambda stage, steps: optax.linear_schedule(stage.learning_rate, 0.0, steps),
+    "wsd": lambda stage, steps: _warmup_stable_decay(stage, steps),
 }
 
 
 def learning_rate(stage: StageConfig) -> optax.Schedule:
-    """Linear warm-up, then constant or a cosine to zero at the last step."""
-    after = AFTER_WARMUP[stage.schedule](stage.learning_rate, max(stage.steps - stage.warmup_steps, 1))
+    """Linear warm-up, then what the stage's schedule says of the remaining steps. (step) -> rate."""
+    after = SCHEDULES[stage.schedule](stage, max(stage.steps - stage.warmup_steps, 1))
     # Warm-up starts one step in, so that no step has a learning rate of zero.
     first = stage.learning_rate / (stage.warmup_steps + 1)
     warmup = optax.linear_schedule(first, stage.learning_rate, stage.warmup_steps)
     return optax.join_schedules([warmup, after], [stage.warmup_steps])
 
 
-def make_optimizer(stage: StageConfig) -> optax.GradientTransformation:
-    """AdamW behind gradient clipping, as in the paper; every number comes from the configuration."""
-    return optax.chain(
-        optax.clip_by_global_norm(stage.clip_norm),
-        optax.adamw(
-            learning_rate(stage),
-            b1=stage.beta1,
-            b2=stage.beta2,
-            eps=stage.epsilon,
-            weight_decay=stage.weight_decay,
-        ),
+def _warmup_stable_decay(stage, steps):
+    """Constant, then linear to zero in the last `decay_fraction` of the steps."""
+    decay = round(stage.decay_fraction * steps)
+    falling = optax.linear_schedule(stage.learning_rate, 0.0, max(decay, 1))
+    return optax.join_schedules([optax.constant_schedule(stage.learning_rate), falling], [steps - decay])
+
+
+def _adamw(stage):
+    """As in the paper."""
+    return optax.adamw(
+        learning_rate(stage),
+        b1=stage.beta1,
+        b2=stage.beta2,
+        eps=stage.epsilon,
+        weight_decay=stage.weight_decay,
     )
+
+
+def _muon(stage):
+    """Muon (Jordan et al., 2024) for the matrices of blocks and noise encoder, AdamW for all else.
+
+    A matrix's step is its momentum with all singular values moved to about 1, by Newton-Schulz iterations. Embeddings
+    and the output layer are matrices too, but their rows are tokens: AdamW takes them.
+    """
+    rate = learning_rate(stage)
+    return optax.contrib.muon(
+        rate,
+        weight_decay=stage.weight_decay,
+        muon_weight_dimension_numbers=_dimension_numbers,
+        adam_learning_rate=lambda step: stage.rest_rate * rate(step),
+        adam_b1=stage.beta1,
+        adam_b2=stage.beta2,
+        eps=stage.epsilon,
+        adam_weight_decay=stage.weight_decay,
+    )
+
+
+# By the names in `config.OPTIMIZERS`.
+OPTIMIZERS: dict[str, Callable[[StageConfig], optax.GradientTransformation]] = {"adamw": _adamw, "muon": _muon}
+
+# How the kernels of the models are matrices, by the layer's name: inputs, outputs; other axes hold a matrix each, such
+# as the layers of the stacked blocks, and queries, keys and values.
+_MATRICES = {
+    ("blocks", "attn_qkv"): ((1,), (3, 4)),
+    ("blocks", "attn_out"): ((1, 2), (3,)),
+    ("blocks", "mlp_in"): ((1,), (2,)),
+    ("blocks", "mlp_out"): ((1,), (2,)),
+    ("noise_encoder", "project"): ((0,), (1,)),
+    ("noise_encoder", "mlp_in"): ((0,), (1,)),
+    ("noise_encoder", "mlp_out"): ((0,), (1,)),
+}
+
+
+def _dimension_numbers(params):
+    """Of every leaf: how it is a matrix for Muon, None where it is none."""
+
+    def of_leaf(path, leaf):
+        names = tuple(key.key for key in path)
+        axes = _MATRICES.get(names[-3:-1]) if names[-1] == "kernel" else None
+        return axes and optax.contrib.MuonDimensionNumbers(*axes)
+
+    return jax.tree_util.tree_map_with_path(of_leaf, params)
+
+
+def make_optimizer(stage: StageConfig) -> optax.GradientTransformation:
+    """The stage's optimiser behind gradient clipping; every number comes from the configuration."""
+    return optax.chain(optax.clip_by_global_norm(stage.clip_norm), OPTIMIZERS[stage.optimizer](stage))
