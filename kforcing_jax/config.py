@@ -195,7 +195,7 @@ class StageConfig:
         _one_of(f"{prefix}.schedule", self.schedule, SCHEDULES)
         _one_of(f"{prefix}.optimizer", self.optimizer, OPTIMIZERS)
         if self.checkpoint and self.init_from:
-            raise ConfigError(f"{prefix}.checkpoint and {prefix}.init_from are both given; weights come from one of them")
+            raise ConfigError(f"{prefix}.checkpoint and {prefix}.init_from are both given; give one of them")
         _at_least(f"{prefix}.steps", self.steps, 0 if self.init_from else 1)
         for field in ("batch_size", "accumulation"):
             _at_least(f"{prefix}.{field}", getattr(self, field), 1)

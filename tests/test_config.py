@@ -19,7 +19,7 @@ from kforcing_jax.config import (
     stage_name,
 )
 from kforcing_jax.errors import ConfigError
-from kforcing_jax.training.optimizer import AFTER_WARMUP
+from kforcing_jax.training.optimizer import SCHEDULES as SCHEDULE_TABLE
 
 STAGES = {"ar": {}, "k1": {"window": 1}, "k2": {"window": 2}}
 
@@ -275,7 +275,7 @@ def test_the_ar_teacher_has_logits_and_so_teaches_every_temperature():
 
 
 def test_what_can_be_chosen_is_what_there_is():
-    assert tuple(AFTER_WARMUP) == SCHEDULES
+    assert tuple(SCHEDULE_TABLE) == SCHEDULES
 
 
 @pytest.mark.parametrize("stages", [{}, None, 3, ml_collections.ConfigDict()])
