@@ -9,6 +9,7 @@ import scipy.special
 import scipy.stats
 
 from kforcing_jax.data.packing import Batch
+from kforcing_jax.evaluation.intervals import mean_interval
 from kforcing_jax.models import CausalLM, PushForwardLM
 from kforcing_jax.models.keys import Causal, Known, UpTo
 from kforcing_jax.models.lm import consecutive, text_positions
@@ -54,11 +55,12 @@ def agreement(
     Returns:
       agreement: per offset, P(student's token = the token that the teacher draws for the same uniform).
       chance: per offset, P(two independent draws of the teacher are equal), its sum of squared probabilities.
-      block_agreement: P(all offsets agree). One minus it bounds the block's total variation from above.
+      block_agreement: P(all offsets agree). One minus it bounds the block's total variation from above. Its
+        `_interval` is [low, high] at 95 % over rows, None with fewer than two.
 
     Neither what follows a window's first EOS is counted, nor what lies beyond the longest text (`window_weights`).
     """
-    totals = None
+    of_batches = []
     for index, tokens_BxN in enumerate(batches.tokens):
         segments_BxN = None if batches.segments is None else batches.segments[index]
         noise_BxNxK = sample_uniform(jax.random.fold_in(key, index), (*tokens_BxN.shape, window))
@@ -66,20 +68,22 @@ def agreement(
         sums = _agreement_sums(
             teacher, teacher_params, student, params, tokens_BxN, segments_BxN, noise_BxNxK, tau_B, eos_id
         )
-        sums = jax.tree.map(lambda x: to_host(x).astype(np.float64), sums)
-        totals = sums if totals is None else jax.tree.map(np.add, totals, sums)
-    agree_K, collide_K, count_K, block, positions = totals
-    count_K = np.maximum(count_K, 1)
+        of_batches.append([to_host(x).astype(np.float64) for x in sums])
+    agree_RxK, collide_RxK, count_RxK, agree_R, blocks_R = map(np.concatenate, zip(*of_batches, strict=True))
+    count_K = np.maximum(count_RxK.sum(0), 1)
     return {
-        "agreement": (agree_K / count_K).tolist(),
-        "chance": (collide_K / count_K).tolist(),
-        "block_agreement": float(block / np.maximum(positions, 1)),
+        "agreement": (agree_RxK.sum(0) / count_K).tolist(),
+        "chance": (collide_RxK.sum(0) / count_K).tolist(),
+        "block_agreement": float(agree_R.sum() / np.maximum(blocks_R.sum(), 1)),
+        "block_agreement_interval": mean_interval(agree_R, blocks_R),
     }
 
 
 @functools.partial(jax.jit, static_argnames=("teacher", "student", "eos_id"))
 def _agreement_sums(teacher, teacher_params, student, params, tokens_BxN, segments_BxN, noise_BxNxK, tau_B, eos_id):
-    """Of one batch: agreements, collision probabilities and counts per offset; agreeing blocks, and all blocks."""
+    """Of each row of a batch: agreements, collision probabilities and counts per offset, all (B, K); agreeing blocks,
+    and all blocks, both (B,).
+    """
     tau_Bx1x1 = tau_B[:, None, None]
 
     def call(model, params, method, *args):
@@ -95,8 +99,8 @@ def _agreement_sums(teacher, teacher_params, student, params, tokens_BxN, segmen
     hidden = window_hidden(teacher, teacher_params, tokens_BxN, drawn_BxNxK, segments_BxN)
     agrees, collision = call(teacher, teacher_params, "per_token", compare, hidden, noise_BxNxK, tau_Bx1x1, drawn_BxNxK)
     weights = window_weights(drawn_BxNxK, tokens_BxN, segments_BxN, eos_id)
-    per_offset = [(weights * x).sum((0, 1)) for x in (agrees, collision, 1)]
-    return (*per_offset, *block_agreement(agrees, weights, block_weights(weights, segments_BxN)))
+    per_offset = [(weights * x).sum(1) for x in (agrees, collision, 1)]
+    return (*per_offset, *jax.vmap(block_agreement)(agrees, weights, block_weights(weights, segments_BxN)))
 
 
 def exact_joint(teacher: CausalLM, params, contexts_CxN: jax.Array, window: int, tau: float = 1.0) -> np.ndarray:

@@ -10,6 +10,7 @@ import pytest
 
 from kforcing_jax.data.packing import Batch
 from kforcing_jax.evaluation.fidelity import agreement, compare_with_joint, exact_joint, student_counts, window_hidden
+from kforcing_jax.evaluation.intervals import mean_interval
 from kforcing_jax.models import CausalLM, ModelConfig, PushForwardLM, init_params
 from kforcing_jax.noise import sample_uniform
 
@@ -104,7 +105,9 @@ def test_agreement_counts_by_hand(teacher, student):
     hits = np.asarray(teacher_draws == drawn)
     # Offset j of position n is token n + 1 + j, of four.
     np.testing.assert_allclose(got["agreement"], [hits[:, :3, 0].mean(), hits[:, :2, 1].mean()], rtol=1e-6)
-    assert got["block_agreement"] == pytest.approx(hits[:, :2].all(-1).mean())
+    agreeing_R = hits[:, :2].all(-1).sum(1)
+    assert got["block_agreement"] == pytest.approx(agreeing_R.sum() / 4)
+    assert got["block_agreement_interval"] == pytest.approx(mean_interval(agreeing_R, [2, 2]))
 
 
 def test_what_follows_an_eos_is_not_counted(teacher, student):
