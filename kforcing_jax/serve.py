@@ -84,7 +84,7 @@ def main(_):
 def _check_flags():
     missing = [name for name in _PACKAGES if not importlib.util.find_spec(name)]
     if missing:
-        raise ConfigError(f"not installed: {', '.join(missing)}; pip install -e '.[serve]'")
+        raise ConfigError(f"not installed: {', '.join(missing)}; pip install 'kforcing-jax[serve]'")
     check_one_model(_WORKDIR.value)
     unused = ["prefix_file", "prefix_length", "batch_size", "num_samples", "max_new_tokens"]
     cli.refuse_flags(unused, "here: requests say what they want")

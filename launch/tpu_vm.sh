@@ -210,7 +210,8 @@ setup_script() {
     rm -rf ~/kforcing_jax && mkdir ~/kforcing_jax && $source &&
     { test -x ~/.local/bin/uv || curl -LsSf https://astral.sh/uv/install.sh | sh; } &&
     ~/.local/bin/uv venv -q --python=3.12 ~/kforcing_jax/.venv &&
-    ~/.local/bin/uv pip install -q --python="\$HOME/kforcing_jax/.venv/bin/python" -e "\$HOME/kforcing_jax[tpu]" &&
+    ~/.local/bin/uv pip install -q --python="\$HOME/kforcing_jax/.venv/bin/python"
+      -c "\$HOME/kforcing_jax/requirements.lock" -e "\$HOME/kforcing_jax[lm1b,parquet,tpu]" &&
     echo "\$(hostname) ready"
 EOF
 }

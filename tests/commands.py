@@ -76,12 +76,13 @@ def _flags_of_a_new_process():
     Flags of libraries stay, also of those that a command is the first to import.
     """
     tables = {name: _copied(table) for name, table in flags.FLAGS.__dict__.items()}
-    modules, argv = {name: sys.modules[name] for name in list(sys.modules) if _defines_flags(name)}, sys.argv
+    modules = {name: sys.modules[name] for name in list(sys.modules) if _defines_flags(name)}
+    argv, path = sys.argv, list(sys.path)
     _forget(modules)
     try:
         yield
     finally:
-        sys.argv = argv
+        sys.argv, sys.path[:] = argv, path
         _forget(name for name in list(sys.modules) if _defines_flags(name))
         for name, table in tables.items():
             flags.FLAGS.__dict__[name] = flags.FLAGS.__dict__[name] | table if isinstance(table, dict) else table

@@ -7,7 +7,7 @@ import pytest
 from commands import refused, run_command, start_command
 from micro import CONFIG_FILE, micro_config
 
-from kforcing_jax import generate as generate_cli
+from kforcing_jax.cli.stages import choose_stage
 from kforcing_jax.errors import ConfigError
 
 
@@ -263,9 +263,9 @@ def test_without_a_network_the_message_says_what_to_do(tmp_path, monkeypatch):
 )
 def test_the_stage_nearest_above_k_decodes(mode, k, stage, chosen):
     config = micro_config(k4=dict(window=4))
-    assert generate_cli.choose_stage(config, ["ar", "k1", "k2", "k4"], mode, k, stage) == chosen
+    assert choose_stage(config, ["ar", "k1", "k2", "k4"], mode, k, stage) == chosen
 
 
 def test_a_run_without_students_can_only_decode_its_teacher():
     with pytest.raises(ConfigError, match="no finished student"):
-        generate_cli.choose_stage(micro_config(), ["ar"], "student", None, None)
+        choose_stage(micro_config(), ["ar"], "student", None, None)

@@ -1,5 +1,6 @@
 """What the entry points share: flags, and errors as one line with a non-zero exit."""
 
+import contextlib
 import difflib
 import logging as python_logging
 import multiprocessing
@@ -21,11 +22,15 @@ _MAY_BE_EMPTY = ("prompt",)
 _overrides: dict[str, str] = {}
 
 
-def run(main: Callable[[Sequence[str]], None]):
-    """Runs an entry point: a UserError ends it with one line on stderr and status 2."""
+def run(main: Callable[[Sequence[str]], None], positional: bool = False):
+    """Runs an entry point: a UserError ends it with one line on stderr and status 2.
+
+    Where it takes `positional` arguments, those that are no flags, `main` finds them in argv[1:]. Otherwise they are
+    refused.
+    """
 
     def guarded(argv):
-        if len(argv) > 1:
+        if len(argv) > 1 and not positional:
             _fail(f"unexpected argument {argv[1]!r}; every option is a flag, see --help")
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.FATAL)  # orbax reports every file, and every error with its traceback
@@ -45,6 +50,7 @@ def run(main: Callable[[Sequence[str]], None]):
 
     _speak_on_any_terminal()
     _keep_what_is_compiled()
+    _see_the_current_folder()
     try:
         app.run(guarded, flags_parser=_parse_flags)
     finally:
@@ -107,6 +113,16 @@ def _keep_what_is_compiled():
         return  # a home that is read-only, or none: everything is compiled again
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+
+
+def _see_the_current_folder():
+    """Modules in it are found, also by worker processes: `python -m` sees it first, an installed program not at all.
+
+    Here it comes last, so that nothing installed is hidden by a file of the same name.
+    """
+    with contextlib.suppress(OSError):  # a folder that was removed meanwhile
+        if not {"", os.getcwd()} & set(sys.path):
+            sys.path.append(os.getcwd())
 
 
 def _forget_flags(main):

@@ -1,6 +1,7 @@
 """A configuration from `--config=FILE` or `--config=FILE:VARIANT` and from `--config.FIELD=VALUE`.
 
-The file is Python and has a function `get_config`, which is given the variant, if there is one.
+The file is Python and has a function `get_config`, which is given the variant, if there is one. FILE can also be the
+name of a configuration that is installed with the package, such as `tiny`.
 """
 
 import runpy
@@ -12,6 +13,7 @@ import ml_collections
 from kforcing_jax.config import Config, parse, unknown_field
 from kforcing_jax.data.places import expanded
 from kforcing_jax.errors import ConfigError, UserError
+from kforcing_jax.installed import CONFIGS, config_names
 
 _OVERRIDE = "--config."
 
@@ -45,13 +47,23 @@ def read_config(name: str, overrides: Mapping[str, str]) -> Config:
 
 
 def _split(name) -> tuple[Path, list[str]]:
-    """(file, [variant] or []). A colon may also be part of the file's name."""
+    """(file, [variant] or []), of a file that is there or an installed one. A colon may be part of a file's name."""
     parts = name.split(":")
     for count in range(len(parts), 0, -1):
         path = expanded(":".join(parts[:count]))
         if path.is_file():
             return path, [":".join(parts[count:])] if count < len(parts) else []
-    raise ConfigError(f"--config={':'.join(parts[:-1]) or name}: no such file")
+    installed, *variant = name.split(":", maxsplit=1)
+    if installed in config_names():
+        return CONFIGS / f"{installed}.py", variant
+    raise ConfigError(f"--config={_not_there(':'.join(parts[:-1]) or name)}")
+
+
+def _not_there(file) -> str:
+    """An installed file of the same name is offered, not taken: it may not be the one that was meant."""
+    name, names = Path(file).name.removesuffix(".py"), config_names()
+    hint = f"the installed one is --config={name}" if name in names else f"installed are {', '.join(names)}"
+    return f"{file}: no such file; {hint}"
 
 
 def _override(config, field, text):

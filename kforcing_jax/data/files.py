@@ -121,7 +121,7 @@ def failing_as_one_line(path):
     except ImportError as error:
         raise DataError(
             f"{path} needs a package that is not installed ({error}); fsspec's documentation says which one serves "
-            'its protocol (gs://: pip install -e ".[gcs]")'
+            "its protocol (gs://: pip install 'kforcing-jax[gcs]')"
         ) from None
     except Exception as error:  # every file system and format has errors of its own
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200] or type(error).__name__
@@ -216,10 +216,8 @@ def _lines_from(file, start):
 
 
 def _parquet_documents(part, separator):
-    import pyarrow.parquet
-
     with fsspec.open(part.path, "rb") as file:
-        table = pyarrow.parquet.ParquetFile(file)
+        table = _parquet(part.path).ParquetFile(file)
         if "text" not in table.schema_arrow.names:
             raise DataError(f"{part.path} has columns {', '.join(table.schema_arrow.names)}; one should be called text")
         sizes = [table.metadata.row_group(i).num_rows for i in range(table.num_row_groups)]
@@ -234,10 +232,17 @@ def _parquet_documents(part, separator):
 
 
 def _parquet_end(path):
-    import pyarrow.parquet
-
     with fsspec.open(path, "rb") as file:
-        return pyarrow.parquet.ParquetFile(file).metadata.num_rows
+        return _parquet(path).ParquetFile(file).metadata.num_rows
+
+
+def _parquet(path):
+    """The module that reads such files, of a library that only they need."""
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise DataError(f"{path} needs pyarrow, which is not installed; pip install 'kforcing-jax[parquet]'") from None
+    return pyarrow.parquet
 
 
 def _record_documents(part, separator):

@@ -267,7 +267,7 @@ def _quiet_tfds():
         yield tfds
     except ImportError as error:
         raise DataError(
-            f"LM1B is read with a package that is not installed ({_one_line(error)}); pip install tensorflow-datasets"
+            f"LM1B is read with a package that is not installed ({_one_line(error)}); pip install 'kforcing-jax[lm1b]'"
         ) from None
     finally:
         logging.set_verbosity(verbosity)

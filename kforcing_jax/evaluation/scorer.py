@@ -1,7 +1,7 @@
 """Gen-PPL: what a causal LM that is not ours, read from a local folder, thinks of our samples.
 
 Low perplexity alone is no evidence: repetitive text has it. `intervals.py` has the figures that belong next to it.
-Needs `pip install -e ".[scorer]"`: torch and transformers. Nothing is ever downloaded.
+Needs `pip install 'kforcing-jax[scorer]'`: torch and transformers. Nothing is ever downloaded.
 """
 
 from collections.abc import Iterator, Sequence
@@ -120,7 +120,7 @@ def _torch():
         import torch
         import transformers
     except ImportError as error:
-        raise DataError(f'a scorer needs torch and transformers: {error}; pip install -e ".[scorer]"') from None
+        raise DataError(f"a scorer needs torch and transformers: {error}; pip install 'kforcing-jax[scorer]'") from None
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     return torch

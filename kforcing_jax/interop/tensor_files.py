@@ -43,7 +43,9 @@ def check_writable_format(path: str | Path):
     if ending not in _WRITERS:
         raise ConfigError(f"{path} should end in one of {', '.join(_WRITERS)}, which says the format")
     if ending != ".safetensors" and not importlib.util.find_spec("torch"):
-        raise ConfigError(f'{path}: a {ending} is written by torch; pip install -e ".[torch]", or name a .safetensors')
+        raise ConfigError(
+            f"{path}: a {ending} is written by torch; pip install 'kforcing-jax[torch]', or name a .safetensors"
+        )
 
 
 def write(path: str | Path, state: dict[str, np.ndarray], note: dict):

@@ -331,7 +331,8 @@ def test_setup_installs_on_every_worker_from_the_last_commit(cloud):
         assert not (home / "kforcing_jax/not_added.txt").exists()
         calls = [shlex.split(line) for line in (home / "calls").read_text().replace(str(home), "~").splitlines()]
         assert ["uv", "venv", "-q", "--python=3.12", "~/kforcing_jax/.venv"] in calls
-        assert calls[-2][:3] == ["uv", "pip", "install"] and calls[-2][-1] == "~/kforcing_jax[tpu]"
+        assert calls[-2][:3] == ["uv", "pip", "install"] and calls[-2][-1] == "~/kforcing_jax[lm1b,parquet,tpu]"
+        assert calls[-2][calls[-2].index("-c") + 1] == "~/kforcing_jax/requirements.lock"
 
 
 def test_setup_refuses_changes_that_are_not_committed(cloud):
@@ -562,9 +563,11 @@ def test_the_image_holds_what_the_manifest_runs():
     config = flag(pod_of(manifest())["containers"][0]["command"], "config")
     assert "kforcing_jax" in copied and str(Path(config).parent) in copied and (REPOSITORY / config).exists()
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
-    accelerator = re.search(r"^ARG ACCELERATOR=(\w+)$", dockerfile, re.M).group(1)
-    extras = re.search(r'pip install .*"\.\[(.*)\]"', dockerfile).group(1).replace("${ACCELERATOR}", accelerator)
-    assert extras.split(",") == ["tpu", "serve"] and set(extras.split(",")) < set(project["optional-dependencies"])
+    accelerator = re.search(r"^ARG ACCELERATOR=(\w+)\nARG EXTRA=\$\{ACCELERATOR\}$", dockerfile, re.M).group(1)
+    constraints, extras = re.search(r'pip install .*-c (\S+) .*"\.\[(.*)\]"', dockerfile).groups()
+    extras = extras.replace("${EXTRA}", accelerator).split(",")
+    assert extras == ["tpu", "lm1b", "parquet", "serve"] and set(extras) < set(project["optional-dependencies"])
+    assert constraints in copied[: copied.index("kforcing_jax")]
 
 
 def test_the_image_gets_what_it_copies_and_nothing_else():
