@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import html
 import io
+import re
 from collections.abc import Iterator, Sequence
 
 from kforcing_jax.evaluation.tables import is_number
@@ -12,6 +13,20 @@ from kforcing_jax.evaluation.tables import is_number
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 BLUE, ORANGE, GREY = PALETTE[0], PALETTE[1], "#555555"
+# What each colour of a plot becomes on a dark page.
+_DARK = {
+    "#000000": "#ececea",
+    "#ffffff": "#141416",
+    "#555555": "#a8a8a4",
+    "#888888": "#8c8c88",
+    "#e4e4e4": "#303035",
+    "#0072b2": "#3d9be0",
+    "#d55e00": "#ff8a3d",
+    "#009e73": "#2cc79b",
+    "#cc79a7": "#e39cc4",
+    "#e69f00": "#f2b83a",
+    "#56b4e9": "#9ad8ff",
+}
 _STYLE = {
     "svg.fonttype": "none",  # the reader's font: small and sharp
     "svg.hashsalt": "kforcing_jax",  # the same plot is the same file
@@ -71,11 +86,30 @@ def new_figure(width: float, height: float) -> Iterator:
 
 def on_page(figure, title: str, what: str) -> str:
     """An HTML figure. The SVG is an image of its own: nothing in it can clash with another one on the page."""
-    drawn = io.BytesIO()
+    return f"<figure><figcaption>{html.escape(title)}</figcaption>\n{image(figure, f'{title}: {what}')}</figure>"
+
+
+def image(figure, says: str) -> str:
+    """The figure as an image of a page, light or dark as the page is; `says` is for readers who do not see it."""
+    drawn = io.StringIO()
     figure.savefig(drawn, format="svg", transparent=True, metadata={"Date": None})
-    source = f"data:image/svg+xml;base64,{base64.b64encode(drawn.getvalue()).decode()}"
-    title, what = html.escape(title), html.escape(what)
-    return f'<figure><figcaption>{title}</figcaption>\n<img alt="{title}: {what}" src="{source}"></figure>'
+    source = base64.b64encode(_themed(drawn.getvalue()).encode()).decode()
+    return f'<img alt="{html.escape(says)}" src="data:image/svg+xml;base64,{source}">'
+
+
+def _themed(svg):
+    """With colours that depend on the reader's scheme. What matplotlib leaves black has no colour of its own there."""
+
+    def variables(of):
+        return "".join(f"--c{light[1:]}:{of(light, dark)};" for light, dark in _DARK.items())
+
+    style = (
+        f"<style>svg{{{variables(lambda light, _: light)}fill:var(--c000000)}}"
+        f"@media(prefers-color-scheme:dark){{svg{{{variables(lambda _, dark: dark)}}}}}</style>"
+    )
+    known = re.compile("|".join(_DARK))
+    svg = re.sub('style="[^"]*"', lambda found: known.sub(lambda colour: f"var(--c{colour[0][1:]})", found[0]), svg)
+    return re.sub(r"(<svg\b[^>]*>)", lambda opening: opening[1] + style, svg, count=1)
 
 
 def _scale_steps(axes, lines):

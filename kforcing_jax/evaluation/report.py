@@ -3,23 +3,22 @@
 What is not there yet is left out.
 """
 
-import collections
 import html
 import itertools
 import json
 import math
 import re
-import string
 from pathlib import Path
 
 from kforcing_jax.data.whole_file import write_text
 from kforcing_jax.evaluation.aligned import prompt_text, sample_blocks
+from kforcing_jax.evaluation.history import over, read_history
+from kforcing_jax.evaluation.page import definitions, page, section, table
 from kforcing_jax.evaluation.plots import BLUE, GREY, ORANGE, PALETTE, Line, panel
 from kforcing_jax.evaluation.tables import (
     STRIDE_COLUMNS,
     STRIDES,
     WHY_LITTLE_GAIN,
-    in_order,
     is_number,
     legend,
     quality_columns,
@@ -27,16 +26,16 @@ from kforcing_jax.evaluation.tables import (
     speed_columns,
     stages_of,
     stride_rows,
-    table_rows,
     versus,
     window_of,
 )
 from kforcing_jax.evaluation.trade_off import trade_off
 from kforcing_jax.training.progress import clock
 
-_TEMPLATE = string.Template(Path(__file__).with_name("report_page.html").read_text(encoding="utf-8"))
-# Points of a plotted line; longer histories are averaged down to this many.
-_MOST_POINTS = 250
+_WHAT_THIS_IS = """<p>K-Forcing (<a href="https://arxiv.org/abs/2606.10820">arXiv 2606.10820</a>) distils an
+autoregressive (AR) language model into students that give k tokens per forward pass: context and k noise tokens in, k
+tokens out, jointly distributed as the teacher's. Teacher and students share their noise here, so they can be compared
+token by token.</p>"""
 
 
 def write_report(workdir: Path) -> Path:
@@ -49,7 +48,7 @@ def write_report(workdir: Path) -> Path:
     """
     workdir = Path(workdir)
     summary, config = (_read_json(workdir / name) for name in ("summary.json", "config.json"))
-    history, stages = _read_metrics(workdir / "metrics.jsonl"), stages_of(summary)
+    history, stages = read_history(workdir / "metrics.jsonl"), stages_of(summary)
     sections = [
         _results_section(stages),
         _strides_section(stages),
@@ -58,36 +57,13 @@ def write_report(workdir: Path) -> Path:
         _training_section(history, stages),
         _config_section(config),
     ]
-    page = _TEMPLATE.substitute(
-        title=html.escape(f"K-Forcing run {workdir.resolve().name}"),
-        facts=_definitions(_facts(summary, stages)),
-        sections="\n".join(filter(None, sections)),
-    )
-    write_text(workdir / "report.html", page)
+    head = f"{_WHAT_THIS_IS}\n{definitions(_facts(summary, stages))}"
+    write_text(workdir / "report.html", page(f"K-Forcing run {workdir.resolve().name}", head, sections))
     return workdir / "report.html"
 
 
 def _read_json(path) -> dict:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-
-
-def _read_metrics(path) -> dict[str, list[dict]]:
-    """The records of each stage, in the order of their steps.
-
-    A run that resumes from a checkpoint reports steps again; the records that it had after that checkpoint belong to
-    no model any more. A line that a kill cut short is not JSON and is skipped.
-    """
-    history = collections.defaultdict(list)
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
-        try:
-            record = json.loads(line)
-            stage, step = str(record["stage"]), int(record["step"])
-        except (ValueError, KeyError, TypeError):
-            continue
-        while history[stage] and history[stage][-1]["step"] >= step:
-            history[stage].pop()
-        history[stage].append(record)
-    return in_order(history)
 
 
 def _facts(summary, stages):
@@ -104,30 +80,16 @@ def _facts(summary, stages):
     return [(name, str(fact)) for name, fact in facts.items() if fact not in (None, "")]
 
 
-def _definitions(pairs):
-    items = "".join(f"<div><dt>{html.escape(name)}</dt><dd>{html.escape(text)}</dd></div>" for name, text in pairs)
-    return f"<dl>{items}</dl>"
-
-
 def _results_section(stages):
     if not stages:
-        return _section("Results", "<p>No stage has ended yet.</p>")
+        return section("Results", "<p>No stage has ended yet.</p>")
     speed = speed_columns(stages)
     speeds = [_table(stages, speed), f"<p>{html.escape(WHY_LITTLE_GAIN)}</p>"] if speed else []
-    return _section("Results", _table(stages, quality_columns(stages)), *speeds)
+    return section("Results", _table(stages, quality_columns(stages)), *speeds)
 
 
 def _table(stages, columns):
-    sides = [' class="left"' if column.to_the_left else "" for column in columns]
-
-    def row(first, cells, tag):
-        cells = zip(cells, sides, strict=True)
-        return f"<tr>{first}{''.join(f'<{tag}{side}>{html.escape(cell)}</{tag}>' for cell, side in cells)}</tr>"
-
-    head = row("<th>stage</th>", [column.name for column in columns], "th")
-    rows = [row(f"<th>{html.escape(name)}</th>", cells, "td") for name, *cells in table_rows(stages, columns)]
-    body = f"<thead>{head}</thead>\n<tbody>\n" + "\n".join(rows) + "\n</tbody>"
-    return f'<div class="wide"><table>\n{body}</table></div>\n{_definitions(legend(columns))}'
+    return f"{table(stages, columns)}\n{definitions(legend(columns))}"
 
 
 def _strides_section(stages):
@@ -140,7 +102,7 @@ def _strides_section(stages):
         "low entropy is repetition, not quality. Bars and band: 95 % intervals over prompts."
     )
     strides = f"<p>{html.escape(STRIDES)}</p>"
-    return _section("Which stride to take", f"<p>{note}</p>", trade_off(stages), _table(rows, STRIDE_COLUMNS), strides)
+    return section("Which stride to take", f"<p>{note}</p>", trade_off(stages), _table(rows, STRIDE_COLUMNS), strides)
 
 
 def _samples_section(samples):
@@ -150,7 +112,7 @@ def _samples_section(samples):
         "Prompts of the validation text, each continued by every stage from the same noise. <mark>Marked</mark> is the "
         "first character that differs from the AR teacher's; <i>after it</i> the texts that are continued differ too."
     )
-    return _section("Samples", f"<p>{note}</p>", *map(_sample_html, samples))
+    return section("Samples", f"<p>{note}</p>", *map(_sample_html, samples))
 
 
 def _sample_html(sample):
@@ -246,14 +208,14 @@ def _mean(value):
 
 def _loss_lines(records):
     offsets = _offset_lines(records, "loss")
-    return offsets or [Line("", _over_steps(records, "loss"), BLUE)]
+    return offsets or [Line("", over(records, "step", "loss"), BLUE)]
 
 
 def _agreement_lines(records, stage):
     offsets = _offset_lines(records, "agreement")
     if not offsets:
         return []
-    block = Line("block", _over_steps(records, "block_agreement"), "black", "--")
+    block = Line("block", over(records, "step", "block_agreement"), "black", "--")
     ends = records[0]["step"], records[-1]["step"]
     chance = Line("chance", [(step, _mean(stage.get("chance"))) for step in ends], GREY, ":")
     return [*offsets, *([block] if len(offsets) > 1 else []), chance]
@@ -263,32 +225,20 @@ def _offset_lines(records, measure):
     """One line per offset of the window; none for the AR teacher."""
     count = sum(re.fullmatch(rf"{measure}_\d+", key) is not None for key in records[0])
     return [
-        Line(f"offset {j}", _over_steps(records, f"{measure}_{j}"), PALETTE[(j - 1) % len(PALETTE)])
+        Line(f"offset {j}", over(records, "step", f"{measure}_{j}"), PALETTE[(j - 1) % len(PALETTE)])
         for j in range(1, count + 1)
     ]
 
 
-def _over_steps(records, key):
-    """Points (step, value), averaged in equal groups when there are too many to see."""
-    points = [(record["step"], record[key]) for record in records if is_number(record.get(key))]
-    size = math.ceil(len(points) / _MOST_POINTS)
-    groups = [points[start : start + size] for start in range(0, len(points), max(size, 1))]
-    return [tuple(sum(values) / len(group) for values in zip(*group, strict=True)) for group in groups]
-
-
 def _panels(heading, note, panels):
     panels = [panel for panel in panels if panel]
-    return _section(heading, f"<p>{note}</p>", '<div class="panels">', *panels, "</div>") if panels else ""
+    return section(heading, f"<p>{note}</p>", '<div class="panels">', *panels, "</div>") if panels else ""
 
 
 def _config_section(config):
     if not config:
         return ""
     fields = html.escape(json.dumps(config, indent=2, ensure_ascii=False))
-    return _section(
+    return section(
         "Configuration", f'<details><summary>All fields</summary>\n<pre class="wide">{fields}</pre></details>'
     )
-
-
-def _section(heading, *content):
-    return "\n".join([f"<section>\n<h2>{heading}</h2>", *content, "</section>\n"])

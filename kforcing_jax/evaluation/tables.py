@@ -200,9 +200,18 @@ def table(summary: dict) -> str:
 
 
 def _plain(stages, columns):
-    rows = [["stage", *(column.name for column in columns)], *table_rows(stages, columns)]
+    return "\n".join([*plain_rows(stages, columns), "", *plain_legend(columns)])
+
+
+def plain_rows(rows: dict, columns: list[Column], first: str = "stage") -> list[str]:
+    """The lines of a plain-text table: one row per entry, its name in the first column, which is called `first`."""
+    texts = [[first, *(column.name for column in columns)], *table_rows(rows, columns)]
+    return aligned(texts, [True, *(column.to_the_left for column in columns)])
+
+
+def aligned(rows: list[list[str]], to_the_left: list[bool]) -> list[str]:
+    """The lines of a plain-text table from its cells; the first row is its head."""
     widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
-    to_the_left = [True, *(column.to_the_left for column in columns)]
     lines = [
         "  ".join(
             cell.ljust(width) if left else cell.rjust(width)
@@ -210,11 +219,12 @@ def _plain(stages, columns):
         ).rstrip()
         for cells in rows
     ]
-    rule = "  ".join("-" * width for width in widths)
-    explained = [
-        textwrap.fill(f"{name:<11}  {text}", 118, subsequent_indent=" " * 13) for name, text in legend(columns)
-    ]
-    return "\n".join([lines[0], rule, *lines[1:], "", *explained])
+    return [lines[0], "  ".join("-" * width for width in widths), *lines[1:]]
+
+
+def plain_legend(columns: list[Column]) -> list[str]:
+    """The lines of `legend`."""
+    return [textwrap.fill(f"{name:<11}  {text}", 118, subsequent_indent=" " * 13) for name, text in legend(columns)]
 
 
 def legend(columns: list[Column]) -> list[tuple[str, str]]:
