@@ -18,6 +18,7 @@ _LOG = logging.getLogger("kforcing_jax")
 
 _CONFIG = flags.DEFINE_string("config", None, "A file of configs/; fields by --config.model.num_layers=6.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run directory; it is created, or resumed.")
+_PROFILE = flags.DEFINE_string("profile", None, "FIRST:LAST: profile these steps of every stage, into WORKDIR/profile.")
 
 
 def main(_):
@@ -34,12 +35,16 @@ def main(_):
     from kforcing_jax.evaluation.tables import table
     from kforcing_jax.sharding import check_divisible, make_mesh
     from kforcing_jax.training import curriculum
+    from kforcing_jax.training.profiling import ProfiledSteps
+    from kforcing_jax.training.trackers import check_trackers
 
+    profile = None if _PROFILE.value is None else ProfiledSteps.parse(_PROFILE.value)
+    check_trackers(config.logging.trackers)
     mesh = make_mesh(config.mesh)
     check_divisible(config, mesh)
     with contextlib.ExitStack() as stack:
         workdir, corpus = processes.together(lambda: _claimed(config, stack))
-        curriculum.run(workdir, corpus, mesh)
+        curriculum.run(workdir, corpus, mesh, profile)
         command = shlex.join(["python", "-m", "kforcing_jax.main", *sys.argv[1:]])
         summary = evaluate(workdir, corpus, mesh, command=command)
     if jax.process_index() == 0:
@@ -51,12 +56,14 @@ def main(_):
 def _claimed(config, stack):
     """(work directory, data). Other runs are kept out of the directory until the stack is closed."""
     from kforcing_jax.interop.released import check_teacher_of
-    from kforcing_jax.training.checkpoints import is_finished
+    from kforcing_jax.training.init_from import check_sources
+    from kforcing_jax.training.records import is_finished
     from kforcing_jax.workdir import Workdir
 
     # Before anything is written; a run that goes on has the teacher's weights, and no longer needs their file.
     if not is_finished(Workdir.at(_WORKDIR.value, config), "ar"):
         check_teacher_of(config)
+    check_sources(Workdir.at(_WORKDIR.value, config))
     stack.enter_context(Workdir.at(_WORKDIR.value, config).locked())
     workdir = Workdir.claim(_WORKDIR.value, config)
     _LOG.info(f"{'data':<11} {config.data.source}, preparing or reading {workdir.data_path}")

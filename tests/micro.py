@@ -33,7 +33,7 @@ def micro_config_dict(**stages: dict) -> ml_collections.ConfigDict:
         dict(batch_size=4, rows=8, samples=4, prompt_length=3, new_tokens=4, joint_contexts=2, joint_samples=200)
     )
     config.evaluation.update(dict(confidences=(0.0, 0.5, 1.0), speed_batches=(4,), speed_rounds=3))
-    config.logging.update(dict(log_every=2, checkpoint_every=2))
+    config.logging.update(dict(log_every=2, checkpoint_every=2, validation_rows=4, sample_tokens=0))
     config.stages.unlock()
     for name, window in (("ar", 0), ("k1", 1), ("k2", 2)):
         fields = dict(window=window, steps=5, batch_size=4, learning_rate=1e-2) | stages.pop(name, {})

@@ -11,29 +11,18 @@ import scipy.stats
 from kforcing_jax.data.packing import Batch
 from kforcing_jax.evaluation.intervals import mean_interval
 from kforcing_jax.models import CausalLM, PushForwardLM
-from kforcing_jax.models.keys import Causal, Known, UpTo
-from kforcing_jax.models.lm import consecutive, text_positions
+from kforcing_jax.models.keys import Known, UpTo
+from kforcing_jax.models.lm import consecutive
 from kforcing_jax.noise import sample_uniform
 from kforcing_jax.sharding import to_host
-from kforcing_jax.training.losses import block_agreement, block_weights, window_weights
+from kforcing_jax.training.agreement import agreement_sums
 
 # Cells of a G-test that expect fewer counts than this are pooled, as its chi-square limit wants.
 _LEAST_EXPECTED = 5.0
 # The null is the mean over this many samples, so that it adds no noise of its own to the comparison.
 _NULL_SAMPLES = 32
 
-
-def window_hidden(teacher: CausalLM, params, tokens_BxN: jax.Array, window_BxNxK: jax.Array, segments_BxN=None):
-    """The teacher's hidden_BxNxKxD at every window token, given the text and the window tokens before it."""
-    variables = {"params": params}
-    text = teacher.apply(variables, tokens_BxN, segments_BxN=segments_BxN, method="begin")
-    window = window_BxNxK.shape[2]
-    if window == 1:
-        return text.known.hidden
-    positions = consecutive(text_positions(tokens_BxN.shape, segments_BxN) + 1, window - 1)
-    prefix = Known(text.text_keys, Causal(segments_BxN))
-    later = teacher.apply(variables, window_BxNxK[..., :-1], None, None, positions, prefix, method="extend")
-    return jnp.concatenate([text.known.hidden, later.known.hidden], axis=2)
+_agreement_sums = jax.jit(agreement_sums, static_argnames=("teacher", "student", "eos_id"))
 
 
 def agreement(
@@ -77,30 +66,6 @@ def agreement(
         "block_agreement": float(agree_R.sum() / np.maximum(blocks_R.sum(), 1)),
         "block_agreement_interval": mean_interval(agree_R, blocks_R),
     }
-
-
-@functools.partial(jax.jit, static_argnames=("teacher", "student", "eos_id"))
-def _agreement_sums(teacher, teacher_params, student, params, tokens_BxN, segments_BxN, noise_BxNxK, tau_B, eos_id):
-    """Of each row of a batch: agreements, collision probabilities and counts per offset, all (B, K); agreeing blocks,
-    and all blocks, both (B,).
-    """
-    tau_Bx1x1 = tau_B[:, None, None]
-
-    def call(model, params, method, *args):
-        return model.apply({"params": params}, *args, method=method)
-
-    result = call(student, params, "begin", tokens_BxN, noise_BxNxK, tau_B, segments_BxN)
-    drawn_BxNxK = call(student, params, "draw", student.drawable(result), noise_BxNxK, tau_Bx1x1)
-
-    def compare(logits, u, tau, drawn):
-        collision = jnp.square(jax.nn.softmax(teacher.tempered(logits, tau), axis=-1)).sum(-1)
-        return teacher.pick(logits, u, tau) == drawn, collision
-
-    hidden = window_hidden(teacher, teacher_params, tokens_BxN, drawn_BxNxK, segments_BxN)
-    agrees, collision = call(teacher, teacher_params, "per_token", compare, hidden, noise_BxNxK, tau_Bx1x1, drawn_BxNxK)
-    weights = window_weights(drawn_BxNxK, tokens_BxN, segments_BxN, eos_id)
-    per_offset = [(weights * x).sum(1) for x in (agrees, collision, 1)]
-    return (*per_offset, *jax.vmap(block_agreement)(agrees, weights, block_weights(weights, segments_BxN)))
 
 
 def exact_joint(teacher: CausalLM, params, contexts_CxN: jax.Array, window: int, tau: float = 1.0) -> np.ndarray:

@@ -1,5 +1,6 @@
 """The curriculum: AR teacher, then students of doubling window, each from the one before (paper, section 3.3)."""
 
+import dataclasses
 import functools
 import logging
 import zlib
@@ -10,6 +11,7 @@ from jax.sharding import Mesh
 
 from kforcing_jax.config import Config
 from kforcing_jax.data.pipeline import Corpus
+from kforcing_jax.errors import RunError
 from kforcing_jax.interop import released
 from kforcing_jax.models import init_params
 from kforcing_jax.sharding import (
@@ -19,48 +21,80 @@ from kforcing_jax.sharding import (
     put_validation,
     replicated,
 )
-from kforcing_jax.training.checkpoints import StageCheckpoints, abstract_params, is_finished, load_stage
+from kforcing_jax.training.changed_steps import fit_checkpoints, lengths_from, say_what_changed
+from kforcing_jax.training.checkpoints import StageCheckpoints, abstract_params, load_stage
+from kforcing_jax.training.flops import step_flops
+from kforcing_jax.training.init_from import check_source, load_source
 from kforcing_jax.training.objectives import mean_loss
-from kforcing_jax.training.progress import clock
+from kforcing_jax.training.profiling import ProfiledSteps
+from kforcing_jax.training.progress import clock, drop_later
 from kforcing_jax.training.recipes import predecessors, stage_model, stage_objective
-from kforcing_jax.training.records import check_made_from, made_from, run_vocabulary, stage_progress, weights_digest
+from kforcing_jax.training.records import (
+    check_made_from,
+    checkpoint_steps,
+    is_finished,
+    made_from,
+    run_vocabulary,
+    stage_progress,
+    weights_digest,
+    write_progress,
+)
 from kforcing_jax.training.stage import Stage, train
+from kforcing_jax.training.trackers import TrackedRun, Trackers, open_trackers
+from kforcing_jax.training.validation import Comparison, Validation, sample_of
 from kforcing_jax.workdir import Workdir
 
 _LOG = logging.getLogger("kforcing_jax")
 
 
-def run(workdir: Workdir, corpus: Corpus, mesh: Mesh):
+def run(workdir: Workdir, corpus: Corpus, mesh: Mesh, profile: ProfiledSteps | None = None):
     """Trains every stage that is not finished, in order, and adds each to summary.json as it ends.
 
+    `profile` are steps of every stage that are profiled, into RUN/profile/STAGE.
+
     Raises:
-      ConfigError: a batch or the model cannot be split evenly over the mesh, before any stage starts.
+      ConfigError: a batch or the model cannot be split evenly over the mesh, a tracker is not installed, there is no
+        room after the prompt of samples, or no stage has the steps to profile; before any stage starts.
       DataError: a batch is larger than the corpus, before any stage starts.
-      RunError: as `train`; a stage came from something else than is there now; another process trains here.
+      RunError: as `train`; a stage came from something else than is there now; another process trains here; a
+        tracker does not start.
     """
     check_divisible(workdir.config, mesh)
     names = ["ar", *workdir.config.students]
+    if profile:
+        profile.check(max(stage.steps for stage in workdir.config.stages.values()))
+    sample_of(workdir.config, "ar", _model(workdir, corpus, "ar"), corpus)
     for name in names:
         corpus.check_batch_size(f"stages.{name.replace('-', '_')}.batch_size", workdir.config.stages[name].batch_size)
     with workdir.locked(), jax.set_mesh(mesh):
         for name in names:
             check_made_from(workdir, name, corpus)
+            check_source(workdir, name, corpus)
         workdir.keep_config()
         with workdir.changed_summary() as summary:
             summary["stages"] = {k: v for k, v in summary["stages"].items() if k in names and is_finished(workdir, k)}
-        for name in names:
-            _run_stage(workdir, corpus, name, mesh)
+        with _trackers(workdir, names) as trackers:
+            for name in names:
+                _run_stage(workdir, corpus, name, mesh, trackers, profile)
 
 
-def _run_stage(workdir: Workdir, corpus: Corpus, name: str, mesh: Mesh):
+def _trackers(workdir: Workdir, names: list[str]) -> Trackers:
+    """Those of the run, if there is something left to track."""
+    if not workdir.config.logging.trackers or _agreed(all(is_finished(workdir, name) for name in names)):
+        return Trackers()
+    run = TrackedRun(workdir.path, workdir.path.absolute().name, dataclasses.asdict(workdir.config))
+    return open_trackers(workdir.config.logging.trackers, run)
+
+
+def _run_stage(workdir: Workdir, corpus: Corpus, name: str, mesh: Mesh, trackers: Trackers, profile):
     # Again: what it came from may have been trained again just now.
     check_made_from(workdir, name, corpus)
     if _agreed(_has_good_end(workdir, corpus, name, mesh)):
         _LOG.info(f"{name:<11} finished, skipped")
-    elif workdir.config.stages[name].checkpoint:
+    elif not workdir.config.stages[name].last_step:
         _import_stage(workdir, corpus, name, mesh)
     else:
-        _train_stage(workdir, corpus, name, mesh)
+        _train_stage(workdir, corpus, name, mesh, trackers, profile)
     # Also for a stage whose run was stopped right after its last checkpoint.
     known = workdir.summary()["stages"].get(name, {})
     is_summarised = "validation_loss" in known and known.get("weights") == stage_progress(workdir, name).get("weights")
@@ -74,42 +108,88 @@ def _agreed(decision: bool) -> bool:
 
 
 def _has_good_end(workdir: Workdir, corpus: Corpus, name: str, mesh: Mesh) -> bool:
-    """Whether the stage has its last checkpoint, and this can be read; a damaged one is renamed."""
+    """Whether the stage has its last checkpoint, and this can be read; those past it and damaged ones are renamed."""
+    past = fit_checkpoints(workdir.checkpoints_path(name), workdir.config.stages[name].last_step)
+    if past:
+        steps = ", ".join(map(str, sorted(past)))
+        _LOG.info(f"{name:<11} checkpoints past its end are put aside, and come back where it is longer again: {steps}")
     if is_finished(workdir, name):
         if "made_from" not in stage_progress(workdir, name):
             _LOG.warning(f"{name:<11} does not say what it came from, taken as it is")
         with StageCheckpoints.of(workdir, name) as checkpoints:
             checkpoints.set_aside_damaged(abstract_params(_model(workdir, corpus, name), mesh))
-    return is_finished(workdir, name)
+    if is_finished(workdir, name):
+        _end_here(workdir, corpus, name, mesh)
+        return True
+    return False
 
 
-def _train_stage(workdir: Workdir, corpus: Corpus, name: str, mesh: Mesh):
+def _end_here(workdir: Workdir, corpus: Corpus, name: str, mesh: Mesh):
+    """Where `steps` was set to a checkpoint that was not the last one: it says what the last one of a stage says."""
+    progress, settings = stage_progress(workdir, name), workdir.config.stages[name]
+    if "made_from" not in progress or "weights" in progress:
+        return
+    say_what_changed(name, settings, progress, settings.last_step)
+    progress["weights"] = weights_digest(_finished(workdir, corpus, name, mesh))
+    progress["lengths"] = lengths_from(progress.get("lengths"), settings.last_step, settings.last_step)
+    write_progress(workdir, name, settings.last_step, progress)
+    drop_later(workdir.metrics_path, name, settings.last_step)
+
+
+def _train_stage(workdir: Workdir, corpus: Corpus, name: str, mesh: Mesh, trackers: Trackers, profile):
     config, settings = workdir.config, workdir.config.stages[name]
     share = process_share(mesh, settings.batch_size)
+    teacher_params = _teacher_params(workdir, corpus, name, mesh)
+    initial_params, source = _initial_params(workdir, corpus, name, mesh)
     stage = Stage(
         name=name,
         config=settings,
         objective=functools.partial(stage_objective, config, name, run_vocabulary(workdir, corpus)),
-        initial_params=_initial_params(workdir, corpus, name, mesh),
-        teacher_params=_teacher_params(workdir, corpus, name, mesh),
+        initial_params=initial_params,
+        teacher_params=teacher_params,
         batches=lambda first: corpus.train_batches(settings.batch_size, config.seed, first, *share),
         tokens_per_step=settings.batch_size * corpus.useful_tokens_per_row,
         key=_stage_key(config, name),
-        made_from=made_from(workdir, name, corpus),
+        made_from=made_from(workdir, name, corpus) | source,
+        flops_per_step=step_flops(config, name, corpus.vocab_size),
+        validation=_validation(workdir, corpus, name, mesh, teacher_params),
     )
+    profiled = profile and (profile, workdir.path / "profile" / name)
     with StageCheckpoints.of(workdir, name) as checkpoints:
-        train(stage, mesh, checkpoints, workdir.metrics_path, config.logging)
+        train(stage, mesh, checkpoints, workdir.metrics_path, config.logging, trackers, profiled)
+
+
+def _validation(workdir: Workdir, corpus: Corpus, name: str, mesh: Mesh, teacher_params: dict) -> Validation:
+    config, vocabulary = workdir.config, run_vocabulary(workdir, corpus)
+    rows = corpus.validation_batches(config.logging.validation_rows, config.evaluation.batch_size)
+    model, comparison, window = _model(workdir, corpus, name), None, config.stages[name].window
+    if window:
+        teacher, _ = predecessors(config, name)
+        ar_params = teacher_params if teacher == "ar" else _finished(workdir, corpus, "ar", mesh)
+        ar = _model(workdir, corpus, "ar")
+        comparison = Comparison(ar, ar_params, model, window, config.evaluation_tau, corpus.eos_id)
+    return Validation(
+        stage_objective(config, name, vocabulary),
+        teacher_params,
+        put_validation(rows, mesh),
+        jax.device_put(_stage_key(config, name), replicated(mesh)),
+        comparison,
+        sample_of(config, name, model, corpus),
+    )
 
 
 def _import_stage(workdir: Workdir, corpus: Corpus, name: str, mesh: Mesh):
-    """Takes the stage's weights from a released file."""
-    path = workdir.config.stages[name].checkpoint
-    params = released.load_for(path, _model(workdir, corpus, name), corpus.tokenizer)
-    _LOG.info(f"{name:<11} taken from {path}, not trained")
-    with StageCheckpoints.of(workdir, name) as checkpoints:
+    """Takes the stage's weights from a released file, or from another run."""
+    settings, source = workdir.config.stages[name], {}
+    if settings.checkpoint:
+        params = released.load_for(settings.checkpoint, _model(workdir, corpus, name), corpus.tokenizer)
         params = jax.device_put(params, parameter_shardings(params, mesh))
-        origin = made_from(workdir, name, corpus)
-        del origin["data"]  # it has not seen it
+    else:
+        params, source = load_source(workdir, name, corpus, mesh)
+    _LOG.info(f"{name:<11} taken from {settings.checkpoint or settings.init_from}, not trained")
+    # It has not seen the data or the teacher.
+    origin = {k: v for k, v in made_from(workdir, name, corpus).items() if k not in ("data", "teacher")} | source
+    with StageCheckpoints.of(workdir, name) as checkpoints:
         progress = {"seconds": 0.0, "made_from": origin, "weights": weights_digest(params)}
         checkpoints.save_imported(params, progress)
 
@@ -117,7 +197,7 @@ def _import_stage(workdir: Workdir, corpus: Corpus, name: str, mesh: Mesh):
 def _summarise_stage(workdir: Workdir, corpus: Corpus, name: str, mesh: Mesh):
     """Adds steps, seconds and validation loss of a finished stage to summary.json."""
     objective = stage_objective(workdir.config, name, run_vocabulary(workdir, corpus))
-    _, params = load_stage(workdir, name, corpus, mesh)
+    params = _finished(workdir, corpus, name, mesh)
     settings = workdir.config.evaluation
     batches = put_validation(corpus.validation_batches(settings.rows, settings.batch_size), mesh)
     validate = jax.jit(functools.partial(mean_loss, objective), out_shardings=replicated(mesh))
@@ -140,7 +220,14 @@ def _summarise_stage(workdir: Workdir, corpus: Corpus, name: str, mesh: Mesh):
 
 def _teacher_params(workdir: Workdir, corpus: Corpus, name: str, mesh: Mesh) -> dict:
     teacher, _ = predecessors(workdir.config, name)
-    return load_stage(workdir, teacher, corpus, mesh)[1] if teacher else {}
+    return _finished(workdir, corpus, teacher, mesh) if teacher else {}
+
+
+def _finished(workdir: Workdir, corpus: Corpus, name: str, mesh: Mesh) -> dict:
+    """The averaged weights of a finished stage. Raises RunError when it is not."""
+    if not is_finished(workdir, name):
+        raise RunError(f"stage {name} of {workdir.path} is not finished; run kforcing_jax.main on it again")
+    return load_stage(workdir, name, corpus, mesh)[1]
 
 
 def _model(workdir: Workdir, corpus: Corpus, name: str):
@@ -152,10 +239,10 @@ def _stage_key(config: Config, name: str) -> jax.Array:
     return jax.random.fold_in(jax.random.key(config.seed), zlib.crc32(name.encode()))
 
 
-def _initial_params(workdir, corpus, name, mesh):
-    """Fresh weights, over which come all weights that the origin stage has: a student starts from its teacher.
+def _initial_params(workdir, corpus, name, mesh) -> tuple[dict, dict]:
+    """(fresh weights, over which come all weights of where the stage starts, what `made_from` says of another run).
 
-    Every device makes its own part of them.
+    A student starts from its teacher, unless `init_from` says otherwise. Every device makes its own part of them.
     """
     model = _model(workdir, corpus, name)
     init = functools.partial(init_params, model)
@@ -163,4 +250,12 @@ def _initial_params(workdir, corpus, name, mesh):
     key = jax.device_put(_stage_key(workdir.config, name), replicated(mesh))
     fresh = jax.jit(init, out_shardings=shardings)(key)
     _, origin = predecessors(workdir.config, name)
-    return fresh | load_stage(workdir, origin, corpus, mesh)[1] if origin else fresh
+    if origin:
+        return fresh | _finished(workdir, corpus, origin, mesh), {}
+    if not workdir.config.stages[name].init_from:
+        return fresh, {}
+    if checkpoint_steps(workdir, name):  # it goes on, and needs the other run no longer
+        kept = stage_progress(workdir, name).get("made_from", {})
+        return fresh, {key: kept[key] for key in ("init_from",) if key in kept}
+    params, source = load_source(workdir, name, corpus, mesh)
+    return fresh | params, source

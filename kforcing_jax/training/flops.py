@@ -1,9 +1,32 @@
-"""Floating-point operations that a stage's arithmetic needs: nothing repeated, nothing masked away."""
+"""Floating-point operations that a stage's arithmetic needs: nothing repeated, nothing masked away.
+
+And what a device can do, so that a share of it can be told.
+"""
 
 from kforcing_jax.config import Config, predecessors
 
 # A backward pass costs twice the forward pass: gradients of activations and of weights.
 _FORWARD_AND_BACKWARD = 3
+
+# Dense bfloat16 operations per second of a device in TFLOP/s, by the beginning of its `device_kind`, the first that
+# fits. TPUs: docs.cloud.google.com/tpu/docs, the page of each version; GPUs: NVIDIA's data sheets, without sparsity.
+_PEAK_TERAFLOPS = (
+    ("TPU v4", 275.0),
+    ("TPU v5 lite", 197.0),
+    ("TPU v5e", 197.0),
+    ("TPU v5", 459.0),  # v5p
+    ("TPU v6", 918.0),  # v6e
+    ("NVIDIA H100 PCIe", 756.0),
+    ("NVIDIA H100 NVL", 835.0),
+    ("NVIDIA H100", 989.0),
+    ("NVIDIA H200", 989.0),
+    ("NVIDIA A100", 312.0),
+)
+
+
+def peak_teraflops(device_kind: str) -> float | None:
+    """A device's peak in bfloat16, TFLOP/s, None where it is not known, as of a CPU."""
+    return next((peak for name, peak in _PEAK_TERAFLOPS if device_kind.startswith(name)), None)
 
 
 def step_flops(config: Config, name: str, vocab_size: int) -> float:

@@ -1,17 +1,48 @@
 """What a running stage says: one JSON line per report in metrics.jsonl, one line on the terminal."""
 
+import dataclasses
+import datetime
 import json
 import logging
 import math
-import time
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
 
 from kforcing_jax.data.whole_file import write_text
 from kforcing_jax.errors import RunError
+from kforcing_jax.training.spent import Spent
+from kforcing_jax.training.trackers import Trackers
 
 _LOG = logging.getLogger("kforcing_jax")
+# Of a sample, on the terminal.
+_LONGEST_SAMPLE = 90
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """What a step of a stage is, besides its metrics.
+
+    `tokens` are the useful ones of a step, of all processes; `flops` the operations that its arithmetic needs, on all
+    devices, None where nobody has counted; `peak_teraflops` what one device could do, None where that is not known.
+    """
+
+    tokens: float
+    flops: float | None = None
+    devices: int = 1
+    peak_teraflops: float | None = None
+    learning_rate: Callable[[int], float] | None = None  # of step 0, 1, ...
+
+    def rates(self, step: int, seconds: float) -> dict[str, float | None]:
+        """Of steps that take so many seconds each, by the names in metrics.jsonl; `step` is the last of them."""
+        teraflops = self.flops and self.flops / seconds / self.devices / 1e12
+        return {
+            "learning_rate": self.learning_rate and float(self.learning_rate(step - 1)),
+            "tokens_per_second": round(self.tokens / seconds, 1),
+            "teraflops_per_device": teraflops and _rounded(teraflops),
+            "peak_share": teraflops and self.peak_teraflops and _rounded(teraflops / self.peak_teraflops),
+        }
 
 
 class StageLog:
@@ -22,19 +53,21 @@ class StageLog:
     """
 
     def __init__(
-        self, path: Path, stage: str, first: int, steps: int, tokens_per_step: float, seconds_before: float = 0.0
+        self,
+        path: Path,
+        stage: str,
+        first: int,
+        steps: int,
+        workload: Workload,
+        spent: Spent,
+        trackers: Trackers,
     ):
-        self._path, self._stage, self._steps, self._tokens_per_step = path, stage, steps, tokens_per_step
-        self._start = time.monotonic() - seconds_before
-        self._last_report = time.monotonic()
+        self._path, self._stage, self._first, self._steps = path, stage, first, steps
+        self._workload, self._spent, self._trackers = workload, spent, trackers
+        self._last_report = spent.here["stepping"]
         self._on_device: list[tuple[int, dict]] = []
         self._since_report: list[dict[str, float]] = []
-        _drop_later(path, stage, first)
-
-    @property
-    def seconds(self) -> float:
-        """Seconds of this stage so far, those before an interruption included."""
-        return time.monotonic() - self._start
+        drop_later(path, stage, first)
 
     def add(self, step: int, metrics: dict):
         """Takes the metrics of a dispatched step. They are read with others, by `report` or `check`.
@@ -46,7 +79,7 @@ class StageLog:
         self._on_device.append((step, metrics))
 
     def check(self):
-        """Reads the metrics not read yet.
+        """Reads the metrics not read yet, and so waits for the last step.
 
         Raises:
           RunError: a loss or gradient is not finite; names stage and step.
@@ -62,39 +95,87 @@ class StageLog:
             self._since_report.append({name: float(value) for name, value in metrics.items()})
         self._on_device = []
 
-    def report(self, step: int):
-        """Writes the averages since the last report."""
+    def report(self, step: int, validation: dict):
+        """Writes the averages since the last report, and what a validation at this step has found, {} without one."""
         self.check()
-        now = time.monotonic()
-        count = len(self._since_report)
+        stepping, count = self._spent.here["stepping"], len(self._since_report)
         means = {name: sum(m[name] for m in self._since_report) / count for name in self._since_report[0]}
-        per_second = count * self._tokens_per_step / (now - self._last_report)
-        record = {"stage": self._stage, "step": step} | means
-        record |= {"tokens_per_second": round(per_second, 1), "seconds": round(self.seconds, 2)}
+        each = (stepping - self._last_report) / count
+        record = {"stage": self._stage, "step": step, "time": _now()} | means | self._workload.rates(step, each)
+        record |= {"seconds": round(self._spent.total, 2)} | self._seconds_by_part() | validation
+        record = {name: _finite(value) for name, value in record.items()}
         if jax.process_index() == 0:
             _append(self._path, record)
-        eta = (self._steps - step) * (now - self._last_report) / count
-        _LOG.info(self._line(record, eta))
-        self._since_report, self._last_report = [], now
+            self._trackers.write(self._stage, step, record)
+        self._since_report, self._last_report = [], stepping
+        _LOG.info(self._line(record, self._eta(step, each)))
+        if validation:
+            self._say_validation(step, validation)
+
+    def _seconds_by_part(self):
+        return {f"seconds_{part}": round(seconds, 2) for part, seconds in self._spent.parts.items()}
+
+    def _eta(self, step, each):
+        """Seconds to the last step: steps as the last ones, saving and validating as often and as long as so far."""
+        here = self._spent.here
+        beside = (here["saving"] + here["validating"]) / (step - self._first)
+        return (self._steps - step) * (each + beside)
 
     def _line(self, record, eta):
-        agreement = [f"{value:.2f}" for key, value in record.items() if key.startswith("agreement_")]
-        shown = f"  agreement {' '.join(agreement)}" if agreement else ""
+        share = record["peak_share"]
+        shown_share = "" if share is None else f"  {share:.0%} of peak"
         return (
-            f"{self._stage:<11} step {record['step']:>6,}/{self._steps:,}  loss {record['loss']:.4f}{shown}  "
-            f"{record['tokens_per_second']:,.0f} tokens/s  ETA {clock(eta)}"
+            f"{self._stage:<11} step {record['step']:>6,}/{self._steps:,}  loss {record['loss']:.4f}"
+            f"{_agreements(record, 'agreement_')}  {record['tokens_per_second']:,.0f} tokens/s{shown_share}  "
+            f"ETA {clock(eta)}"
         )
+
+    def _say_validation(self, step, validation):
+        loss, block = validation["validation_loss"], validation.get("validation_block_agreement")
+        if not math.isfinite(loss):
+            _LOG.warning(f"{self._stage:<11} validation loss at step {step:,} is {loss}; training goes on")
+        else:
+            shown_block = "" if block is None else f"  block {block:.2f}"
+            agreements = _agreements(validation, "validation_agreement_", " with ar")
+            _LOG.info(f"{self._stage:<11} validation loss {loss:.4f}{agreements}{shown_block}")
+        if "sample" in validation:
+            _LOG.info(f"{self._stage:<11} sample: {shortened(validation['sample'], _LONGEST_SAMPLE)}")
+
+
+def _agreements(record, prefix, whose=""):
+    values = [f"{value:.2f}" for key, value in record.items() if key.startswith(prefix)]
+    return f"  agreement{whose} {' '.join(values)}" if values else ""
+
+
+def shortened(text: str, longest: int) -> str:
+    """On one line, white space as single spaces; cut with an ellipsis where it has more characters than `longest`."""
+    line = " ".join(text.split())
+    return line if len(line) <= longest else f"{line[: longest - 1]}…"
+
+
+def _rounded(value):
+    """To four digits that count."""
+    return float(f"{value:.4g}")
+
+
+def _finite(value):
+    """JSON has no NaN: null stands for it."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _now():
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
 
 
 def _append(path, record):
     try:
         with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(json.dumps(record, allow_nan=False) + "\n")
     except OSError as error:
         raise RunError(f"{path} cannot be written: {error.strerror}") from None
 
 
-def _drop_later(path, stage, first):
+def drop_later(path, stage, first):
     """Leaves what is said of other stages, and of this one up to `first`. A line that a kill cut short goes too."""
     if jax.process_index() or not path.exists():
         return

@@ -1,8 +1,9 @@
-"""Training one stage: steps, reports and checkpoints."""
+"""Training one stage: steps, reports, validation and checkpoints."""
 
+import contextlib
 import dataclasses
-import functools
 import logging as python_logging
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,13 +13,20 @@ from jax.sharding import Mesh
 from kforcing_jax.config import LoggingConfig, StageConfig
 from kforcing_jax.data.packing import Batch
 from kforcing_jax.sharding import abstract_on, parameter_shardings, put_batch, replicated
+from kforcing_jax.training.changed_steps import lengths_from, say_what_changed
 from kforcing_jax.training.checkpoints import StageCheckpoints
+from kforcing_jax.training.flops import peak_teraflops
 from kforcing_jax.training.interruption import Interruption
 from kforcing_jax.training.objectives import Objective
-from kforcing_jax.training.optimizer import make_optimizer
-from kforcing_jax.training.progress import StageLog
+from kforcing_jax.training.optimizer import learning_rate, make_optimizer
+from kforcing_jax.training.profiling import ProfiledSteps, Profiler
+from kforcing_jax.training.progress import StageLog, Workload
 from kforcing_jax.training.records import weights_digest
+from kforcing_jax.training.save_times import SaveTimes
+from kforcing_jax.training.spent import Spent
 from kforcing_jax.training.step import TrainState, init_state, train_step
+from kforcing_jax.training.trackers import Trackers
+from kforcing_jax.training.validation import Validation
 
 _LOG = python_logging.getLogger("kforcing_jax")
 
@@ -36,6 +44,8 @@ class Stage:
     tokens_per_step: float  # useful ones, of all processes
     key: jax.Array
     made_from: dict = dataclasses.field(default_factory=dict)  # kept with every checkpoint, see training.records
+    flops_per_step: float | None = None  # of the arithmetic, on all devices
+    validation: Validation | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,13 +69,12 @@ def compiled_step(config: StageConfig, objective: Callable[[str], Objective], ph
     `state` (arrays or shapes) says how the new state is laid out; arguments have to lie on the mesh already.
     """
     shardings = jax.tree.map(lambda x: x.sharding, state)
-    step = functools.partial(
-        train_step,
-        objective(phase.dtype),
-        make_optimizer(config),
-        config.ema_decay,
-        config.accumulation,
-    )
+    fixed = dict(objective=objective(phase.dtype), optimizer=make_optimizer(config))
+    fixed |= dict(ema_decay=config.ema_decay, accumulation=config.accumulation)
+
+    def step(state, teacher_params, batch, key):
+        return train_step(state, batch, key, teacher_params=teacher_params, **fixed)
+
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(shardings.step.mesh)))
 
 
@@ -75,50 +84,113 @@ def abstract_state(params, config: StageConfig, mesh: Mesh):
     return abstract_on(state, parameter_shardings(state, mesh))
 
 
-def train(stage: Stage, mesh: Mesh, checkpoints: StageCheckpoints, metrics_path: Path, logging: LoggingConfig) -> None:
+def train(
+    stage: Stage,
+    mesh: Mesh,
+    checkpoints: StageCheckpoints,
+    metrics_path: Path,
+    logging: LoggingConfig,
+    trackers: Trackers | None = None,
+    profile: tuple[ProfiledSteps, Path] | None = None,
+) -> None:
     """Trains a stage to its last step, from its newest checkpoint if there is one, and leaves a last checkpoint.
+
+    Args:
+      trackers: who is told what metrics.jsonl is told.
+      profile: steps to profile, and the folder for it.
 
     Raises:
       RunError: a loss or gradient that is not finite, and then the newest checkpoint is from before it; or a
         checkpoint that does not fit.
       KeyboardInterrupt: SIGINT or SIGTERM; the newest checkpoint is that of the last step.
     """
-    steps = stage.config.steps
-    first, state, seconds_before = _first_state(stage, mesh, checkpoints)
+    steps, spent = stage.config.steps, Spent()
+    with spent.on("restoring"):
+        first, state, progress = _first_state(stage, mesh, checkpoints)
     if first:
+        spent.go_on_from(progress["seconds"], progress.get("seconds_by_part"))
         _LOG.info(f"{stage.name:<11} goes on from step {first}/{steps}")
-    log = StageLog(metrics_path, stage.name, first, steps, stage.tokens_per_step, seconds_before)
+        say_what_changed(stage.name, stage.config, progress, first)
+    lengths = lengths_from(progress.get("lengths"), first, steps)
+    validated = {name: progress[name] for name in ("validation_loss", "validation_step") if name in progress}
+    log = StageLog(metrics_path, stage.name, first, steps, _workload(stage, mesh), spent, trackers or Trackers())
     batches = stage.batches(first)
     key = jax.device_put(stage.key, replicated(mesh))
-    with Interruption() as interruption:
+    saves = SaveTimes(logging)
+    with Interruption() as interruption, Profiler(profile) as profiler:
         for phase in precision_phases(stage.config):
-            step_function = compiled_step(stage.config, stage.objective, phase, state)
+            program = None
             for step in range(first + 1, phase.last_step + 1):
                 batch = put_batch(next(batches), mesh, stage.config.batch_size)
-                state, metrics = step_function(state, stage.teacher_params, batch, key)
+                if program is None:
+                    with _compiling(stage, spent, f"the training step ({phase.dtype})"):
+                        step_function = compiled_step(stage.config, stage.objective, phase, state)
+                        program = step_function.lower(state, stage.teacher_params, batch, key).compile()
+                with profiler.step(step):
+                    state, metrics = program(state, stage.teacher_params, batch, key)
                 log.add(step, metrics)
-                stops = interruption.is_asked_for(step)
-                if step % logging.log_every == 0 or step == steps:
-                    log.report(step)
-                if step % logging.checkpoint_every == 0 or step == steps or stops:
+                if profiler.is_last(step):
                     log.check()
-                    checkpoints.save(state, step, _progress(stage, state, step, log.seconds))
+                    profiler.stop()
+                stops = interruption.is_asked_for(step)
+                found = {}
+                if stage.validation and (_is_due(step, logging.validate_every) or step == steps):
+                    log.check()
+                    found = _validate(stage, state, spent)
+                    validated = {"validation_loss": found["validation_loss"], "validation_step": step}
+                if found or step % logging.log_every == 0 or step == steps:
+                    log.report(step, found)
+                if saves.is_due(step) or step == steps or stops:
+                    log.check()
+                    with spent.on("saving"):
+                        kept = _progress(stage, state, step, spent, validated) | {"lengths": lengths}
+                        checkpoints.save(state, step, kept)
+                    saves.saved()
                 if stops:
                     raise KeyboardInterrupt
             first = max(first, phase.last_step)
 
 
-def _progress(stage, state, step, seconds):
-    progress = {"seconds": seconds, "made_from": stage.made_from}
+def _is_due(step: int, every: int) -> bool:
+    """Whether something that happens every so many steps, 0 for never, happens after this one."""
+    return every > 0 and step % every == 0
+
+
+@contextlib.contextmanager
+def _compiling(stage: Stage, spent: Spent, what: str) -> Iterator[None]:
+    """Says that something is compiled, and afterwards how long that took."""
+    _LOG.info(f"{stage.name:<11} compiling {what}")
+    start = time.monotonic()
+    with spent.on("compiling"):
+        yield
+    _LOG.info(f"{stage.name:<11} compiled in {time.monotonic() - start:.1f} s")
+
+
+def _validate(stage: Stage, state: TrainState, spent: Spent) -> dict:
+    if not stage.validation.is_compiled:
+        with _compiling(stage, spent, "validation"):
+            stage.validation.compile(state.ema)
+    with spent.on("validating"):
+        return stage.validation(state.ema)
+
+
+def _workload(stage: Stage, mesh: Mesh) -> Workload:
+    peak = peak_teraflops(mesh.devices.flat[0].device_kind)
+    return Workload(stage.tokens_per_step, stage.flops_per_step, mesh.size, peak, learning_rate(stage.config))
+
+
+def _progress(stage: Stage, state: TrainState, step: int, spent: Spent, validated: dict) -> dict:
+    """What a checkpoint says of itself, see `training.records`; validation may be of an earlier step, and names it."""
+    progress = {"seconds": spent.total, "seconds_by_part": spent.parts, "made_from": stage.made_from} | validated
     return progress | ({"weights": weights_digest(state.ema)} if step == stage.config.steps else {})
 
 
 def _first_state(stage, mesh, checkpoints):
-    """(steps done, state, seconds they took), from the newest good checkpoint or from the initial parameters."""
+    """(steps done, state, what the checkpoint says), from the newest good one or from the initial parameters."""
     abstract = abstract_state(stage.initial_params, stage.config, mesh)
     if checkpoints.latest_step:
         state, progress = checkpoints.restore(abstract)
-        return int(state.step), state, progress["seconds"]
+        return int(state.step), state, progress
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     init = jax.jit(lambda params: init_state(params, make_optimizer(stage.config)), out_shardings=shardings)
-    return 0, init(stage.initial_params), 0.0
+    return 0, init(stage.initial_params), {}

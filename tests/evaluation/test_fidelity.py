@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from kforcing_jax.data.packing import Batch
-from kforcing_jax.evaluation.fidelity import agreement, compare_with_joint, exact_joint, student_counts, window_hidden
+from kforcing_jax.evaluation.fidelity import agreement, compare_with_joint, exact_joint, student_counts
 from kforcing_jax.evaluation.intervals import mean_interval
 from kforcing_jax.models import CausalLM, ModelConfig, PushForwardLM, init_params
 from kforcing_jax.noise import sample_uniform
+from kforcing_jax.training.agreement import window_hidden
 
 STATES = 3
 CFG = ModelConfig(vocab_size=STATES + 1, mask_id=STATES, num_layers=2, d_model=16, num_heads=2)

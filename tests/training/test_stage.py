@@ -2,7 +2,9 @@
 
 import itertools
 import json
+import math
 import os
+import re
 import shutil
 import signal
 import time
@@ -14,12 +16,13 @@ import pytest
 
 from kforcing_jax.config import LoggingConfig, MeshConfig, StageConfig
 from kforcing_jax.data.packing import Batch
-from kforcing_jax.errors import RunError
+from kforcing_jax.errors import ConfigError, RunError
 from kforcing_jax.sharding import abstract_on, make_mesh, replicated
-from kforcing_jax.training import stage as stage_module
 from kforcing_jax.training.checkpoints import StageCheckpoints
 from kforcing_jax.training.losses import Mean, weighted_mean
 from kforcing_jax.training.objectives import Inputs, Objective
+from kforcing_jax.training.profiling import ProfiledSteps
+from kforcing_jax.training.spent import PARTS
 from kforcing_jax.training.stage import Phase, Stage, precision_phases, train
 
 POISON = 99
@@ -60,11 +63,11 @@ def make_stage(batches=batches, **config):
 ONE_DEVICE = MeshConfig(data=1)
 
 
-def run(directory, stage, **logging):
+def run(directory, stage, profile=None, **logging):
     mesh = make_mesh(ONE_DEVICE)
     with StageCheckpoints(directory / "checkpoints") as checkpoints:
         settings = LoggingConfig(**({"log_every": 2, "checkpoint_every": 3} | logging))
-        train(stage, mesh, checkpoints, directory / "metrics.jsonl", settings)
+        train(stage, mesh, checkpoints, directory / "metrics.jsonl", settings, profile=profile)
         return checkpoints.restore_ema(abstract_on(stage.initial_params, replicated(mesh)))
 
 
@@ -94,23 +97,35 @@ def test_an_interrupted_stage_ends_exactly_like_an_uninterrupted_one(tmp_path, s
     np.testing.assert_array_equal(resumed["w"], expected["w"])
 
 
-def test_a_stage_is_one_compiled_program(tmp_path, monkeypatch):
-    made = []
-    real = stage_module.compiled_step
-    monkeypatch.setattr(stage_module, "compiled_step", lambda *args: made.append(real(*args)) or made[-1])
+def compilations_said(caplog):
+    return [line.split("compiling ")[1] for line in caplog.messages if "compiling" in line]
+
+
+def test_a_stage_is_one_compiled_program_and_says_when_it_is_compiled(tmp_path, caplog):
+    caplog.set_level("INFO", "kforcing_jax")
     run(tmp_path, make_stage())
-    assert [step._cache_size() for step in made] == [1]
+    assert compilations_said(caplog) == ["the training step (float32)"]
+    assert re.fullmatch(r"k1          compiled in \d+\.\d s", caplog.messages[1])
 
 
-def test_two_precisions_are_two_programs_and_f32_comes_last(tmp_path, monkeypatch):
-    made, dtypes = [], []
-    real = stage_module.compiled_step
-    monkeypatch.setattr(stage_module, "compiled_step", lambda *args: made.append(real(*args)) or made[-1])
-    stage = make_stage(bfloat16_fraction=0.6)
+def test_two_precisions_are_two_programs_and_f32_comes_last(tmp_path, caplog):
+    caplog.set_level("INFO", "kforcing_jax")
+    dtypes, stage = [], make_stage(bfloat16_fraction=0.6)
     object.__setattr__(stage, "objective", lambda dtype: dtypes.append(dtype) or objective)
     run(tmp_path, stage)
     assert dtypes == ["bfloat16", "float32"]
-    assert [step._cache_size() for step in made] == [1, 1]
+    assert compilations_said(caplog) == ["the training step (bfloat16)", "the training step (float32)"]
+
+
+def test_a_step_that_would_compile_again_is_refused(tmp_path):
+    """What is compiled before the first step takes no other batch: nothing compiles unsaid."""
+
+    def growing(first):
+        for step, batch in enumerate(batches(first)):
+            yield Batch(np.tile(batch.tokens, (1, 1 + step // 3)))
+
+    with pytest.raises(TypeError, match="different types"):
+        run(tmp_path, make_stage(growing))
 
 
 def test_precision_phases_split_the_steps():
@@ -142,9 +157,110 @@ def test_metrics_are_averaged_between_reports_and_the_last_step_is_reported(tmp_
     run(tmp_path, make_stage())
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 4, 6, 7]
-    wanted = {"stage", "step", "loss", "agreement_1", "grad_norm", "tokens_per_second", "seconds"}
+    wanted = {"stage", "step", "time", "loss", "agreement_1", "grad_norm", "tokens_per_second", "seconds"}
     assert all(wanted <= line.keys() and line["stage"] == "k1" for line in lines)
     assert lines[-1]["seconds"] >= lines[0]["seconds"] > 0
+
+
+class Validations:
+    """In place of a `Validation`: the mean of the averaged weights, and what was asked."""
+
+    is_compiled = False
+
+    def __init__(self, loss=None):
+        self.compilations, self.calls, self._loss = 0, 0, loss
+
+    def compile(self, params):
+        self.is_compiled, self.compilations = True, self.compilations + 1
+
+    def __call__(self, params):
+        assert self.is_compiled
+        self.calls += 1
+        return {"validation_loss": float(params["w"].mean()) if self._loss is None else self._loss}
+
+
+def validated(validation, **config):
+    stage = make_stage(**config)
+    object.__setattr__(stage, "validation", validation)
+    return stage
+
+
+def records(directory):
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_stage_is_validated_as_often_as_asked_and_at_its_end_by_one_program(tmp_path, caplog):
+    caplog.set_level("INFO", "kforcing_jax")
+    validation = Validations()
+    run(tmp_path, validated(validation), validate_every=3)
+    found = {line["step"]: line["validation_loss"] for line in records(tmp_path) if "validation_loss" in line}
+    assert found.keys() == {3, 6, 7} and len(set(found.values())) == 3
+    assert [line["step"] for line in records(tmp_path)] == [2, 3, 4, 6, 7]
+    assert (validation.compilations, validation.calls) == (1, 3)
+    assert compilations_said(caplog) == ["the training step (float32)", "validation"]
+
+
+def test_validation_changes_nothing_that_is_trained(tmp_path):
+    without = run(tmp_path / "without", make_stage())
+    each_step = run(tmp_path / "with", validated(Validations()), validate_every=1)
+    np.testing.assert_array_equal(each_step["w"], without["w"])
+
+
+def test_a_checkpoint_knows_the_last_validation_and_its_step_also_after_a_restart(tmp_path):
+    def kept(step):
+        progress = json.loads((tmp_path / f"checkpoints/{step}/progress/metadata").read_text())
+        return progress["validation_step"], progress["validation_loss"]
+
+    with pytest.raises(Interruption):
+        stage = validated(Validations(loss=2.5), batches=interrupted_before(5))
+        run(tmp_path, stage, validate_every=2, checkpoint_every=3)
+    assert kept(3) == (2, 2.5)
+    run(tmp_path, validated(Validations(loss=1.5)), validate_every=5, checkpoint_every=1)
+    assert kept(7) == (7, 1.5)
+    assert [line["step"] for line in records(tmp_path) if "validation_loss" in line] == [2, 5, 7]
+
+
+def test_a_validation_loss_that_is_no_number_is_said_and_training_goes_on(tmp_path, caplog):
+    run(tmp_path, validated(Validations(loss=math.nan)), validate_every=3)
+    assert "validation loss at step 3 is nan; training goes on" in caplog.text
+    assert [line["validation_loss"] for line in records(tmp_path) if "validation_loss" in line] == [None] * 3
+
+
+def test_seconds_by_part_add_up_and_go_on_after_an_interruption(tmp_path):
+    parts = [f"seconds_{name}" for name in PARTS]
+    with pytest.raises(Interruption):
+        run(tmp_path, validated(Validations(), batches=interrupted_before(6)), validate_every=2)
+    run(tmp_path, validated(Validations()), validate_every=2)
+    lines = records(tmp_path)
+    for line in lines:
+        assert sum(line[part] for part in parts) == pytest.approx(line["seconds"], abs=0.05)
+    assert all(lines[-1][part] >= lines[0][part] for part in parts)
+    assert lines[-1]["seconds_restoring"] > 0 and lines[-1]["seconds_saving"] > 0
+
+
+def test_the_learning_rate_of_a_report_is_that_of_its_step(tmp_path):
+    run(tmp_path, make_stage(schedule="linear", warmup_steps=2), log_every=1)
+    rates = [line["learning_rate"] for line in records(tmp_path)]
+    np.testing.assert_allclose(rates, [0.1 / 3, 0.2 / 3, 0.1, 0.08, 0.06, 0.04, 0.02], rtol=1e-6)
+
+
+def test_the_steps_to_profile_leave_a_trace_and_the_place_is_said(tmp_path, caplog):
+    caplog.set_level("INFO", "kforcing_jax")
+    run(tmp_path, make_stage(), profile=(ProfiledSteps.parse("3:4"), tmp_path / "profile"))
+    assert list((tmp_path / "profile").glob("plugins/profile/*/*.xplane.pb"))
+    assert f"profile in {tmp_path / 'profile'}; open it with" in caplog.text
+
+
+def test_a_profile_that_cannot_be_taken_does_not_end_training(tmp_path, caplog):
+    (tmp_path / "profile").write_text("a file where the folder should be")
+    run(tmp_path, make_stage(), profile=(ProfiledSteps(3, 20), tmp_path / "profile"))
+    assert latest_step(tmp_path) == 7 and "no profile: " in caplog.text
+
+
+@pytest.mark.parametrize("text", ["", "5", "5:", ":5", "0:5", "5:4", "a:b", "1:2:3", "-1:5"])
+def test_steps_to_profile_that_are_none_are_refused_in_one_line(text):
+    with pytest.raises(ConfigError, match=re.escape(f"profile = {text!r} should be FIRST:LAST")):
+        ProfiledSteps.parse(text)
 
 
 def test_a_checkpoint_of_another_shape_is_refused_by_path(tmp_path):
