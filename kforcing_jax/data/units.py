@@ -4,22 +4,22 @@ A unit can be sent to another process, and says its rows. The readers are named 
 """
 
 import dataclasses
-import importlib
 import itertools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
 
 from kforcing_jax.config import DataConfig
 from kforcing_jax.data import lm1b, packing, pretrained, sources
-from kforcing_jax.data.choices import PACKINGS, SOURCES
+from kforcing_jax.data.choices import PACKINGS, source
 from kforcing_jax.data.files import FileRange, grouped, hold_out_last
 from kforcing_jax.data.packing import Rows
 from kforcing_jax.data.paths import matching_files
 from kforcing_jax.data.tokenizers import Tokenizer, is_trained, markov_tokenizer
 from kforcing_jax.errors import DataError
+from kforcing_jax.registry import imported
 
 _SENTENCES_PER_SHARD = 500_000
 _CHARACTERS_PER_SHARD = 64_000_000
@@ -99,10 +99,21 @@ class MarkovRows:
 
 @dataclasses.dataclass(frozen=True)
 class Reader:
-    """How a source of text is read. Every method raises DataError when it cannot be."""
+    """How a source of text is read. Every method raises DataError when it cannot be.
+
+    The least that a source of one's own has is `documents`.
+    """
 
     config: DataConfig
     seed: int
+
+    def documents(self) -> Iterable[str]:
+        """Texts in the order of the source; blank ones and repetitions are left out later."""
+        raise NotImplementedError
+
+    def distinct_documents(self) -> list[str]:
+        """The documents that are not blank, each of them once."""
+        return sources.distinct(self.documents(), self.config.path)
 
     def files(self) -> Sequence[str]:
         """Those of the user's that the text is in."""
@@ -117,7 +128,7 @@ class Reader:
 
         Here of distinct documents that fit into memory, in random order, a random part of them for validation.
         """
-        documents = sources.load_documents(self.config)
+        documents = self.distinct_documents()
         if len(documents) < 2:
             raise DataError(
                 f"data.path = {self.config.path!r} holds 1 distinct document, and one is needed for training and one "
@@ -132,12 +143,18 @@ class Reader:
 class News(Reader):
     """News articles, cleaned."""
 
+    def documents(self):
+        return sources.news(self.config.path)
+
     def files(self):
         return [self.config.path] if self.config.path else []
 
 
 class TextFiles(Reader):
     """A user's files; in a stream, where the last documents are held out."""
+
+    def documents(self):
+        return sources.texts(self.config)
 
     def files(self):
         return matching_files(self.config.path, quiet=True)
@@ -186,8 +203,7 @@ class Markov(Reader):
 
 def reader(config: DataConfig, seed: int) -> Reader:
     """The reader of a config's source."""
-    module, name = SOURCES[config.source].reader.split(":")
-    return getattr(importlib.import_module(module), name)(config, seed)
+    return imported(source(config.source).reader, "a source")(config, seed)
 
 
 def encode_and_pack(tokenizer: Tokenizer, texts: Iterator[str | None], how: str, seq_len: int) -> Rows:

@@ -1,5 +1,6 @@
 """Losses and what is reported next to them, as sums that can be added over parts of a batch."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -29,10 +30,16 @@ def weighted_mean(values: jax.Array, weights: jax.Array) -> Mean:
     return Mean(jnp.sum(weights * values), jnp.sum(weights))
 
 
-def loss_and_agreement(logits_xV: jax.Array, targets_x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Of every token: cross entropy (nats), and whether the argmax is the target, which is a column of the logits."""
-    loss_x = optax.softmax_cross_entropy_with_integer_labels(logits_xV, targets_x)
-    return loss_x, argmax(logits_xV) == targets_x
+def cross_entropy(logits_xV: jax.Array, targets_x: jax.Array) -> jax.Array:
+    """-log p of the targets, columns of the logits: loss_x in nats, f32 (paper, eq. 6)."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits_xV, targets_x)
+
+
+def loss_and_agreement(
+    logits_xV: jax.Array, targets_x: jax.Array, loss: Callable[[jax.Array, jax.Array], jax.Array] = cross_entropy
+) -> tuple[jax.Array, jax.Array]:
+    """Of every token: loss_x, f32, and whether the argmax is the target (a column of the logits), bool."""
+    return loss(logits_xV, targets_x), argmax(logits_xV) == targets_x
 
 
 def next_token_weights(tokens_BxN: jax.Array, segments_BxN: jax.Array | None) -> jax.Array:

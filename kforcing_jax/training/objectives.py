@@ -1,10 +1,12 @@
 """What a stage minimises.
 
 An objective is in two parts, so that a batch can be worked off piece by piece and give the same result: `draw_inputs`
-draws the randomness of a whole batch, and `losses` is a sum over rows.
+draws the randomness of a whole batch, and `losses` is a sum over rows. `registry.py` has the names of objectives; each is
+made from (model, teacher, stage, eos_id).
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -15,6 +17,7 @@ from kforcing_jax.config import StageConfig
 from kforcing_jax.data.packing import Batch
 from kforcing_jax.models import CausalLM, PushForwardLM
 from kforcing_jax.noise import sample_uniform
+from kforcing_jax.registry import LOSSES
 from kforcing_jax.training.losses import (
     Mean,
     block_weights,
@@ -46,8 +49,11 @@ class Objective:
     losses: Callable[[dict, dict, Inputs], tuple[Mean, dict[str, Mean]]]
 
 
-def language_modelling(model: CausalLM) -> Objective:
+def language_modelling(
+    model: CausalLM, teacher: None = None, stage: StageConfig | None = None, eos_id: int | None = None
+) -> Objective:
     """Next-token cross entropy on real text; there is no teacher and no randomness."""
+    del teacher, stage, eos_id
 
     def draw_inputs(batch, key):
         del key
@@ -69,11 +75,12 @@ def language_modelling(model: CausalLM) -> Objective:
 def distillation(
     student: PushForwardLM, teacher: CausalLM | PushForwardLM, stage: StageConfig, eos_id: int | None
 ) -> Objective:
-    """Cross entropy against the teacher's own tokens for the same noise, one window after every position.
+    """The stage's loss (cross entropy) on the teacher's own tokens for the same noise, a window after every position.
 
     A CausalLM teacher rolls out token by token; a student teacher half a window at a time (self-forcing).
     """
     chunk = 1 if isinstance(teacher, CausalLM) else stage.window // 2
+    scored = functools.partial(loss_and_agreement, loss=LOSSES.find(stage.loss))
 
     def draw_inputs(batch, key):
         noise_key, tau_key = jax.random.split(key)
@@ -89,7 +96,7 @@ def distillation(
         variables = {"params": params}
         result = student.apply(variables, tokens_BxN, noise_BxNxK, tau_B, segments_BxN, method="begin")
         columns_BxNxK = student.cfg.column_of(targets_BxNxK)
-        per_token = student.apply(variables, loss_and_agreement, result.noise.hidden, columns_BxNxK, method="per_token")
+        per_token = student.apply(variables, scored, result.noise.hidden, columns_BxNxK, method="per_token")
         return window_metrics(*per_token, weights_BxNxK, block_weights(weights_BxNxK, segments_BxN))
 
     return Objective(draw_inputs, losses)

@@ -1,39 +1,51 @@
-"""The optimiser of a stage: schedules of the learning rate, and what takes the steps, each by its name."""
-
-from collections.abc import Callable
+"""The optimiser of a stage: schedules of its learning rate, and what takes the steps; `registry.py` has their names."""
 
 import jax
 import optax
 
 from kforcing_jax.config import StageConfig
-
-# By the names in `config.SCHEDULES`: (stage, steps after the warm-up) -> schedule.
-SCHEDULES: dict[str, Callable[[StageConfig, int], optax.Schedule]] = {
-    "constant": lambda stage, steps: optax.constant_schedule(stage.learning_rate),
-    "cosine": lambda stage, steps: optax.cosine_decay_schedule(stage.learning_rate, steps),
-    "linear": lambda stage, steps: optax.linear_schedule(stage.learning_rate, 0.0, steps),
-    "wsd": lambda stage, steps: _warmup_stable_decay(stage, steps),
-}
+from kforcing_jax.registry import OPTIMIZERS, SCHEDULES
 
 
 def learning_rate(stage: StageConfig) -> optax.Schedule:
-    """Linear warm-up, then what the stage's schedule says of the remaining steps. (step) -> rate."""
-    after = SCHEDULES[stage.schedule](stage, max(stage.steps - stage.warmup_steps, 1))
+    """Linear warm-up, then what the stage's schedule says of the remaining steps: (step) -> rate."""
+    after = SCHEDULES.find(stage.schedule)(stage, max(stage.steps - stage.warmup_steps, 1))
     # Warm-up starts one step in, so that no step has a learning rate of zero.
     first = stage.learning_rate / (stage.warmup_steps + 1)
     warmup = optax.linear_schedule(first, stage.learning_rate, stage.warmup_steps)
     return optax.join_schedules([warmup, after], [stage.warmup_steps])
 
 
-def _warmup_stable_decay(stage, steps):
-    """Constant, then linear to zero in the last `decay_fraction` of the steps."""
+def make_optimizer(stage: StageConfig) -> optax.GradientTransformation:
+    """The stage's optimiser behind gradient clipping; every number comes from the configuration."""
+    return optax.chain(optax.clip_by_global_norm(stage.clip_norm), OPTIMIZERS.find(stage.optimizer)(stage))
+
+
+def constant(stage: StageConfig, steps: int) -> optax.Schedule:
+    """The same rate throughout, as in the paper."""
+    del steps
+    return optax.constant_schedule(stage.learning_rate)
+
+
+def cosine(stage: StageConfig, steps: int) -> optax.Schedule:
+    """Half a cosine, to zero after the last step."""
+    return optax.cosine_decay_schedule(stage.learning_rate, steps)
+
+
+def linear(stage: StageConfig, steps: int) -> optax.Schedule:
+    """A straight line to zero after the last step."""
+    return optax.linear_schedule(stage.learning_rate, 0.0, steps)
+
+
+def warmup_stable_decay(stage: StageConfig, steps: int) -> optax.Schedule:
+    """Constant, then a straight line to zero in the last `decay_fraction` of the steps (Hu et al., 2024)."""
     decay = round(stage.decay_fraction * steps)
     falling = optax.linear_schedule(stage.learning_rate, 0.0, max(decay, 1))
     return optax.join_schedules([optax.constant_schedule(stage.learning_rate), falling], [steps - decay])
 
 
-def _adamw(stage):
-    """As in the paper."""
+def adamw(stage: StageConfig) -> optax.GradientTransformation:
+    """AdamW as in the paper."""
     return optax.adamw(
         learning_rate(stage),
         b1=stage.beta1,
@@ -43,11 +55,12 @@ def _adamw(stage):
     )
 
 
-def _muon(stage):
+def muon(stage: StageConfig) -> optax.GradientTransformation:
     """Muon (Jordan et al., 2024) for the matrices of blocks and noise encoder, AdamW for all else.
 
     A matrix's step is its momentum with all singular values moved to about 1, by Newton-Schulz iterations. Embeddings
-    and the output layer are matrices too, but their rows are tokens: AdamW takes them.
+    and the output layer are matrices too, but their rows are tokens: AdamW takes them, at `rest_rate` of the rate and
+    with Nesterov momentum, as optax has it.
     """
     rate = learning_rate(stage)
     return optax.contrib.muon(
@@ -61,9 +74,6 @@ def _muon(stage):
         adam_weight_decay=stage.weight_decay,
     )
 
-
-# By the names in `config.OPTIMIZERS`.
-OPTIMIZERS: dict[str, Callable[[StageConfig], optax.GradientTransformation]] = {"adamw": _adamw, "muon": _muon}
 
 # How the kernels of the models are matrices, by the layer's name: inputs, outputs; other axes hold a matrix each, such
 # as the layers of the stacked blocks, and queries, keys and values.
@@ -87,8 +97,3 @@ def _dimension_numbers(params):
         return axes and optax.contrib.MuonDimensionNumbers(*axes)
 
     return jax.tree_util.tree_map_with_path(of_leaf, params)
-
-
-def make_optimizer(stage: StageConfig) -> optax.GradientTransformation:
-    """The stage's optimiser behind gradient clipping; every number comes from the configuration."""
-    return optax.chain(optax.clip_by_global_norm(stage.clip_norm), OPTIMIZERS[stage.optimizer](stage))

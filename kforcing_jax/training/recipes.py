@@ -6,7 +6,8 @@ from typing import NamedTuple
 from kforcing_jax.config import Config, predecessors
 from kforcing_jax.models import CausalLM, ModelConfig, PushForwardLM
 from kforcing_jax.noise import CdfOrder
-from kforcing_jax.training.objectives import Objective, distillation, language_modelling
+from kforcing_jax.registry import OBJECTIVES
+from kforcing_jax.training.objectives import Objective
 
 
 class Vocabulary(NamedTuple):
@@ -32,10 +33,7 @@ def stage_model(config: Config, name: str, vocabulary: Vocabulary, dtype: str = 
 
 def stage_objective(config: Config, name: str, vocabulary: Vocabulary, dtype: str = "float32") -> Objective:
     """What a stage minimises, student and teacher computing in `dtype`."""
-    student = stage_model(config, name, vocabulary, dtype)
-    teacher, _ = predecessors(config, name)
-    if teacher is None:
-        return language_modelling(student)
-    return distillation(
-        student, stage_model(config, teacher, vocabulary, dtype), config.stages[name], vocabulary.eos_id
-    )
+    stage, (teacher_name, _) = config.stages[name], predecessors(config, name)
+    teacher = stage_model(config, teacher_name, vocabulary, dtype) if teacher_name else None
+    objective = OBJECTIVES.find(stage.objective or ("distillation" if teacher else "language_modelling"))
+    return objective(stage_model(config, name, vocabulary, dtype), teacher, stage, vocabulary.eos_id)

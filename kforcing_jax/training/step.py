@@ -29,22 +29,24 @@ def init_state(params: dict, optimizer: optax.GradientTransformation) -> TrainSt
 
 
 def train_step(
-    objective: Objective,
-    optimizer: optax.GradientTransformation,
-    ema_decay: float,
-    accumulation: int,
     state: TrainState,
-    teacher_params: dict,
     batch: Batch,
     key: jax.Array,
+    *,
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    teacher_params: dict | None = None,
+    ema_decay: float = 0.999,
+    accumulation: int = 1,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """(new state, metrics). Metrics are scalars: the objective's, `loss`, and `grad_norm` before clipping.
+    """(new state, metrics). Metrics are scalars, f32: the objective's, `loss`, and `grad_norm` before clipping.
 
     Randomness is a function of (key, state.step), so a resumed run repeats an uninterrupted one exactly. The batch is
-    worked off in `accumulation` parts, which changes memory and nothing else.
+    worked off in `accumulation` parts, which have to divide its rows; they change memory and nothing else.
+    `teacher_params` may be left out where the data is the teacher.
     """
     inputs = objective.draw_inputs(batch, jax.random.fold_in(key, state.step))
-    grads, loss, metrics = _gradients(objective, state.params, teacher_params, inputs, accumulation)
+    grads, loss, metrics = _gradients(objective, state.params, teacher_params or {}, inputs, accumulation)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     new_state = TrainState(

@@ -12,7 +12,7 @@ from kforcing_jax.data import preparation, shards
 from kforcing_jax.data.choices import PACKINGS, SOURCES
 from kforcing_jax.data.pipeline import FORMAT
 from kforcing_jax.data.preparation import prepare
-from kforcing_jax.data.sources import load_documents, markov_chain
+from kforcing_jax.data.sources import markov_chain
 from kforcing_jax.data.units import GivenDocuments, Reader, reader
 from kforcing_jax.errors import DataError, RunError
 
@@ -50,7 +50,7 @@ def test_training_rows_end_to_end_are_documents_each_followed_by_eos(config, cor
     *documents, cut_short = "".join("\0" if i == corpus.eos_id else corpus.tokenizer.decode([i]) for i in ids).split(
         "\0"
     )
-    originals = load_documents(config)
+    originals = reader(config, SEED).distinct_documents()
     assert len(documents) >= 29
     assert set(documents) <= set(originals)
     assert any(original.startswith(cut_short) for original in originals)
@@ -337,12 +337,12 @@ def test_every_document_is_one_whole_segment_cut_to_a_row(segmented):
             assert (tokens_N[segments_N == 0] == corpus.eos_id).all()
             for segment in range(1, segments_N.max() + 1):
                 found.append(corpus.tokenizer.decode(tokens_N[segments_N == segment]))
-    assert sorted(found) == sorted(document[: config.seq_len] for document in load_documents(config))
+    assert sorted(found) == sorted(document[: config.seq_len] for document in reader(config, SEED).distinct_documents())
 
 
 def test_a_segmented_corpus_says_how_full_its_rows_are(segmented):
     config, corpus = segmented
-    lengths = [min(len(document) + 1, 16) for document in load_documents(config)]
+    lengths = [min(len(document) + 1, 16) for document in reader(config, SEED).distinct_documents()]
     assert corpus.tokens_per_document == pytest.approx(np.mean(lengths), abs=0.5)
     if config.packing == "padded":
         assert corpus.useful_tokens_per_row == corpus.tokens_per_document
@@ -369,7 +369,7 @@ def test_rows_of_one_text_have_no_segments(corpus):
 
 def test_beginnings_are_those_of_documents_that_go_on(segmented):
     config, corpus = segmented
-    documents = load_documents(config)
+    documents = reader(config, SEED).distinct_documents()
     found = corpus.beginnings(5, 6)
     assert 1 <= len(found) <= 5
     for text_M in found:

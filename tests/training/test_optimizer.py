@@ -1,10 +1,13 @@
 """Schedules, clipping and the paper's numbers."""
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
 from kforcing_jax.config import StageConfig
+from kforcing_jax.models import ModelConfig, PushForwardLM, init_params
 from kforcing_jax.training.optimizer import learning_rate, make_optimizer
 
 
@@ -42,3 +45,64 @@ def test_weight_decay_pulls_parameters_towards_zero():
     params = {"w": jnp.ones(1)}
     updates, _ = optimizer.update({"w": jnp.zeros(1)}, optimizer.init(params), params)
     assert float(updates["w"][0]) == pytest.approx(-0.05, rel=1e-3)
+
+
+def test_a_line_falls_to_zero_at_the_last_step():
+    schedule = learning_rate(StageConfig(learning_rate=1.0, schedule="linear", warmup_steps=10, steps=110))
+    assert [float(schedule(step)) for step in (10, 35, 110)] == pytest.approx([1.0, 0.75, 0.0])
+
+
+def test_warm_up_stable_decay_is_constant_until_the_last_part_of_the_steps():
+    stage = StageConfig(learning_rate=1.0, schedule="wsd", warmup_steps=10, steps=110, decay_fraction=0.2)
+    rates = [float(learning_rate(stage)(step)) for step in (10, 60, 90, 100, 110)]
+    assert rates == pytest.approx([1.0, 1.0, 1.0, 0.5, 0.0])
+
+
+def test_a_stable_phase_does_not_know_how_long_it_will_be():
+    short, long = (learning_rate(StageConfig(schedule="wsd", steps=steps)) for steps in (100, 1000))
+    assert all(short(step) == long(step) for step in range(80))
+
+
+@pytest.fixture(scope="module")
+def muon_steps():
+    """Parameters of a small student, random gradients, and the first update that Muon makes of them."""
+    model = PushForwardLM(ModelConfig(vocab_size=13, mask_id=12, num_layers=2, d_model=16, num_heads=2))
+    params = init_params(model, jax.random.key(0))
+    keys = iter(jax.random.split(jax.random.key(1), 100))
+    gradients = jax.tree.map(lambda x: jax.random.normal(next(keys), x.shape), params)
+    optimizer = make_optimizer(StageConfig(optimizer="muon", learning_rate=1.0, rest_rate=0.25))
+    updates, _ = optimizer.update(gradients, optimizer.init(params), params)
+    return params, gradients, updates
+
+
+def test_muon_moves_all_singular_values_of_a_matrix_alike(muon_steps):
+    *_, updates = muon_steps
+    blocks = updates["backbone"]["blocks"]
+    queries = blocks["attn_qkv"]["kernel"][1, :, 0].reshape(16, 16)
+    for matrix in (queries, blocks["mlp_in"]["kernel"][0], updates["noise_encoder"]["project"]["kernel"]):
+        values = np.linalg.svd(matrix, compute_uv=False)
+        assert values.max() / values.min() < 4  # of a random matrix of this size: more than 20
+
+
+def test_muon_leaves_tokens_and_vectors_to_adam(muon_steps):
+    params, gradients, updates = muon_steps
+    adam = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(0.25, eps=1e-6, weight_decay=0.0, nesterov=True))
+    expected, _ = adam.update(gradients, adam.init(params), params)
+    for path in (("embedding", "embedding"), ("output", "kernel"), ("final_norm", "scale")):
+        layer, name = path
+        np.testing.assert_allclose(
+            updates["backbone"][layer][name], expected["backbone"][layer][name], rtol=1e-4, err_msg=layer
+        )
+
+
+def test_muon_moves_each_layer_as_if_it_were_alone(muon_steps):
+    params, *_ = muon_steps
+    optimizer = make_optimizer(StageConfig(optimizer="muon", clip_norm=1e9))
+    gradients = jax.tree.map(jnp.ones_like, params)
+    other = jax.tree.map(lambda x: x, gradients)
+    kernel = other["backbone"]["blocks"]["mlp_in"]["kernel"]
+    other["backbone"]["blocks"]["mlp_in"]["kernel"] = kernel.at[1].multiply(jnp.arange(64.0))
+    moved = [optimizer.update(g, optimizer.init(params), params)[0] for g in (gradients, other)]
+    first, second = (m["backbone"]["blocks"]["mlp_in"]["kernel"] for m in moved)
+    np.testing.assert_array_equal(first[0], second[0])
+    assert not np.allclose(first[1], second[1])

@@ -1,0 +1,49 @@
+"""Names of tables, and one's own in their place."""
+
+import sys
+
+import pytest
+
+from kforcing_jax import registry
+from kforcing_jax.errors import ConfigError
+from kforcing_jax.registry import Table, imported, is_own
+
+
+@pytest.fixture
+def own_module(tmp_path, monkeypatch):
+    """A module of the user's, importable from the current folder."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield lambda name, text: (tmp_path / f"{name}.py").write_text(text)
+    for name in list(sys.modules):
+        if name.startswith("own_"):
+            del sys.modules[name]
+
+
+@pytest.mark.parametrize("table", [v for v in vars(registry).values() if isinstance(v, Table)], ids=lambda t: t._kind)
+def test_every_entry_of_every_table_is_there(table):
+    assert len(table) and all(callable(table.find(name)) for name in table)
+
+
+def test_a_name_of_ones_own_is_found_without_an_entry(own_module):
+    own_module("own_losses", "def focal():\n    return 3\n")
+    table = Table("a loss", {})
+    table.check("stages.k1.loss", "own_losses:focal")
+    assert table.find("own_losses:focal")() == 3
+
+
+def test_checking_a_name_imports_nothing(own_module):
+    own_module("own_broken", "raise RuntimeError('not now')")
+    Table("a loss", {}).check("stages.k1.loss", "own_broken:focal")
+    with pytest.raises(ConfigError, match="'own_broken:focal' cannot be imported as a loss: RuntimeError: not now"):
+        Table("a loss", {}).find("own_broken:focal")
+
+
+def test_what_a_module_lacks_is_named(own_module):
+    own_module("own_empty", "")
+    with pytest.raises(ConfigError, match="'own_empty:focal' is not a loss: module own_empty has no focal"):
+        imported("own_empty:focal", "a loss")
+
+
+@pytest.mark.parametrize("name", ["focal", "losses:", ":focal", "my losses:focal", "a.:b", "a:b.c"])
+def test_what_is_no_module_and_attribute_is_a_name(name):
+    assert not is_own(name)
