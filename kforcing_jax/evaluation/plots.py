@@ -8,6 +8,8 @@ import io
 import re
 from collections.abc import Iterator, Sequence
 
+import numpy as np
+
 from kforcing_jax.evaluation.tables import is_number
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
@@ -127,3 +129,16 @@ def _scale_passes(axes, lines):
     axes.set_xticks(windows, [f"{window:g}" for window in windows])
     axes.set_xlim(windows[0] / 1.15, windows[-1] * 1.15)
     axes.set_xlabel("tokens per pass")
+
+
+def draw_points(axes, rows: Sequence[dict], key: str, **settings):
+    """A figure of rows over their tokens per pass, with bars for the intervals that they have."""
+    x, y = ([row[name] for row in rows] for name in ("tokens_per_pass", key))
+    axes.errorbar(x, y, xerr=_reach(rows, "tokens_per_pass"), yerr=_reach(rows, key), elinewidth=0.9, **settings)
+
+
+def _reach(rows, key) -> np.ndarray:
+    """How far intervals reach below and above their figures, (2, rows); 0 where there is none."""
+    ends = np.array([row.get(f"{key}_interval") or [row[key]] * 2 for row in rows])
+    value = np.array([row[key] for row in rows])
+    return np.maximum([value - ends[:, 0], ends[:, 1] - value], 0)

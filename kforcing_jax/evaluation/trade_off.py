@@ -5,10 +5,8 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-
 from kforcing_jax.errors import RunError
-from kforcing_jax.evaluation.plots import BLUE, GREY, ORANGE, new_figure, on_page
+from kforcing_jax.evaluation.plots import BLUE, GREY, ORANGE, draw_points, new_figure, on_page
 from kforcing_jax.evaluation.tables import is_number, stages_of, window_of
 
 _PANELS = (("sample_nll", "NLL, nats per token"), ("sample_entropy", "entropy, nats per token"))
@@ -48,7 +46,7 @@ def _drawn(stages) -> Iterator:
             _draw_level(axes, stages.get("ar", {}), key)
             _draw_fixed(axes, stages, key)
             for name, rows in confident.items():
-                _draw_points(axes, rows, key, f"{name}, confident at c", BLUE, "o-", zorder=3)
+                draw_points(axes, rows, key, label=f"{name}, confident at c", color=BLUE, fmt="o-", zorder=3)
                 _label(axes, rows, key, [f"{row['confidence']:g}" for row in rows], BLUE, "left", (5, -11))
             axes.set_title(title, loc="left", fontsize="medium")
             axes.set_xlabel("tokens per pass")
@@ -73,22 +71,8 @@ def _draw_fixed(axes, stages, key):
     ):
         rows = [students[name] for name in names]
         if rows:
-            _draw_points(axes, rows, key, label, ORANGE, "s", markerfacecolor=face, markersize=7)
+            draw_points(axes, rows, key, label=label, color=ORANGE, fmt="s", markerfacecolor=face, markersize=7)
             _label(axes, rows, key, names, ORANGE, "right", (-5, 5))
-
-
-def _draw_points(axes, rows, key, label, colour, style, **settings):
-    """With their intervals, where they have some."""
-    x, y = ([row[name] for row in rows] for name in ("tokens_per_pass", key))
-    reach = dict(xerr=_reach(rows, "tokens_per_pass"), yerr=_reach(rows, key), elinewidth=0.9)
-    axes.errorbar(x, y, fmt=style, color=colour, label=label, **reach, **settings)
-
-
-def _reach(rows, key) -> np.ndarray:
-    """How far intervals reach below and above their figures, (2, points)."""
-    ends = np.array([row.get(f"{key}_interval") or [row[key]] * 2 for row in rows])
-    value = np.array([row[key] for row in rows])
-    return np.maximum([value - ends[:, 0], ends[:, 1] - value], 0)
 
 
 def _label(axes, rows, key, texts, colour, side, offset):
