@@ -61,7 +61,7 @@ class CdfOrder:
     Hashable, so that a model with it is a static argument of compiled programs.
     """
 
-    def __init__(self, tokens: Sequence[int]):
+    def __init__(self, tokens: Sequence[int] | np.ndarray):
         """`tokens` are the ids in their order. Raises ValueError when they are not 0, 1, ... each once."""
         self.tokens_V = np.asarray(tokens, np.int32)
         if not np.array_equal(np.sort(self.tokens_V), np.arange(len(self.tokens_V))):
@@ -75,7 +75,7 @@ class CdfOrder:
 
     @functools.cached_property
     def ranks_V(self) -> np.ndarray:
-        """The place of every token in the order."""
+        """The place of every token in the order, int32."""
         return np.argsort(self.tokens_V).astype(np.int32)
 
     def __eq__(self, other):

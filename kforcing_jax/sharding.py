@@ -6,6 +6,8 @@ there does anything.
 
 import math
 import re
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -48,10 +50,11 @@ def mesh_shape(config: MeshConfig, devices: int) -> tuple[int, int, int]:
     described = ", ".join(f"mesh.{axis} = {size}" for axis, size in zip(AXES, sizes, strict=True))
     if -1 in sizes and devices % given:
         raise ConfigError(f"{described}: {given} does not divide the {devices} devices")
-    sizes = tuple(devices // given if size == -1 else size for size in sizes)
-    if math.prod(sizes) > devices:
-        raise ConfigError(f"{described}: {math.prod(sizes)} devices are needed, {devices} are here")
-    return sizes
+    data, fsdp, tensor = (devices // given if size == -1 else size for size in sizes)
+    needed = data * fsdp * tensor
+    if needed > devices:
+        raise ConfigError(f"{described}: {needed} devices are needed, {devices} are here")
+    return data, fsdp, tensor
 
 
 def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
@@ -84,7 +87,7 @@ def make_mesh_that_fits(config: Config) -> Mesh:
         return make_mesh(MeshConfig(data=1 if jax.process_count() == 1 else -1))
 
 
-def check_divisible(config: Config, mesh: Mesh):
+def check_divisible(config: Config, mesh: Mesh) -> None:
     """Raises ConfigError when a batch or the model cannot be split evenly over the mesh."""
     rows, fsdp, tensor = mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["fsdp"], mesh.shape["tensor"]
     if config.model.num_heads % tensor:
@@ -112,8 +115,8 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def parameter_shardings(tree, mesh: Mesh):
-    """The sharding of every leaf by `RULES`: of parameters, and of anything that holds trees like them."""
+def parameter_shardings(tree: Any, mesh: Mesh) -> Any:
+    """A tree with the sharding of every leaf by `RULES`: of parameters, and of anything that holds trees like them."""
 
     def one(path, leaf):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -123,8 +126,8 @@ def parameter_shardings(tree, mesh: Mesh):
     return jax.tree_util.tree_map_with_path(one, tree)
 
 
-def abstract_on(tree, shardings):
-    """Shapes and dtypes of a tree, laid out by a tree of shardings (or one for all of it)."""
+def abstract_on(tree: Any, shardings: Any) -> Any:
+    """Shapes and dtypes of a tree (`jax.ShapeDtypeStruct`), laid out by a tree of shardings (or one for all of it)."""
     if isinstance(shardings, jax.sharding.Sharding):
         shardings = jax.tree.map(lambda _: shardings, tree)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
@@ -134,17 +137,20 @@ def process_share(mesh: Mesh, batch_size: int) -> tuple[int, int]:
     """(index, count): this process's devices hold part `index` of a batch cut into `count` equal parts.
 
     Processes that differ only along `tensor` hold the same rows, and share an index.
+
+    Raises:
+      RunError: the rows of this process are not neighbours.
     """
     indices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
-    slices = [rows[0].indices(batch_size) for rows in indices.values()]
+    slices = [rows[0].indices(batch_size) for rows in indices.values() if rows is not None]
     first, end = min(start for start, _, _ in slices), max(stop for _, stop, _ in slices)
     if len({start for start, _, _ in slices}) * (slices[0][1] - slices[0][0]) != end - first:
         raise RunError("the devices of this process do not hold neighbouring rows of a batch; make mesh.data larger")
     return first // (end - first), batch_size // (end - first)
 
 
-def put_batch(batch, mesh: Mesh, batch_size: int):
-    """A tree of arrays on the mesh, `batch_size` rows each, from the rows of `process_share`."""
+def put_batch(batch: Any, mesh: Mesh, batch_size: int) -> Any:
+    """A tree of arrays on the mesh, `batch_size` rows each, from one of arrays with the rows of `process_share`."""
 
     def put(rows_RxN):
         return jax.make_array_from_process_local_data(
@@ -154,7 +160,7 @@ def put_batch(batch, mesh: Mesh, batch_size: int):
     return jax.tree.map(put, batch)
 
 
-def put_validation(batches, mesh: Mesh):
+def put_validation(batches: Any, mesh: Mesh) -> Any:
     """A tree of batches (I, B, N) that every process has whole, on the mesh: by rows where they divide evenly."""
     whole = jax.tree.leaves(batches)[0].shape[1] % (mesh.shape["data"] * mesh.shape["fsdp"])
     sharding = replicated(mesh) if whole else NamedSharding(mesh, PartitionSpec(None, ROWS))
@@ -168,14 +174,14 @@ def to_host(x: jax.Array) -> np.ndarray:
     return np.asarray(x)
 
 
-def constrain(x: jax.Array, *spec) -> jax.Array:
+def constrain(x: jax.Array, *spec: str | tuple[str, ...] | None) -> jax.Array:
     """Lays an array out by a PartitionSpec on the current mesh. XLA chooses well for most arrays, not for all."""
     if current_mesh().size <= 1:
         return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
 
 
-def per_device(function, in_specs: tuple, out_specs):
+def per_device(function: Callable, in_specs: tuple, out_specs: Any) -> Callable:
     """The function run on every device's own part of its arguments: for kernels, which XLA cannot partition."""
     if current_mesh().size <= 1:
         return function
@@ -197,4 +203,5 @@ def platform() -> str:
 
 
 def current_mesh() -> jax.sharding.AbstractMesh:
+    """The mesh that `jax.set_mesh` made current, without its devices; `empty` where there is none."""
     return jax.sharding.get_abstract_mesh()

@@ -64,6 +64,7 @@ def group_attention(
     """
     implementation = choose_implementation(q_BxAxGxHxC, own, prefix, reach, past, implementation)
     if implementation == "splash":
+        assert isinstance(reach, Causal)  # the others are dense
         out = splash.group_attention(q_BxAxGxHxC, own, prefix, reach.segments_BxS, past, precision)
     elif implementation == "cudnn":
         out = _cudnn(q_BxAxGxHxC, prefix)
@@ -74,7 +75,14 @@ def group_attention(
     return checkpoint_name(out, ATTENDED)
 
 
-def choose_implementation(q_BxAxGxHxC, own: KeyValue, prefix: KeyValue, reach, past, wanted: str = "auto") -> str:
+def choose_implementation(
+    q_BxAxGxHxC: jax.Array,
+    own: KeyValue,
+    prefix: KeyValue,
+    reach: Causal | UpTo,
+    past: Past | None,
+    wanted: str = "auto",
+) -> str:
     """The implementation for these shapes on the platform that is compiled for: the wanted one where it can serve."""
     length = prefix.key.shape[1]
     if isinstance(reach, UpTo):
@@ -150,8 +158,8 @@ def _blockwise(q_BxAxGxHxC, own, prefix, reach, past, precision):
 
     The backward pass computes each block again, so that no more than one block's scores are alive.
     """
-    segments, tokens, length = (reach.segments_BxS, *((None, None) if past is None else past))
-    return _blocks_in_turn(precision, q_BxAxGxHxC, own, prefix, tokens, segments, length)
+    tokens, length = (None, None) if past is None else past
+    return _blocks_in_turn(precision, q_BxAxGxHxC, own, prefix, tokens, reach.segments_BxS, length)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -160,7 +168,7 @@ def _blocks_in_turn(precision, q_BxAxGxHxC, own, prefix, past_tokens, segments_B
 
 
 def _forward(precision, *inputs):
-    outputs = []
+    outputs: list[jax.Array] = []
     for start, end in _blocks(inputs[0].shape[1]):
         q, *keys = _of_block(start, end, *inputs[:4])
         if outputs:

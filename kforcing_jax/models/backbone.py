@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -39,6 +40,9 @@ class ModelConfig:
       remat, attention: how the same is computed, see `config.REMATS` and `config.ATTENTIONS`.
       cdf_order: how tokens lie on [0, 1) for inverse-CDF draws; None is vocabulary order. Column r of the output layer
         belongs to token `cdf_order.tokens_V[r]`, so that draws need no permutation.
+
+    Raises:
+      ValueError: a field is not what it may be, or does not fit another; the message names it.
     """
 
     vocab_size: int
@@ -69,13 +73,14 @@ class ModelConfig:
 
     @property
     def head_width(self) -> int:
+        """Channels of one head, C; even."""
         return self.d_model // self.num_heads
 
-    def column_of(self, tokens):
-        """The columns of the output layer (ranks in the CDF's order) of tokens."""
+    def column_of(self, tokens: Any) -> Any:
+        """The columns of the output layer (ranks in the CDF's order) of tokens: an int, or an array of any shape."""
         return tokens if self.cdf_order is None else _look_up(self.cdf_order.ranks_V, tokens)
 
-    def token_at(self, columns):
+    def token_at(self, columns: Any) -> Any:
         """The inverse of `column_of`."""
         return columns if self.cdf_order is None else _look_up(self.cdf_order.tokens_V, columns)
 
@@ -93,7 +98,7 @@ class Block(nn.Module):
 
     cfg: ModelConfig
 
-    def setup(self):
+    def setup(self) -> None:
         cfg = self.cfg
         dense = functools.partial(nn.DenseGeneral, dtype=cfg.dtype, precision=cfg.precision)
         norm = functools.partial(nn.LayerNorm, epsilon=LAYER_NORM_EPSILON, use_bias=False)
@@ -104,20 +109,31 @@ class Block(nn.Module):
         self.mlp_in = dense(4 * cfg.d_model)
         self.mlp_out = dense(cfg.d_model)
 
-    def __call__(self, x_BxAxGxD, known: KeyValue | None, past: KeyValue | None, where: "Where"):
-        """The layer's output, and the keys and values of its own tokens."""
+    def __call__(
+        self, x_BxAxGxD: jax.Array, known: KeyValue | None, past: KeyValue | None, where: "Where"
+    ) -> tuple[jax.Array, KeyValue]:
+        """The layer's output x_BxAxGxD, and the keys and values (B, A, G, H, C) of its own tokens."""
         cfg = self.cfg
         q, keys = self._project(x_BxAxGxD, where.angles)
         prefix, own = (known, keys) if known is not None else _text_and_windows(keys)
-        past = None if past is None else Past(past, where.past_length)
-        attended = group_attention(q, own, prefix, where.reach, past, cfg.attention, cfg.precision)
+        earlier = None if past is None or where.past_length is None else Past(past, where.past_length)
+        attended = group_attention(q, own, prefix, where.reach, earlier, cfg.attention, cfg.precision)
         return self._mix(x_BxAxGxD, attended), keys
 
-    def append(self, x_BxGxD, angles, cache: Cache, start_B, live: int, rows_BxR=None):
+    def append(
+        self,
+        x_BxGxD: jax.Array,
+        angles: tuple[jax.Array, jax.Array],
+        cache: Cache,
+        start_B: jax.Array,
+        live: int,
+        rows_BxR: jax.Array | None = None,
+    ) -> tuple[jax.Array, Cache]:
         """Writes the keys of a chunk of tokens from slot `start` of a cache on, then attends over what is live.
 
         Args:
-          x_BxGxD: the chunk, and the rotary angles of its positions.
+          x_BxGxD: the chunk.
+          angles: cos and sin of its positions, (B, 1, G, 1, C / 2) each.
           cache: keys and values (B, H, S, C), `start + G <= S`.
           start_B: tokens before the chunk.
           live: slots that hold anything, of all rows, the chunk included.
@@ -151,14 +167,15 @@ class Block(nn.Module):
         return x_BxAxGxD + constrain(self.mlp_out(nn.gelu(h, approximate=True)), ROWS)
 
 
-def take_rows(x_BxGxX, rows_BxR):
+def take_rows(x_BxGxX: jax.Array, rows_BxR: jax.Array) -> jax.Array:
     """Some tokens (B, R, ...) of every row."""
     return jnp.take_along_axis(x_BxGxX, rows_BxR.reshape(*rows_BxR.shape, *[1] * (x_BxGxX.ndim - 2)), axis=1)
 
 
 def _text_and_windows(keys: KeyValue) -> tuple[KeyValue, KeyValue]:
     """Of groups that begin with the text itself: the text is the prefix, the rest the groups' own."""
-    return tuple(jax.tree.map(lambda kv, at=at: kv[:, :, at], keys) for at in (0, slice(1, None)))
+    text, windows = (jax.tree.map(lambda kv, at=at: kv[:, :, at], keys) for at in (0, slice(1, None)))
+    return text, windows
 
 
 @jax.tree_util.register_dataclass
@@ -176,7 +193,7 @@ class Backbone(nn.Module):
 
     cfg: ModelConfig
 
-    def setup(self):
+    def setup(self) -> None:
         cfg = self.cfg
         self.embedding = nn.Embed(cfg.vocab_size, cfg.d_model)
         self.blocks = nn.scan(
@@ -190,6 +207,7 @@ class Backbone(nn.Module):
         self.output = Output(cfg.d_model, cfg.vocab_size, int(cfg.column_of(cfg.mask_id)), cfg.precision)
 
     def embed(self, tokens: jax.Array) -> jax.Array:
+        """Embedded tokens (*tokens.shape, D), f32."""
         return constrain(self.embedding(tokens), ROWS)
 
     def __call__(

@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from kforcing_jax.models.keys import KeyValue
 from kforcing_jax.sharding import ROWS, constrain, current_mesh, platform
@@ -17,8 +18,8 @@ LANES = 128
 BLOCK = 64
 
 
-def allocate(rows: int, heads: int, slots: int, width: int, dtype) -> Cache:
-    """An empty cache; what it holds is never seen before it is written."""
+def allocate(rows: int, heads: int, slots: int, width: int, dtype: DTypeLike) -> Cache:
+    """An empty cache for heads of `width` channels; what it holds is never seen before it is written."""
     beside = _heads_side_by_side(heads, width)
     empty = jnp.zeros((rows, heads // beside, slots, beside * width), dtype)
     return Cache(constrain(empty, ROWS, "tensor"), constrain(empty, ROWS, "tensor"))
@@ -30,7 +31,7 @@ def _heads_side_by_side(heads, width) -> int:
 
 
 def write(cache: Cache, new_BxGxHxC: KeyValue, start_B: jax.Array) -> Cache:
-    """Keys and values of G tokens into slots start, start + 1, ... of every row; `start + G <= S`."""
+    """The cache with the keys and values of G tokens in slots start, start + 1, ... of every row; `start + G <= S`."""
     put = _put_rows if platform() == "tpu" else _put_chunks
 
     def written(slots_BxHxSxC, new_BxGxHxC):

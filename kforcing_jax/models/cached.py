@@ -8,7 +8,7 @@ Every layer has its own arrays, and its own weights: a loop over passes updates 
 """
 
 import weakref
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from kforcing_jax.models.backbone import Block, ModelConfig
 from kforcing_jax.models.cache import Cache
 from kforcing_jax.models.layers import MASK_LOGIT, rotary_angles
+from kforcing_jax.models.lm import CausalLM, PushForwardLM
 from kforcing_jax.sharding import parameter_shardings
 
 
@@ -70,20 +71,26 @@ def _cast(cfg, path, x):
     return x if "norm" in jax.tree_util.keystr(path) else x.astype(cfg.dtype)
 
 
-def weight_shardings(whole: Weights, mesh: Mesh) -> Weights:
-    """As `sharding.RULES` say for the stacked blocks, less their first axis."""
+def weight_shardings(whole: Weights, mesh: Mesh) -> Any:
+    """`Weights` of shardings: as `sharding.RULES` say for the stacked blocks, less their first axis."""
 
     def one(block):
         stacked = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape), x.dtype), block)
         shardings = parameter_shardings({"blocks": stacked}, mesh)["blocks"]
         return jax.tree.map(lambda s: NamedSharding(mesh, PartitionSpec(*s.spec[1:])), shardings)
 
-    head = NamedSharding(mesh, PartitionSpec(None, ("fsdp", "tensor")))
+    head: Any = NamedSharding(mesh, PartitionSpec(None, ("fsdp", "tensor")))
     return Weights(tuple(map(one, whole.blocks)), head, parameter_shardings(whole.rest, mesh))
 
 
 def append(
-    model, params: Weights, x_BxGxD: jax.Array, caches: tuple[Cache, ...], start_B, live: int, rows_BxR=None
+    model: CausalLM | PushForwardLM,
+    params: Weights,
+    x_BxGxD: jax.Array,
+    caches: tuple[Cache, ...],
+    start_B: jax.Array,
+    live: int,
+    rows_BxR: jax.Array | None = None,
 ) -> tuple[jax.Array, tuple[Cache, ...]]:
     """Runs the blocks over a chunk of embedded tokens.
 
@@ -102,20 +109,21 @@ def append(
     angles = rotary_angles(positions_BxG[:, None], model.cfg.head_width)
     for layer, (block_params, cache) in enumerate(zip(params.blocks, caches, strict=True)):
         wanted = rows_BxR if layer == len(caches) - 1 else None
-        x_BxGxD, cache = block.apply(
+        result: Any = block.apply(
             {"params": block_params}, x_BxGxD, angles, cache, start_B, live, wanted, method="append"
         )
+        x_BxGxD, cache = result
         written.append(cache)
     return call(model, params, "normalise", x_BxGxD), tuple(written)
 
 
-def ordered_logits(model, params: Weights, hidden_xD: jax.Array) -> jax.Array:
+def ordered_logits(model: CausalLM | PushForwardLM, params: Weights, hidden_xD: jax.Array) -> jax.Array:
     """f32 logits_xV in the order of the CDF."""
     cfg, bias_V = model.cfg, params.rest["backbone"]["output"]["bias"]
     logits_xV = jnp.einsum("...D,VD->...V", hidden_xD, params.head_VxD, precision=cfg.precision) + bias_V
     return logits_xV.at[..., cfg.column_of(cfg.mask_id)].set(MASK_LOGIT)
 
 
-def call(model, params: Weights, method: str, *args):
+def call(model: CausalLM | PushForwardLM, params: Weights, method: str, *args: Any) -> Any:
     """A method of the model that needs none of its blocks."""
     return model.apply({"params": params.rest}, *args, method=method)

@@ -2,6 +2,8 @@
 
 import functools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -30,7 +32,7 @@ def rotary_angles(positions: jax.Array, head_width: int) -> tuple[jax.Array, jax
 
 
 def rotate(x_xHxC: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotary embedding in the rotate-half convention: channel c pairs with channel c + C/2."""
+    """Rotary embedding in the rotate-half convention: channel c pairs with channel c + C/2. Keeps the dtype."""
     first, second = jnp.split(x_xHxC.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x_xHxC.dtype)
@@ -42,13 +44,14 @@ class NoiseEncoder(nn.Module):
     d_model: int
     precision: str
 
-    def setup(self):
+    def setup(self) -> None:
         dense = functools.partial(nn.Dense, precision=self.precision)
         self.project = dense(self.d_model)
         self.norm = nn.LayerNorm(epsilon=LAYER_NORM_EPSILON)
         self.mlp_in, self.mlp_out = dense(4 * self.d_model), dense(self.d_model)
 
     def __call__(self, u_x: jax.Array, tau_x: jax.Array) -> jax.Array:
+        """e(u, tau), (x, D)."""
         features_xF = jnp.concatenate([fourier_features(u_x, self.d_model), fourier_features(tau_x, self.d_model)], -1)
         return self._mix(self.project(features_xF))
 
@@ -61,7 +64,7 @@ class NoiseEncoder(nn.Module):
         return part_xD + projection["bias"]
 
     def of_noise(self, u_x: jax.Array, of_tau_xD: jax.Array) -> jax.Array:
-        """e(u, tau) with `of_tau` of the temperature."""
+        """e(u, tau), (x, D), with `of_tau` of the temperature."""
         kernel_DxD = self.project.variables["params"]["kernel"][: self.d_model]
         part_xD = jnp.dot(fourier_features(u_x, self.d_model), kernel_DxD, precision=self.precision)
         return self._mix(part_xD + of_tau_xD)
@@ -102,7 +105,7 @@ class Output(nn.Module):
     mask_column: int
     precision: str
 
-    def setup(self):
+    def setup(self) -> None:
         shape = (self.d_model, self.vocab_size)
         self.kernel = self.param("kernel", nn.initializers.lecun_normal(), shape, jnp.float32)
         self.bias = self.param("bias", nn.initializers.zeros_init(), (self.vocab_size,), jnp.float32)
@@ -111,11 +114,12 @@ class Output(nn.Module):
         """logits_xV, the mask at -1000."""
         return self._logits(x_xD, self.kernel, self.bias)
 
-    def per_token(self, function, x_BxAxGxD: jax.Array, *arrays_BxAxG: jax.Array):
+    def per_token(self, function: Callable[..., Any], x_BxAxGxD: jax.Array, *arrays_BxAxG: jax.Array) -> Any:
         """function(logits_BxAxGxV, *arrays_BxAxG), which works on every token by itself, over chunks of anchors.
 
         The logits of one chunk are alive at a time, in the backward pass too: memory does not depend on A * V.
-        Arrays, and what the function returns, have shape (B, A, G); an axis of size 1 is repeated.
+        Arrays, and what the function returns (one or a tree of them), have shape (B, A, G); an axis of size 1 is
+        repeated.
         """
         # Gathered and summed once, not once a chunk, where the parameters are spread over devices.
         kernel_DxV, bias_V = constrain(self.kernel), constrain(self.bias)
@@ -139,7 +143,7 @@ class Output(nn.Module):
         return logits_xV.at[..., self.mask_column].set(MASK_LOGIT)
 
 
-def chunk_size(shape_BxAxG: tuple[int, int, int], vocab_size: int) -> int:
+def chunk_size(shape_BxAxG: tuple[int, ...], vocab_size: int) -> int:
     """How many of A anchors to work on at a time, so that their logits stay within `_MOST_LOGITS` per device.
 
     As even as whole numbers allow: the last chunk lacks fewer anchors than there are chunks.

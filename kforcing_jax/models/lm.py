@@ -15,7 +15,8 @@ few positions at a time, so that nobody ever holds the logits of a whole batch. 
 tokens lie on [0, 1) (`ModelConfig.cdf_order`); those of `logits` and of calling a model are in vocabulary order.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -51,7 +52,7 @@ def consecutive(first_BxA: jax.Array, group: int) -> jax.Array:
     return first_BxA[..., None] + jnp.arange(group)
 
 
-def text_positions(shape_BxN: tuple[int, int], segments_BxN: jax.Array | None) -> jax.Array:
+def text_positions(shape_BxN: tuple[int, ...], segments_BxN: jax.Array | None) -> jax.Array:
     """positions_BxN of a text; they start again at 0 in every segment."""
     index_BxN = jnp.broadcast_to(jnp.arange(shape_BxN[1]), shape_BxN)
     if segments_BxN is None:
@@ -123,7 +124,7 @@ class LanguageModel(nn.Module):
         """What the blocks give to the hidden states that the output layer takes, f32."""
         return self.backbone.final_norm(x_xD.astype(jnp.float32))
 
-    def per_token(self, function, hidden_BxAxGxD: jax.Array, *arrays_BxAxG: jax.Array):
+    def per_token(self, function: Callable[..., Any], hidden_BxAxGxD: jax.Array, *arrays_BxAxG: jax.Array) -> Any:
         """function(ordered logits, *arrays) of every token, in chunks; see `Output.per_token`."""
         return self.backbone.output.per_token(function, hidden_BxAxGxD, *arrays_BxAxG)
 
@@ -144,14 +145,17 @@ class LanguageModel(nn.Module):
 class CausalLM(LanguageModel):
     """Autoregressive teacher: tokens in, next-token logits out. Noise and tau of passes are ignored."""
 
-    def setup(self):
+    def setup(self) -> None:
         self.backbone = Backbone(self.cfg)
 
     def __call__(self, tokens_BxN: jax.Array) -> jax.Array:
         """logits_BxNxV; position n predicts token n + 1."""
         return self.logits(self.begin(tokens_BxN).known.hidden[:, :, 0])
 
-    def embed_groups(self, tokens_BxAxT, noise_BxAxK, tau_B):
+    def embed_groups(
+        self, tokens_BxAxT: jax.Array, noise_BxAxK: jax.Array | None, tau_B: jax.Array | None
+    ) -> jax.Array:
+        """x_BxAxTxD: the tokens alone."""
         del noise_BxAxK, tau_B
         return self.backbone.embed(tokens_BxAxT)
 
@@ -176,7 +180,7 @@ class PushForwardLM(LanguageModel):
     The weights do not depend on k; the window of a pass is the last axis of the noise that it is given.
     """
 
-    def setup(self):
+    def setup(self) -> None:
         self.backbone = Backbone(self.cfg)
         self.noise_encoder = NoiseEncoder(self.cfg.d_model, self.cfg.precision)
 
@@ -184,7 +188,8 @@ class PushForwardLM(LanguageModel):
         """logits_BxNxKxV of one window after every position; window j of position n is token n + 1 + j."""
         return self.logits(self.begin(tokens_BxN, noise_BxNxK, tau_B).noise.hidden)
 
-    def embed_groups(self, tokens_BxAxT, noise_BxAxK, tau_B):
+    def embed_groups(self, tokens_BxAxT: jax.Array, noise_BxAxK: jax.Array, tau_B: jax.Array) -> jax.Array:
+        """x_BxAxGxD: the tokens, then the noise at the row's temperature; G = T + K."""
         tau_BxAxK = jnp.broadcast_to(tau_B[:, None, None], noise_BxAxK.shape)
         noise_BxAxKxD = self.noise_encoder(noise_BxAxK, tau_BxAxK)
         return jnp.concatenate([self.backbone.embed(tokens_BxAxT), noise_BxAxKxD], axis=2)
@@ -207,13 +212,13 @@ class PushForwardLM(LanguageModel):
         return self.cfg.token_at(noise.argmax(self._possible(ordered_xV)))
 
     def probability(self, ordered_xV: jax.Array) -> jax.Array:
-        """Of the token that `pick` gives."""
+        """prob_x of the token that `pick` gives, f32."""
         possible_xV = self._possible(ordered_xV)
         return 1 / jnp.sum(jnp.exp(possible_xV - jnp.max(possible_xV, axis=-1, keepdims=True)), axis=-1)
 
 
 def init_params(model: CausalLM | PushForwardLM, key: jax.Array) -> dict:
-    """Fresh parameters. Shapes do not depend on the inputs, so the smallest ones serve."""
+    """Fresh parameters, f32. Shapes do not depend on the inputs, so the smallest ones serve."""
     tokens_BxN = jnp.zeros((1, 1), jnp.int32)
     inputs = (tokens_BxN, jnp.zeros((1, 1, 1)), jnp.ones(1)) if isinstance(model, PushForwardLM) else (tokens_BxN,)
     return model.init(key, *inputs)["params"]

@@ -3,13 +3,21 @@
 import jax
 import jax.numpy as jnp
 
-from kforcing_jax.models import CausalLM
+from kforcing_jax.models import CausalLM, PushForwardLM
 from kforcing_jax.models.keys import Causal, KeyValue, Known, Past
 from kforcing_jax.models.lm import consecutive, text_positions
 
 
-def rollout(model, params, tokens_BxN, noise_BxNxK, tau_B, chunk: int, segments_BxN=None):
-    """The K tokens that a teacher generates after every position, for the given noise: tokens_BxNxK.
+def rollout(
+    model: CausalLM | PushForwardLM,
+    params: dict,
+    tokens_BxN: jax.Array,
+    noise_BxNxK: jax.Array,
+    tau_B: jax.Array,
+    chunk: int,
+    segments_BxN: jax.Array | None = None,
+) -> jax.Array:
+    """The K tokens that a teacher generates after every position, for the given noise: tokens_BxNxK, int32.
 
     Each pass extends every position's own window by `chunk` tokens: 1 for a CausalLM, the trained window for a
     PushForwardLM. The context of a window is real text up to its position and then the teacher's own tokens.
@@ -22,6 +30,9 @@ def rollout(model, params, tokens_BxN, noise_BxNxK, tau_B, chunk: int, segments_
       tau_B: temperature of each sequence.
       chunk: tokens per teacher pass; divides K.
       segments_BxN: segment ids of the text, where rows hold several documents.
+
+    Raises:
+      ValueError: the chunk does not divide K.
     """
     batch, length, window = noise_BxNxK.shape
     if window % chunk:
