@@ -14,7 +14,7 @@ from pathlib import Path
 
 import jax
 
-from kforcing_jax.config import Config, parse
+from kforcing_jax.config import Config, parse, stage_name, successors
 from kforcing_jax.data.pipeline import Corpus, load
 from kforcing_jax.data.places import expanded
 from kforcing_jax.data.preparation import prepare
@@ -33,23 +33,31 @@ _LOCKED: dict[Path, int] = {}
 
 
 class Workdir:
-    """A run directory and the configuration that it belongs to."""
+    """A run directory and the configuration that it belongs to.
 
-    def __init__(self, path: Path, config: Config):
-        self.path, self.config = path, config
+    `Workdir(path)` opens the directory of an earlier run.
+
+    Raises:
+      RunError: there is no run in the directory, or its config.json is damaged; the path is a URL.
+    """
+
+    def __init__(self, path: str | Path | None, config: Config | None = None):
+        self.path = None if path is None else _local(path)
+        self.config = _config_of_run(self.path) if config is None else config
 
     @classmethod
     def at(cls, path: str | Path, config: Config) -> "Workdir":
         """The directory of a run, as it is, for a look at it. Raises RunError when the path is a URL."""
-        return cls(_local(path), config)
+        return cls(path, config)
 
     @classmethod
     def claim(cls, path: str | Path, config: Config) -> "Workdir":
         """Opens the directory for a run of `config`, creating it when it is new.
 
-        `evaluation`, `logging` and `mesh` may change at any time, a stage until it or one of a larger window has a
-        checkpoint, and the rest until the data is prepared; new stages may join. Once something is trained, only
-        `keep_config` writes what has changed, when data and stages are known to fit.
+        `evaluation`, `logging` and `mesh` may change at any time, the `steps` of a stage until one that came from its
+        end has a checkpoint, its other fields until it has one too, and the rest until the data is prepared; new
+        stages may join. Once something is trained, only `keep_config` writes what has changed, when data and stages
+        are known to fit.
 
         Raises:
           RunError: the directory belongs to another configuration; names the first field that differs. Or another
@@ -58,21 +66,15 @@ class Workdir:
         workdir = cls.at(path, config)
         with workdir.locked():
             if workdir._config_path.exists():
-                _check_same_run(workdir.path, _read_config(workdir._config_path), dataclasses.asdict(config))
+                _check_same_run(workdir.path, _read_config(workdir._config_path), config)
             if not _trained_stages(workdir.path):
                 workdir.keep_config()
         return workdir
 
     @classmethod
     def open(cls, path: str | Path) -> "Workdir":
-        """Opens the directory of an earlier run. Raises RunError when there is none."""
-        path = _local(path)
-        if not (path / "config.json").exists():
-            raise RunError(f"{path} is not a run directory (no config.json); train one with kforcing_jax.main")
-        try:
-            return cls(path, parse(_read_config(path / "config.json")))
-        except ConfigError as error:
-            raise RunError(f"{path / 'config.json'}: {error}") from None
+        """`Workdir(path)`, by a name. Raises RunError when there is no run."""
+        return cls(path)
 
     @property
     def _config_path(self) -> Path:
@@ -131,6 +133,29 @@ class Workdir:
 
     def checkpoints_path(self, stage: str) -> Path:
         return self.path / "stages" / stage / "checkpoints"
+
+    def source(self, stage: str) -> "tuple[Workdir, str] | None":
+        """The run and its stage that `init_from` of a stage names, RUN or RUN/STAGE; None without.
+
+        Raises:
+          RunError: there is no such run, or it is this one.
+        """
+        text = self.config.stages[stage].init_from
+        if not text:
+            return None
+        whole = _local(text)
+        field = f"stages.{stage}.init_from = {text!r}"
+        if (whole / "config.json").exists():
+            run, named = whole, stage
+        elif (whole.parent / "config.json").exists():
+            run, named = whole.parent, whole.name
+        else:
+            raise RunError(f"{field}: neither {whole} nor {whole.parent} is a run directory (no config.json)")
+        if self.path and run.resolve() == self.path.resolve():
+            raise RunError(
+                f"{field} is this run; name another one, or leave it out: students start from their teachers"
+            )
+        return Workdir(run), stage_name(named)
 
     @property
     def data_path(self) -> Path:
@@ -230,6 +255,15 @@ def write_json(path: Path, content):
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
+def _config_of_run(path: Path) -> Config:
+    if not (path / "config.json").exists():
+        raise RunError(f"{path} is not a run directory (no config.json); train one with kforcing_jax.main")
+    try:
+        return parse(_read_config(path / "config.json"))
+    except ConfigError as error:
+        raise RunError(f"{path / 'config.json'}: {error}") from None
+
+
 def _read_config(path):
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -240,27 +274,67 @@ def _read_config(path):
         raise RunError(f"{path} is damaged ({error}); restore it or use another work directory") from None
 
 
-def _check_same_run(path, before, now):
+def complete_steps(directory: Path) -> list[int]:
+    """Steps of complete checkpoints, the newest first: orbax gives a directory this name when all is in it."""
+    return sorted((int(child.name) for child in directory.glob("*") if child.name.isdecimal()), reverse=True)
+
+
+def _check_same_run(path, before, config):
     with contextlib.suppress(ConfigError):
         before = dataclasses.asdict(parse(before))  # what was not a field yet had the value of its default
-    before, now = _flatten(before), _flatten(now)
+    before, now = _flatten(before), _flatten(dataclasses.asdict(config))
     for name, value in before.items():
-        shaped = _shaped_by(name, path, before) if now.get(name) != value else []
-        if shaped:
+        if now.get(name) == value:
+            continue
+        stage = name.split(".")[1] if name.startswith("stages.") else None
+        if stage and stage not in config.stages:
+            _check_may_leave(path, stage)
+        elif stage and name.endswith(".steps"):
+            _check_steps(path, stage, value, config)
+        elif shaped := _shaped_by(name, path, config):
             raise RunError(
                 f"{path} belongs to a different config: {name} = {value!r} there, {now.get(name)!r} here; use another "
                 f"work directory, set the field back, or delete what came from it ({', '.join(shaped)})"
+                + (f"; of a stage that has begun only stages.{stage}.steps may change" if stage else "")
             )
 
 
+def _check_may_leave(path, stage):
+    """Later fields of a trained stage could not be compared with those that it was trained with."""
+    if stage in _trained_stages(path):
+        raise RunError(
+            f"{path} has trained stages.{stage}, which is not in this config; leave it in, for what is finished is not "
+            f"trained again, or delete {path / 'stages' / stage}"
+        )
+
+
+def _check_steps(path, stage, before, config):
+    """The end of a stage may move while nothing has come from it, to where there is something to go on from."""
+    if config.stages[stage].checkpoint:
+        return  # it has no steps
+    steps, field = config.stages[stage].last_step, f"stages.{stage}.steps"
+    trained = [name for name in successors(config, stage) if name in _trained_stages(path)]
+    if trained:
+        folders = ", ".join(str(path / "stages" / name) for name in trained)
+        raise RunError(
+            f"{field} = {before} in {path}, {steps} here: {', '.join(trained)} came from {stage} at step {before}; set "
+            f"it back, or delete what would have to be trained again ({folders})"
+        )
+    there = complete_steps(path / "stages" / stage / "checkpoints")
+    if there and steps < min(there):
+        raise RunError(
+            f"{field} = {steps}: stage {stage} of {path} has no checkpoint so early, only at steps "
+            f"{', '.join(map(str, sorted(there)))}; give one of these or more, or delete {path / 'stages' / stage}"
+        )
+
+
 def _shaped_by(field, path, config) -> list[str]:
-    """What is in the directory already and came from this field: a stage shapes those of larger windows too."""
+    """What is in the directory already and came from this field: a stage shapes those that come from it too."""
     group, _, rest = field.partition(".")
     trained = _trained_stages(path)
     if group == "stages":
         stage = rest.split(".")[0]
-        window = config.get(f"stages.{stage}.window", 0)
-        trained = [name for name in trained if name == stage or config.get(f"stages.{name}.window", 0) > window]
+        trained = [name for name in trained if name in (stage, *successors(config, stage))]
     elif group in _FREE or field in _FREE_FIELDS:
         return []
     data = ["data"] if group != "stages" and (path / "data" / "manifest.json").exists() else []
@@ -269,11 +343,7 @@ def _shaped_by(field, path, config) -> list[str]:
 
 def _trained_stages(path) -> list[str]:
     """Stages that have a checkpoint."""
-    return sorted(
-        stage.name
-        for stage in (path / "stages").glob("*")
-        if any(child.name.isdecimal() for child in (stage / "checkpoints").glob("*"))
-    )
+    return sorted(stage.name for stage in (path / "stages").glob("*") if complete_steps(stage / "checkpoints"))
 
 
 def _flatten(tree, path=""):

@@ -19,21 +19,53 @@ from kforcing_jax.data.tokenizers import Tokenizer
 from kforcing_jax.errors import RunError
 from kforcing_jax.noise import CdfOrder
 from kforcing_jax.training.recipes import Vocabulary
-from kforcing_jax.workdir import Workdir
+from kforcing_jax.workdir import Workdir, complete_steps, write_json
 
 
-def complete_steps(directory: Path) -> list[int]:
-    """Steps of complete checkpoints, the newest first: orbax gives a directory this name when all is in it."""
-    return sorted((int(child.name) for child in directory.glob("*") if child.name.isdecimal()), reverse=True)
+def checkpoint_steps(workdir: Workdir, stage: str) -> list[int]:
+    """Steps of the complete checkpoints of a stage, the newest first; none past its last step."""
+    settings = workdir.config.stages.get(stage)
+    steps = complete_steps(workdir.checkpoints_path(stage))
+    return [step for step in steps if settings is None or step <= settings.last_step]
+
+
+def is_finished(workdir: Workdir, stage: str) -> bool:
+    """Whether the stage has its last checkpoint."""
+    return workdir.config.stages[stage].last_step in checkpoint_steps(workdir, stage)
+
+
+def finished_stages(workdir: Workdir) -> list[str]:
+    """Finished stages in the order of training."""
+    return [name for name in begun_stages(workdir) if is_finished(workdir, name)]
+
+
+def begun_stages(workdir: Workdir) -> list[str]:
+    """Stages that have a checkpoint, in the order of training."""
+    return [name for name in ["ar", *workdir.config.students] if checkpoint_steps(workdir, name)]
+
+
+def progress_path(workdir: Workdir, stage: str, step: int) -> Path:
+    """What a checkpoint says of itself, as JSON."""
+    return workdir.checkpoints_path(stage) / str(step) / "progress" / "metadata"
 
 
 def stage_progress(workdir: Workdir, stage: str) -> dict:
     """What the newest checkpoint says of itself; {} where there is none."""
-    directory = workdir.checkpoints_path(stage)
-    for step in complete_steps(directory):
+    for step in checkpoint_steps(workdir, stage):
         with contextlib.suppress(OSError, ValueError):
-            return json.loads((directory / str(step) / "progress" / "metadata").read_text())
+            return json.loads(progress_path(workdir, stage, step).read_text())
     return {}
+
+
+def write_progress(workdir: Workdir, stage: str, step: int, progress: dict):
+    """Has a checkpoint say something else of itself. All processes of a run have to call this together."""
+    path = progress_path(workdir, stage, step)
+    try:
+        write_json(path, progress)
+    except OSError as error:
+        raise RunError(f"{path} cannot be written: {error.strerror or error}") from None
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("progress written")
 
 
 def run_vocabulary(workdir: Workdir, tokens: Corpus | Tokenizer) -> Vocabulary:
@@ -42,11 +74,28 @@ def run_vocabulary(workdir: Workdir, tokens: Corpus | Tokenizer) -> Vocabulary:
     One order for all stages: students start from their teachers' output layers.
     """
     config = workdir.config
-    kept = [stage_progress(workdir, stage).get("made_from", {}).get("cdf_order") for stage in config.stages]
-    order = next((CdfOrder(tokens_V) for tokens_V in kept if tokens_V), None)
+    order = next(filter(None, (kept_order(workdir, stage) for stage in config.stages)), None)
+    if order is None and config.model.cdf_order == "shuffled":
+        order = _order_of_sources(workdir)
     if order is None and config.model.cdf_order == "shuffled":
         order = CdfOrder.shuffled(tokens.vocab_size, config.seed)
     return Vocabulary(tokens.vocab_size, tokens.mask_id, tokens.eos_id, order)
+
+
+def kept_order(workdir: Workdir, stage: str) -> CdfOrder | None:
+    """The order that the weights of a stage have kept; None for that of the ids."""
+    tokens_V = stage_progress(workdir, stage).get("made_from", {}).get("cdf_order")
+    return CdfOrder(tokens_V) if tokens_V else None
+
+
+def _order_of_sources(workdir) -> CdfOrder | None:
+    """The order of weights that come from other runs. A student is bound to its order, an AR model to none."""
+    for name in [*workdir.config.students, "ar"]:
+        source = workdir.source(name)
+        order = source and kept_order(*source)
+        if order:
+            return order
+    return None
 
 
 def made_from(workdir: Workdir, stage: str, corpus: Corpus) -> dict:
@@ -80,6 +129,7 @@ def check_made_from(workdir: Workdir, stage: str, vocabulary):
                 f"stage {stage} of {workdir.path} was trained with another {name} ({before[name][:8]}; that of "
                 f"{workdir.data_path} is {now[:8]}); put back that data, or delete {folder}"
             )
+    _check_source(workdir, stage, before.get("init_from"))
     for parent in filter(None, map(before.get, ("teacher", "origin"))):
         now = stage_progress(workdir, parent["stage"]).get("weights")
         if None not in (now, parent["weights"]) and now != parent["weights"]:
@@ -87,6 +137,23 @@ def check_made_from(workdir: Workdir, stage: str, vocabulary):
                 f"stage {stage} of {workdir.path} was trained from another {parent['stage']} "
                 f"({parent['weights'][:8]}; there is {now[:8]} now); delete {folder}, or restore that {parent['stage']}"
             )
+
+
+def _check_source(workdir, stage, source):
+    """A source that went on training since is fine, and so is one that is gone; one trained again is another."""
+    try:
+        run = Workdir(source["run"]) if source else None
+    except RunError:
+        return
+    if not run or checkpoint_steps(run, source["stage"])[:1] != [source["step"]]:
+        return
+    now = stage_progress(run, source["stage"]).get("weights")
+    if now not in (None, source["weights"]):
+        raise RunError(
+            f"stage {stage} of {workdir.path} started from another {source['stage']} of {run.path} "
+            f"({source['weights'][:8]}; there is {now[:8]} now); delete {workdir.path / 'stages' / stage}, or restore "
+            f"that {source['stage']}"
+        )
 
 
 def weights_digest(params: dict) -> str:
