@@ -1,6 +1,7 @@
 """Curves of several runs over each other: in all of them a run has its own colour, dashes and marker."""
 
 import dataclasses
+import functools
 import html
 import itertools
 from collections.abc import Callable, Sequence
@@ -173,6 +174,7 @@ def _has(row, key):
     return is_number(row.get(key)) and is_number(row.get("tokens_per_pass"))
 
 
+@functools.cache
 def _swatch(look):
     with new_figure(0.8, 0.22) as figure:
         axes = figure.subplots()
