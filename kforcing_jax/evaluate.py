@@ -1,4 +1,4 @@
-"""Evaluates the finished stages of a run again, or a released checkpoint, also under an external scorer.
+"""Evaluates the stages of a run, also of one that trains, or a released checkpoint, also under an external scorer.
 
 python -m kforcing_jax.evaluate --workdir=runs/tiny
 python -m kforcing_jax.evaluate --checkpoint=pflm_lm1b_k4.ckpt --teacher=ar_lm1b.ckpt --prefix_file=prefixes.jsonl
@@ -62,7 +62,13 @@ def _evaluate_run():
 
     summary = evaluate(*processes.together(opened))
     if jax.process_index() == 0:
-        print(json.dumps(summary) if _JSON.value else f"{table(summary)}\n\n{samples_text(summary)}")
+        print(json.dumps(summary) if _JSON.value else f"{table(_shown(summary))}\n\n{samples_text(summary)}")
+
+
+def _shown(summary):
+    """With the stages that are not finished, by their steps."""
+    running = {f"{name}@{figures['step']}": figures for name, figures in summary.get("unfinished", {}).items()}
+    return summary | {"stages": summary["stages"] | running}
 
 
 def _evaluate_checkpoint():

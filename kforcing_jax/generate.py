@@ -50,6 +50,9 @@ _CONFIDENCE = flags.DEFINE_float(
     "confidence", 0.0, "How likely the part of a window that is kept has to be, in [0, 1]; 0 keeps whole windows."
 )
 _STAGE = flags.DEFINE_string("stage", None, "Decode with this stage (k4-from-ar, ...), not the nearest window's.")
+_STEP = flags.DEFINE_integer(
+    "step", None, "Decode with the stage's checkpoint of this step, not with its newest.", lower_bound=1
+)
 _SEED = flags.DEFINE_integer("seed", 0, "Noise seed of the first sample; the others count up.", lower_bound=0)
 _TAU = flags.DEFINE_float(
     "tau", None, "Temperature, in [1e-6, 1000]; by default 1, or the nearest that the stage was trained with."
@@ -113,7 +116,7 @@ def _check_flags():
     if _WORKDIR.value:
         cli.refuse_flags(["tokenizer", "weights", "teacher"], "without --checkpoint")
     else:
-        cli.refuse_flags(["stage"], "without --workdir")
+        cli.refuse_flags(["stage", "step"], "without --workdir")
     _check_mode()
     _check_prompts()
 
@@ -156,19 +159,20 @@ def _check_prompts():
 
 
 def _from_run() -> Decoder:
-    from kforcing_jax.training.checkpoints import finished_stages, load_stage
+    from kforcing_jax.training.checkpoints import finished_stages, load_checkpoint, load_stage, unfinished_stages
     from kforcing_jax.workdir import Workdir
 
     workdir = Workdir.open(_WORKDIR.value)
     tokenizer = workdir.tokenizer()
-    stage, k = choose_stage(workdir.config, finished_stages(workdir), _MODE.value, K.value, _STAGE.value)
+    stages = finished_stages(workdir), unfinished_stages(workdir)
+    stage, k = choose_stage(workdir.config, stages[0], _MODE.value, K.value, _STAGE.value, stages[1])
     data, evaluation = workdir.config.data, workdir.config.evaluation
     settings = workdir.config.stages[stage]
     is_weighed = settings.window and _MODE.value == "student"  # the teacher takes any temperature
     tau = choose_tau(_TAU.value, (settings.tau_min, settings.tau_max) if is_weighed else None)
     if not PREFIX_FILE.value:
         _prompts(tokenizer, tokenizer.vocab_size, data.seq_len)  # before weights are loaded
-    loaded = load_stage(workdir, stage, tokenizer)
+    loaded = load_checkpoint(workdir, stage, tokenizer, step=_STEP.value)[:2]
     teacher = load_stage(workdir, "ar", tokenizer) if _MODE.value == "exact" else None
     return Decoder(stage, *loaded, teacher, tokenizer, tokenizer.eos_id, k, data.seq_len, evaluation.prompt_length, tau)
 

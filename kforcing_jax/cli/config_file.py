@@ -10,6 +10,7 @@ from pathlib import Path
 
 import ml_collections
 
+from kforcing_jax.cli.stage_flags import change_stages
 from kforcing_jax.config import Config, parse, unknown_field
 from kforcing_jax.data.places import expanded
 from kforcing_jax.errors import ConfigError, UserError
@@ -41,6 +42,8 @@ def read_config(name: str, overrides: Mapping[str, str]) -> Config:
         reason = " ".join(str(error).split()) or "it fails"
         raise ConfigError(f"--config={name} cannot be read: {type(error).__name__}: {reason}") from None
     plain = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else config
+    if isinstance(plain.get("stages"), dict):
+        overrides = change_stages(plain["stages"], overrides)
     for field, text in overrides.items():
         _override(plain, field, text)
     return parse(plain)

@@ -1,4 +1,4 @@
-"""The whole evaluation of a run: every finished stage against the AR teacher, into summary.json and report.html."""
+"""The whole evaluation of a run: every stage against the AR teacher, into summary.json and report.html."""
 
 import dataclasses
 import datetime
@@ -21,7 +21,7 @@ from kforcing_jax.evaluation.report import write_report
 from kforcing_jax.evaluation.samples import generate, measure, prompts, speeds, stride_figures
 from kforcing_jax.evaluation.scorer import Scorer
 from kforcing_jax.sharding import replicated
-from kforcing_jax.training.checkpoints import finished_stages, load_stage
+from kforcing_jax.training.checkpoints import finished_stages, load_checkpoint, unfinished_stages
 from kforcing_jax.training.records import stage_progress, weights_digest
 from kforcing_jax.workdir import Workdir
 
@@ -36,31 +36,37 @@ _MOST_BLOCKS = 100_000
 
 
 def evaluate(workdir: Workdir, corpus: Corpus, mesh: Mesh, scorer: Scorer | None = None, command: str = "") -> dict:
-    """Measures all finished stages on a mesh; returns what it writes to summary.json.
+    """Measures all stages on a mesh; returns what it writes to summary.json.
+
+    Stages that are not finished, at their newest checkpoints, are under `unfinished` there, with the `step` and the
+    `steps` that they are to have, until they or others are evaluated next.
 
     With a scorer also `external` figures. `command` is what the run was started with, for the report. All processes of
     a run have to call this together; the first one writes.
 
     Raises:
-      RunError: the AR teacher is not finished.
+      RunError: the AR teacher has no checkpoint yet.
     """
     start = time.perf_counter()
     if not workdir.is_writable():
         _LOG.warning(f"{workdir.path} is not writable: what is measured will not be kept")
     with jax.set_mesh(mesh):
+        unfinished = unfinished_stages(workdir)
         recorded = {name: stage_progress(workdir, name).get("weights") for name in finished_stages(workdir)}
-        run = _Run.load(workdir, corpus, mesh, ["ar", *(name for name in recorded if name != "ar")])
+        names = ["ar", *(name for name in [*recorded, *unfinished] if name != "ar")]
+        run = _Run.load(workdir, corpus, mesh, names)
         # Of what was loaded: where the last checkpoint is damaged, that is an earlier one.
-        weights = {name: recorded[name] and weights_digest(params) for name, (_, params) in run.models.items()}
+        weights = {name: recorded[name] and weights_digest(run.models[name][1]) for name in names if name in recorded}
         stages = {}
         continuations = {}
         for name in run.models:
             _LOG.info(f"{name:<11} evaluating")
             decoded = run.decode(name)
-            stages[name] = run.measure(name, decoded, scorer) | {"weights": weights[name]}
+            stages[name] = run.measure(name, decoded, scorer) | {"weights": weights.get(name)}
             if name == run.largest and run.settings.confidences:
                 stages[name]["confident"] = run.confident(name, decoded)
-            continuations[name] = run.texts(decoded)
+            label = f"{name}@{run.steps[name]}" if name in unfinished and name != "ar" else name
+            continuations[label] = run.texts(decoded)
         for name, speed in run.speeds().items():
             stages[name] |= _speed_figures(speed, run.useful_share(stages[name].pop("new_tokens")))
     general = {
@@ -73,7 +79,14 @@ def evaluate(workdir: Workdir, corpus: Corpus, mesh: Mesh, scorer: Scorer | None
         "evaluation_seconds": round(time.perf_counter() - start, 1),
         "samples": run.samples(continuations),
     }
-    return _keep(workdir, general | ({"command": command} if command else {}), stages)
+    general |= {"command": command} if command else {}
+    running = {name: _of_running(stages.pop(name), workdir, name, run.steps[name]) for name in unfinished}
+    return _keep(workdir, general, stages, running)
+
+
+def _of_running(measured, workdir, name, step):
+    measured.pop("weights")
+    return measured | {"step": step, "steps": workdir.config.stages[name].last_step}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,14 +98,16 @@ class _Run:
     models: dict[str, tuple]
     prompts_BxP: np.ndarray
     key: jax.Array
+    steps: dict[str, int] = dataclasses.field(default_factory=dict)  # of the checkpoints that the models are of
 
     @classmethod
     def load(cls, workdir: Workdir, corpus: Corpus, mesh: Mesh, names: list[str]) -> "_Run":
         settings, framed = workdir.config.evaluation, workdir.config.data.packing == "framed"
-        models = {name: load_stage(workdir, name, corpus, mesh) for name in names}
+        loaded = {name: load_checkpoint(workdir, name, corpus, mesh) for name in names}
+        models, steps = {name: each[:2] for name, each in loaded.items()}, {n: each.step for n, each in loaded.items()}
         prompts_BxP = prompts(corpus, settings.samples, settings.prompt_length, kept=int(framed))
         key = jax.random.fold_in(jax.random.key(workdir.config.seed), zlib.crc32(b"evaluation"))
-        return cls(workdir, corpus, models, prompts_BxP, jax.device_put(key, replicated(mesh)))
+        return cls(workdir, corpus, models, prompts_BxP, jax.device_put(key, replicated(mesh)), steps)
 
     @property
     def settings(self) -> EvaluationConfig:
@@ -207,23 +222,24 @@ def _speed_figures(speed, useful_share):
     return {"speed": speed, "tokens_per_second": round(useful_share * largest["tokens_per_second"], 1)}
 
 
-def _keep(workdir, general, stages) -> dict:
+def _keep(workdir, general, stages, running) -> dict:
     """Adds what was measured to summary.json and writes the report, where that can be done; returns the summary."""
     try:
         with workdir.changed_summary() as summary:
-            _merge(workdir, summary, general, stages)
+            _merge(workdir, summary, general, stages, running)
         if jax.process_index() == 0:
             write_report(workdir.path)
     except (OSError, RunError) as error:
         _LOG.warning(f"not kept: {error}")
         summary = workdir.summary()
-        _merge(workdir, summary, general, stages)
+        _merge(workdir, summary, general, stages, running)
     return summary
 
 
-def _merge(workdir, summary, general, stages):
+def _merge(workdir, summary, general, stages, running):
     """Adds what was measured to a summary, which a training run may have changed meanwhile."""
-    summary |= general
+    summary.pop("unfinished", None)
+    summary |= general | ({"unfinished": running} if running else {})
     summary["stages"] = {name: s for name, s in summary["stages"].items() if name in finished_stages(workdir)}
     for name, measured in stages.items():
         progress, before = stage_progress(workdir, name), summary["stages"].get(name, {})

@@ -35,6 +35,7 @@ from kforcing_jax.training.records import (
     finished_stages,
     is_finished,
     run_vocabulary,
+    unfinished_stages,
 )
 from kforcing_jax.training.step import TrainState
 from kforcing_jax.workdir import Workdir, complete_steps
@@ -48,6 +49,7 @@ __all__ = [
     "is_finished",
     "load_checkpoint",
     "load_stage",
+    "unfinished_stages",
 ]
 
 _LOG = logging.getLogger("kforcing_jax")

@@ -39,6 +39,11 @@ def finished_stages(workdir: Workdir) -> list[str]:
     return [name for name in begun_stages(workdir) if is_finished(workdir, name)]
 
 
+def unfinished_stages(workdir: Workdir) -> list[str]:
+    """Stages that have a checkpoint, but not their last one."""
+    return [name for name in begun_stages(workdir) if not is_finished(workdir, name)]
+
+
 def begun_stages(workdir: Workdir) -> list[str]:
     """Stages that have a checkpoint, in the order of training."""
     return [name for name in ["ar", *workdir.config.students] if checkpoint_steps(workdir, name)]
