@@ -14,7 +14,7 @@ import ml_collections
 
 from kforcing_jax.data.choices import KNOWN_TOKENIZERS, PACKINGS, STATE_NAMES, TRAINED_TOKENIZERS, check_source, source
 from kforcing_jax.errors import ConfigError
-from kforcing_jax.registry import LOSSES, OBJECTIVES, OPTIMIZERS, SCHEDULES
+from kforcing_jax.registry import LOSSES, OBJECTIVES, OPTIMIZERS, SCHEDULES, TRACKERS
 
 
 def _one_of(name, value, choices):
@@ -285,7 +285,7 @@ class LoggingConfig:
     keep_newest: int = 2  # checkpoints of a stage that stay; the last one does in any case
     keep_every: int = 0  # also those of every this many steps; 0: none
     keep_best: int = 0  # also so many with the lowest validation loss
-    trackers: tuple[str, ...] = ()  # tensorboard | wandb, beside metrics.jsonl
+    trackers: tuple[str, ...] = ()  # tensorboard | wandb, or module:class of one's own; beside metrics.jsonl
 
     def __post_init__(self):
         for field in ("log_every", "checkpoint_every", "validation_rows", "keep_newest"):
@@ -296,6 +296,8 @@ class LoggingConfig:
             raise ConfigError(
                 f"logging.checkpoint_seconds = {self.checkpoint_seconds} should be zero or positive, and finite"
             )
+        for tracker in self.trackers:
+            TRACKERS.check("logging.trackers", tracker)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -143,7 +143,7 @@ class StageLog:
 
 
 def _agreements(record, prefix, whose=""):
-    values = [f"{value:.2f}" for key, value in record.items() if key.startswith(prefix)]
+    values = ["-" if value is None else f"{value:.2f}" for key, value in record.items() if key.startswith(prefix)]
     return f"  agreement{whose} {' '.join(values)}" if values else ""
 
 

@@ -20,13 +20,20 @@ class Trackers:
     """What every tracker of a run is told. One that fails is said once and asked again at the next report."""
 
     def __init__(self, trackers: dict[str, Tracker] | None = None):
-        self._trackers = trackers or {}
+        self._trackers = dict(trackers or {})
         self._failed: set[str] = set()
 
     def __enter__(self):
         return self
 
     def __exit__(self, *exception):
+        self.close()
+
+    def add(self, name: str, tracker: Tracker):
+        """Takes one that has started."""
+        self._trackers[name] = tracker
+
+    def close(self):
         for name, tracker in self._trackers.items():
             with self._survived(name):
                 tracker.close()
@@ -66,11 +73,12 @@ def open_trackers(names: Sequence[str], run: TrackedRun) -> Trackers:
       ConfigError: as `check_trackers`.
       RunError: one of them could not start.
     """
-    kinds, started, error = check_trackers(names), {}, None
+    kinds, started, error = check_trackers(names), Trackers(), None
     for name, kind in kinds.items() if jax.process_index() == 0 else ():
         try:
-            started[name] = kind()
-            started[name].start(run)
+            tracker = kind()
+            tracker.start(run)
+            started.add(name, tracker)
         except Exception as raised:  # of any kind, as theirs are
             error = f"tracker {name} cannot start: {_said(raised)}"
             break
@@ -78,8 +86,9 @@ def open_trackers(names: Sequence[str], run: TrackedRun) -> Trackers:
         failed = bool(multihost_utils.broadcast_one_to_all(np.array(error is not None)))
         error = error or ("a tracker of process 0 cannot start" if failed else None)
     if error:
+        started.close()
         raise RunError(error)
-    return Trackers(started)
+    return started
 
 
 def _said(error) -> str:

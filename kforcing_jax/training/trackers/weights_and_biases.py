@@ -2,6 +2,7 @@
 
 import html
 import os
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -51,5 +52,5 @@ class WeightsAndBiases:
 
 def _kept_id(path: Path) -> str:
     if not path.exists():
-        write_text(path, wandb.util.generate_id() + "\n")
+        write_text(path, secrets.token_hex(4) + "\n")
     return path.read_text().strip()
