@@ -9,11 +9,18 @@ import sys
 import pytest
 from commands import REPOSITORY, run_command
 
+from kforcing_jax.cli.config_file import split_overrides
+from kforcing_jax.cli.stage_flags import change_stages
+from kforcing_jax.config import parse
+from kforcing_jax.errors import ConfigError
+
 PAGES = [
     REPOSITORY / "README.md",
     *sorted((REPOSITORY / "docs").glob("*.md")),
     *sorted((REPOSITORY / "configs").glob("*.py")),
 ]
+# The others have flags alone.
+TAKE_ARGUMENTS = ("kforcing_jax.compare",)
 # In a block or inline, after a prompt, settings of the environment or another command; up to what ends a command.
 _COMMAND = re.compile(r"\bpython3? (?:-m kforcing_jax\.|launch/|benchmarks/)(?:(?! #| &&| \||[`\n;]).)+")
 
@@ -31,29 +38,54 @@ def problems(command, flags_of):
     if not known:
         return [f"no command {program}"]
     config = next((word.removeprefix("--config=") for word in given if word.startswith("--config=")), None)
-    if config and config != "DOTS" and not (REPOSITORY / config.split(":")[0]).is_file():
+    if config and config != "DOTS" and not _get_config(config):
         found.append(f"no {config}")
+    found += _missing_fields(config, split_overrides(given)[1])
     for word in given:
         name = word.split("=")[0].removeprefix("--")
         if name.startswith("config."):
-            found += _missing_field(config, name.removeprefix("config."))
-        elif word.startswith("--") and name not in known and name.removeprefix("no-") not in known:
+            continue
+        if word.startswith("--") and name not in known and name.removeprefix("no-") not in known:
             found.append(f"no flag --{name}")
-        elif not word.startswith("--"):
+        elif not word.startswith("--") and program not in TAKE_ARGUMENTS:
             found.append(f"argument {word}")
     return found
 
 
-def _missing_field(config, path):
+def _missing_fields(config, overrides):
+    if not overrides:
+        return []
     if config in (None, "DOTS"):
         config = "configs/tiny.py"
-    file, *variant = config.split(":")
-    node = runpy.run_path(str(REPOSITORY / file))["get_config"](*variant)
-    for name in path.split("."):
-        if name not in node:
-            return [f"no field {path}"]
+    get_config = _get_config(config)
+    if not get_config:
+        return []
+    fields = get_config(*config.split(":")[1:]).to_dict()
+    try:
+        overrides = change_stages(fields["stages"], overrides)
+    except ConfigError as error:
+        return [str(error)]
+    return [f"no field {path}" for path in overrides if not _is_there(fields, path.split("."))]
+
+
+def _get_config(config):
+    """The function of a config, by its path or the name of an installed one; None where there is none."""
+    file = config.split(":")[0]
+    if file == "mine.py":  # which a page has its readers write
+        names = {}
+        page = (REPOSITORY / "docs/sweeps.md").read_text(encoding="utf-8")
+        exec(re.search(r"```python\n(.*?)```", page, re.DOTALL)[1], names)
+        return names["get_config"]
+    paths = (REPOSITORY / file, REPOSITORY / "configs" / f"{file}.py")
+    return next((runpy.run_path(str(path))["get_config"] for path in paths if path.is_file()), None)
+
+
+def _is_there(node, names):
+    for name in names:
+        if not isinstance(node, dict) or name not in node:
+            return False
         node = node[name]
-    return []
+    return True
 
 
 def _help(program):
@@ -109,12 +141,22 @@ def test_a_command_is_found_wherever_it_stands(text):
         ("python -m kforcing_jax.main --config=configs/tiny.py --config.model.layers=3", ["no field model.layers"]),
         ("python -m kforcing_jax.main --config=configs/huge.py", ["no configs/huge.py"]),
         ("python launch/compile_for_tpu.py --config=configs/owt.py stray", ["argument stray"]),
+        ("python -m kforcing_jax.compare runs/a runs/b --json", []),
+        ("python -m kforcing_jax.main --config=configs/lm1b.py --config.stages.k16.window=16", []),
+        (
+            "python -m kforcing_jax.main --config=tiny --config.stages.k16.window=16 --config.stages.k16.step=9",
+            ["no field stages.k16.step"],
+        ),
         ("python -m kforcing_jax.serf --workdir=a", ["no command kforcing_jax.serf"]),
         ("python launch/missing.py", ["no command launch/missing.py"]),
     ],
 )
 def test_a_wrong_command_is_noticed(command, wrong, flags_of):
     assert problems(command, flags_of) == wrong
+
+
+def test_the_config_that_readers_write_is_one():
+    assert parse(_get_config("mine.py")("deep")).model.num_layers > parse(_get_config("mine.py")()).model.num_layers
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if p.suffix == ".md"], ids=lambda page: page.name)
