@@ -1,5 +1,6 @@
 """The training loop on a problem small enough to see through: fit a vector to the mean of the batch."""
 
+import functools
 import itertools
 import json
 import math
@@ -18,10 +19,12 @@ from kforcing_jax.config import LoggingConfig, MeshConfig, StageConfig
 from kforcing_jax.data.packing import Batch
 from kforcing_jax.errors import ConfigError, RunError
 from kforcing_jax.sharding import abstract_on, make_mesh, replicated
+from kforcing_jax.training import stage as stage_module
 from kforcing_jax.training.checkpoints import StageCheckpoints
 from kforcing_jax.training.losses import Mean, weighted_mean
 from kforcing_jax.training.objectives import Inputs, Objective
 from kforcing_jax.training.profiling import ProfiledSteps
+from kforcing_jax.training.save_times import SaveTimes
 from kforcing_jax.training.spent import PARTS
 from kforcing_jax.training.stage import Phase, Stage, precision_phases, train
 
@@ -65,8 +68,8 @@ ONE_DEVICE = MeshConfig(data=1)
 
 def run(directory, stage, profile=None, **logging):
     mesh = make_mesh(ONE_DEVICE)
-    with StageCheckpoints(directory / "checkpoints") as checkpoints:
-        settings = LoggingConfig(**({"log_every": 2, "checkpoint_every": 3} | logging))
+    settings = LoggingConfig(**({"log_every": 2, "checkpoint_every": 3} | logging))
+    with StageCheckpoints(directory / "checkpoints", settings) as checkpoints:
         train(stage, mesh, checkpoints, directory / "metrics.jsonl", settings, profile=profile)
         return checkpoints.restore_ema(abstract_on(stage.initial_params, replicated(mesh)))
 
@@ -99,6 +102,33 @@ def test_an_interrupted_stage_ends_exactly_like_an_uninterrupted_one(tmp_path, s
 
 def compilations_said(caplog):
     return [line.split("compiling ")[1] for line in caplog.messages if "compiling" in line]
+
+
+@pytest.mark.parametrize("settings", [{}, {"schedule": "wsd", "decay_fraction": 0.25}])
+def test_a_stage_that_is_made_longer_ends_as_if_it_had_been_so_from_the_start(tmp_path, settings, caplog):
+    """Of `wsd`, while the rate is constant under both lengths."""
+    caplog.set_level("INFO", "kforcing_jax")
+    expected = run(tmp_path / "whole", make_stage(steps=12, **settings))
+    with pytest.raises(Interruption):
+        run(tmp_path / "grown", make_stage(interrupted_before(6), steps=8, **settings))
+    grown = run(tmp_path / "grown", make_stage(steps=12, **settings))
+    np.testing.assert_array_equal(grown["w"], expected["w"])
+    assert "steps was 8 and is 12: as if it had been so from the start" in caplog.text
+
+
+def test_a_cosine_that_is_made_longer_says_where_its_rate_jumps_to(tmp_path, caplog):
+    run(tmp_path, make_stage(schedule="cosine"))
+    longer = run(tmp_path, make_stage(schedule="cosine", steps=14))
+    assert "steps was 7 and is 14 at step 7: the learning rate goes from 0 to 0.05 and follows" in caplog.text
+    assert latest_step(tmp_path) == 14 and np.isfinite(longer["w"]).all()
+
+
+def test_a_stage_is_saved_by_time_between_its_steps(tmp_path, monkeypatch):
+    seconds = itertools.count(step=10)  # each time that the clock is looked at
+    monkeypatch.setattr(stage_module, "SaveTimes", functools.partial(SaveTimes, clock=lambda: next(seconds)))
+    settings = {"checkpoint_every": 100, "checkpoint_seconds": 15, "keep_newest": 9}
+    run(tmp_path, make_stage(steps=5), **settings)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["2", "4", "5"]
 
 
 def test_a_stage_is_one_compiled_program_and_says_when_it_is_compiled(tmp_path, caplog):
