@@ -293,4 +293,9 @@ def _kinds(runs, name):
 
 
 def _named(runs, name):
-    return ", ".join(f"{run.name} {run.digests[name][:8]}" for run in runs if name in run.digests)
+    """Whose digest is which: a, b: 1234abcd; c: 5678abcd."""
+    having = collections.defaultdict(list)
+    for run in runs:
+        if name in run.digests:
+            having[run.digests[name][:8]].append(run.name)
+    return "; ".join(f"{', '.join(names)}: {digest}" for digest, names in having.items())

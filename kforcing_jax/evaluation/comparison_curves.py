@@ -54,10 +54,15 @@ def training_panels(runs: Sequence[Run]) -> dict[str, tuple[list[str], list[str]
     return {stage: drawn for stage in stages if (drawn := _stage_panels(runs, stage))[1]}
 
 
-def stride_panels(runs: Sequence[Run]) -> list[str]:
-    """NLL and entropy over tokens per pass: every student at full windows, the largest at its confidences."""
+def stride_panels(runs: Sequence[Run]) -> tuple[list[str], list[str]]:
+    """NLL and entropy over tokens per pass: every student at full windows, the largest at its confidences.
+
+    Returns the names of the runs that have such figures, and the figures in HTML.
+    """
     titles = (("sample_nll", "NLL, nats per token"), ("sample_entropy", "entropy, nats per token"))
-    return [drawn for key, title in titles if (drawn := _stride_panel(runs, key, title))]
+    drawn = [_stride_panel(runs, key, title) for key, title in titles]
+    names = [run.name for run in runs if any(run.name in having for having, _ in drawn)]
+    return names, [panel for having, panel in drawn if having]
 
 
 def _stage_panels(runs, stage):
@@ -145,13 +150,11 @@ def _scale_time(axes, longest):
 def _stride_panel(runs, key, title):
     with new_figure(4.7, 3.2) as figure:
         axes = figure.subplots()
-        drawn = [_draw_strides(axes, run, key, Look.of(index)) for index, run in enumerate(runs)]
-        if not any(drawn):
-            return ""
+        having = [run.name for index, run in enumerate(runs) if _draw_strides(axes, run, key, Look.of(index))]
         axes.set_ylabel(title)
         axes.set_xlabel("tokens per pass")
         axes.margins(x=0.06, y=0.1)
-        return on_page(figure, title.split(",")[0] + " over tokens per pass", title)
+        return having, on_page(figure, title.split(",")[0] + " over tokens per pass", title)
 
 
 def _draw_strides(axes, run, key, look) -> bool:

@@ -65,7 +65,7 @@ def _figures_section(runs):
 
 
 def _strides_section(runs):
-    panels = stride_panels(runs)
+    having, panels = stride_panels(runs)
     if not panels:
         return ""
     note = (
@@ -74,9 +74,16 @@ def _strides_section(runs):
         "over prompts."
     )
     rows = all_stride_rows(runs)
-    listed = [table(rows, list(STRIDE_COLUMNS), "run and stride"), paragraph(STRIDES)] if rows else []
-    having = [run.name for run in runs if run.stages]
-    return section("Quality over tokens per pass", paragraph(note), key(runs, having), *_pairs(panels), *listed)
+    listed = (
+        f"<details><summary>In figures</summary>\n{table(rows, list(STRIDE_COLUMNS), 'run and stride')}\n</details>"
+    )
+    return section(
+        "Quality over tokens per pass",
+        paragraph(note),
+        key(runs, having),
+        *_pairs(panels),
+        *([listed, paragraph(STRIDES)] if rows else []),
+    )
 
 
 def _curves_section(runs):

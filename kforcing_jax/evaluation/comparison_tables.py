@@ -1,5 +1,6 @@
 """Compared runs as tables: what the page shows, and the same as text for a terminal."""
 
+import collections
 import dataclasses
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -35,6 +36,8 @@ MARKS = (
     "below it, ≈ they overlap, and the runs may or may not differ. No mark: not to be compared, or no interval."
 )
 _DIGITS = {"block_agreement": 3, "sample_nll": 2, "sample_entropy": 2}
+# Columns of a terminal.
+_WIDTH = 120
 _TERMINAL = ("steps", "agreement", "block", "NLL", "entropy", "tokens/pass")
 
 
@@ -93,9 +96,7 @@ def comparison_text(runs: Sequence[Run]) -> str:
     narrow = [[*row[:3], row[-1]] for row in runs_table(runs)]
     parts = ["\n".join(aligned(narrow, [True] * 4))]
     parts += ["\n".join(_wrapped(remark) for remark in remarks(runs))]
-    settings = settings_table(runs)
-    differing = aligned(settings, [True] * (len(runs) + 1)) if settings else ["No settings differ."]
-    parts += ["\n".join(differing + stages_text(runs))]
+    parts += ["\n".join(_settings_text(runs) + stages_text(runs))]
     shown = [_stage_text(runs, stage) for stage in found]
     parts += shown
     if strides := all_stride_rows(runs):
@@ -104,6 +105,25 @@ def comparison_text(runs: Sequence[Run]) -> str:
         columns = {c.name: c for stage in reversed(found) for c in _terminal_columns(stage_rows(runs, stage))}
         parts.append("\n".join([textwrap.fill(MARKS, 118), *plain_legend(list(columns.values()))]))
     return "\n\n".join(filter(None, parts))
+
+
+def _settings_text(runs):
+    """A table, or where it would be too wide, who has which value."""
+    rows = settings_table(runs)
+    if not rows:
+        return ["No settings differ."]
+    lines = aligned(rows, [True] * (len(runs) + 1))
+    if max(map(len, lines)) <= _WIDTH:
+        return lines
+    return [_by_value(name, values, rows[0][1:]) for name, *values in rows[1:]]
+
+
+def _by_value(setting, values, names):
+    having = collections.defaultdict(list)
+    for name, value in zip(names, values, strict=True):
+        having[value].append(name)
+    told = ["", *(f"  {value}: {', '.join(names)}" for value, names in having.items())]
+    return setting + "\n".join(textwrap.fill(line, _WIDTH, subsequent_indent="    ") for line in told)
 
 
 def _stage_text(runs, stage):

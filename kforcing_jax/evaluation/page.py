@@ -7,6 +7,8 @@ from pathlib import Path
 
 from kforcing_jax.evaluation.tables import Column, table_rows
 
+# Headings of rows stay where they are while a table scrolls, unless they are so long that little else would be seen.
+_LONGEST_HEADING = 24
 _TEMPLATE = string.Template(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
 
 
@@ -21,6 +23,7 @@ def section(heading: str, *content: str) -> str:
 
 
 def paragraph(text: str) -> str:
+    """A paragraph of text."""
     return f"<p>{html.escape(text)}</p>"
 
 
@@ -50,4 +53,8 @@ def text_table(names: Sequence[str], rows: Sequence[Sequence[str]], to_the_left:
         return f"<tr>{cell('th', '', first)}{others}</tr>"
 
     body = "\n".join(row(cells, "td") for cells in rows)
-    return f'<div class="wide"><table>\n<thead>{row(names, "th")}</thead>\n<tbody>\n{body}\n</tbody></table></div>'
+    is_wide = any(len(first) > _LONGEST_HEADING for first, *_ in rows)
+    return (
+        f'<div class="wide"><table{" class=unfixed" if is_wide else ""}>\n<thead>{row(names, "th")}</thead>\n'
+        f"<tbody>\n{body}\n</tbody></table></div>"
+    )

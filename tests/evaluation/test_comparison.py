@@ -123,7 +123,7 @@ def test_what_different_teachers_say_is_not_compared_and_a_warning_comes_first(t
     runs = open_runs([pair[0], other])
     assert verdicts(runs, "k2") == {"other": {"block_agreement": "above"}}
     first = remarks(runs)[0]
-    assert first.is_warning and "AR teachers differ (a aaaaaaaa, other cccccccc)" in first.text
+    assert first.is_warning and "AR teachers differ (a: aaaaaaaa; other: cccccccc)" in first.text
     assert "NLL and entropy" in first.text and "not comparable" in first.text
 
 
@@ -142,7 +142,8 @@ def test_a_teacher_that_nobody_knows_is_neither_the_same_nor_another(tmp_path, p
 
 
 @pytest.mark.parametrize(
-    ("changed", "says"), [("vocabulary", "The vocabularies differ"), ("data", "The data differs (a 1111")]
+    ("changed", "says"),
+    [("vocabulary", "The vocabularies differ"), ("data", "The data differs (a: 11111111; b: 22222222)")],
 )
 def test_other_inputs_are_warned_of(tmp_path, changed, says):
     before = {"vocabulary": "1" * 64, "data": "1" * 64}
@@ -240,6 +241,14 @@ def test_the_tables_mark_what_lies_apart_and_fit_a_terminal(pair):
     assert re.search(r"stages.k2.steps +5 +8\n", text) and "b: k2 c=0.3" in text
     longest = max((line for line in text.splitlines() if str(pair[0].parent) not in line), key=len)
     assert len(longest) <= 120, longest
+
+
+def test_settings_of_many_runs_are_listed_by_value(tmp_path):
+    steps = [5, 8, 5, 8]
+    paths = [tmp_path / f"a-run-with-a-name-of-some-length-{index}" for index in range(4)]
+    runs = [write_run(p, config=micro_config(k2={"steps": n})) for p, n in zip(paths, steps, strict=True)]
+    text = comparison_text(open_runs(runs))
+    assert f"stages.k2.steps\n  5: {paths[0].name}, {paths[2].name}\n  8: {paths[1].name}, {paths[3].name}" in text
 
 
 def test_the_object_holds_what_the_tables_show(pair):
