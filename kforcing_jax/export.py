@@ -4,12 +4,18 @@ python -m kforcing_jax.export --workdir=runs/tiny --stage=k4 --output=tiny_k4.sa
 """
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from absl import flags
 
 from kforcing_jax import cli
+from kforcing_jax.config import Config
 from kforcing_jax.errors import ConfigError
+
+if TYPE_CHECKING:
+    from kforcing_jax.data.tokenizers import Tokenizer
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run directory.")
 _STAGE = flags.DEFINE_string("stage", None, "The stage (ar, k4, ...); the last finished one by default.")
@@ -18,7 +24,8 @@ _OUTPUT = flags.DEFINE_string(
 )
 
 
-def main(_):
+def main(_: Sequence[str]) -> None:
+    """Writes the stage, and prints what was written."""
     if _WORKDIR.value is None:
         raise ConfigError("--workdir is missing, for example --workdir=runs/tiny")
     output = check_output(_OUTPUT.value)
@@ -38,11 +45,11 @@ def main(_):
     print(f"{output}: {type(model).__name__} of stage {stage}, {size:,} parameters, vocabulary of {vocab_size:,}")
 
 
-def note_of(config, stage: str, tokenizer) -> dict:
+def note_of(config: Config, stage: str, tokenizer: "Tokenizer") -> dict:
     """What the file says beside the weights, see `official.NOTES`."""
     from kforcing_jax.data.pretrained import digest
 
-    note = {
+    note: dict[str, int | float | str | None] = {
         "eos_id": tokenizer.eos_id,
         "vocabulary": digest(tokenizer.backend),
         "seq_len": config.data.seq_len,

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import shlex
 import sys
+from collections.abc import Sequence
 
 from absl import flags
 
@@ -21,9 +22,11 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "The run directory; it is create
 _PROFILE = flags.DEFINE_string("profile", None, "FIRST:LAST: profile these steps of every stage, into WORKDIR/profile.")
 
 
-def main(_):
+def main(_: Sequence[str]) -> None:
+    """Trains all stages that are not finished, evaluates, writes the report, and prints the table."""
     config = cli.config_from_flag(_CONFIG)
-    if _WORKDIR.value is None:
+    path = _WORKDIR.value
+    if path is None:
         raise ConfigError("--workdir is missing, for example --workdir=runs/tiny")
     processes.start()
 
@@ -43,7 +46,7 @@ def main(_):
     mesh = make_mesh(config.mesh)
     check_divisible(config, mesh)
     with contextlib.ExitStack() as stack:
-        workdir, corpus = processes.together(lambda: _claimed(config, stack))
+        workdir, corpus = processes.together(lambda: _claimed(path, config, stack))
         curriculum.run(workdir, corpus, mesh, profile)
         command = shlex.join(["python", "-m", "kforcing_jax.main", *sys.argv[1:]])
         summary = evaluate(workdir, corpus, mesh, command=command)
@@ -53,7 +56,7 @@ def main(_):
         print(f"\n{table(summary)}\n\n{samples_text(summary)}\n\n{where}")
 
 
-def _claimed(config, stack):
+def _claimed(path: str, config, stack):
     """(work directory, data). Other runs are kept out of the directory until the stack is closed."""
     from kforcing_jax.interop.released import check_teacher_of
     from kforcing_jax.training.init_from import check_sources
@@ -61,11 +64,11 @@ def _claimed(config, stack):
     from kforcing_jax.workdir import Workdir
 
     # Before anything is written; a run that goes on has the teacher's weights, and no longer needs their file.
-    if not is_finished(Workdir.at(_WORKDIR.value, config), "ar"):
+    if not is_finished(Workdir.at(path, config), "ar"):
         check_teacher_of(config)
-    check_sources(Workdir.at(_WORKDIR.value, config))
-    stack.enter_context(Workdir.at(_WORKDIR.value, config).locked())
-    workdir = Workdir.claim(_WORKDIR.value, config)
+    check_sources(Workdir.at(path, config))
+    stack.enter_context(Workdir.at(path, config).locked())
+    workdir = Workdir.claim(path, config)
     _LOG.info(f"{'data':<11} {config.data.source}, preparing or reading {workdir.data_path}")
     corpus = workdir.corpus()
     _LOG.info(f"{'data':<11} {corpus.describe()}")

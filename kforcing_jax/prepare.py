@@ -7,6 +7,7 @@ The second form is for several runs that share their data. Training needs neithe
 """
 
 import time
+from collections.abc import Sequence
 
 from absl import flags
 
@@ -18,9 +19,11 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "The run directory, unless data.
 _WORKERS = flags.DEFINE_integer("workers", None, "Processes; one per core by default.", lower_bound=1)
 
 
-def main(_):
+def main(_: Sequence[str]) -> None:
+    """Prepares the data, or verifies what is there, and prints its statistics."""
     config = cli.config_from_flag(_CONFIG)
-    if not config.data.prepared and _WORKDIR.value is None:
+    path = _WORKDIR.value
+    if not config.data.prepared and path is None:
         raise ConfigError("--workdir is missing; or say where the data goes with --config.data.prepared=FOLDER")
 
     import jax
@@ -34,7 +37,8 @@ def main(_):
     if config.data.prepared:
         directory = Workdir(None, config).data_path
     else:
-        directory = Workdir.claim(_WORKDIR.value, config).data_path
+        assert path is not None
+        directory = Workdir.claim(path, config).data_path
     start = time.monotonic()
     was_there = is_prepared(directory)
     corpus = prepare(config.data, config.seed, directory, _WORKERS.value)

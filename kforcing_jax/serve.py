@@ -7,8 +7,9 @@ curl localhost:8000/v1/completions -H 'Content-Type: application/json' -d '{"pro
 import importlib.util
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from absl import flags
 
@@ -17,6 +18,9 @@ from kforcing_jax.cli.checkpoints import CHECKPOINT, TOKENIZER, WEIGHTS, K, chec
 from kforcing_jax.cli.stages import choose_stage
 from kforcing_jax.data.places import expanded
 from kforcing_jax.errors import ConfigError, RunError
+
+if TYPE_CHECKING:
+    from kforcing_jax.data.tokenizers import Tokenizer
 
 for _name in ("checkpoint", "tokenizer", "weights", "k"):
     flags.declare_key_flag(_name)
@@ -60,7 +64,7 @@ class Loaded(NamedTuple):
     name: str
     student: tuple | None
     teacher: tuple | None
-    tokenizer: object | None
+    tokenizer: "Tokenizer | None"
     tokenizer_folder: Path | None
     eos_id: int | None
     k: int
@@ -68,7 +72,8 @@ class Loaded(NamedTuple):
     tau_range: tuple[float, float] | None
 
 
-def main(_):
+def main(_: Sequence[str]) -> None:
+    """Loads what the flags name, compiles, and serves until a signal ends it."""
     _check_flags()
     from kforcing_jax.serving.server import bind, serve
 
@@ -106,23 +111,27 @@ def _api_key() -> str | None:
 
 
 def _loaded() -> Loaded:
-    return _from_run() if _WORKDIR.value else _from_checkpoint()
+    if _WORKDIR.value:
+        return _from_run(_WORKDIR.value)
+    assert CHECKPOINT.value is not None  # `check_one_model`
+    return _from_checkpoint(CHECKPOINT.value)
 
 
-def _from_run() -> Loaded:
-    from kforcing_jax.training.checkpoints import finished_stages, load_stage
+def _from_run(path: str) -> Loaded:
+    from kforcing_jax.training.checkpoints import begun_stages, finished_stages, load_stage, unfinished_stages
     from kforcing_jax.workdir import Workdir
 
-    workdir = Workdir.open(_WORKDIR.value)
-    tokenizer, config, finished = workdir.tokenizer(), workdir.config, finished_stages(workdir)
-    if not finished:
-        raise RunError(f"{workdir.path} has no finished stage; run kforcing_jax.main on it again")
+    workdir = Workdir.open(path)
+    tokenizer, config, begun = workdir.tokenizer(), workdir.config, begun_stages(workdir)
+    if not begun:
+        raise RunError(f"{workdir.path} has no stage with a checkpoint; run kforcing_jax.main on it again")
     name = _NAME.value or workdir.path.absolute().name
     mesh = _mesh(config.model.num_heads)
-    teacher = load_stage(workdir, "ar", tokenizer, mesh) if "ar" in finished else None
+    teacher = load_stage(workdir, "ar", tokenizer, mesh) if "ar" in begun else None
     student, k, tau_range = None, 1, None
-    if _STAGE.value != "ar" and (_STAGE.value or finished != ["ar"]):
-        stage, k = choose_stage(config, finished, "student", K.value, _STAGE.value)
+    if _STAGE.value != "ar" and (_STAGE.value or begun != ["ar"]):
+        finished, unfinished = finished_stages(workdir), unfinished_stages(workdir)
+        stage, k = choose_stage(config, finished, "student", K.value, _STAGE.value, unfinished)
         student = load_stage(workdir, stage, tokenizer, mesh)
         tau_range = config.stages[stage].tau_min, config.stages[stage].tau_max
     return Loaded(
@@ -130,18 +139,19 @@ def _from_run() -> Loaded:
     )
 
 
-def _from_checkpoint() -> Loaded:
+def _from_checkpoint(path: str) -> Loaded:
     from kforcing_jax.interop.released import open_released, open_teacher
     from kforcing_jax.models import CausalLM
 
-    path = CHECKPOINT.value
     released = open_released(path, TOKENIZER.value, WEIGHTS.value, needs_tokenizer=False)
-    model = released.model, released.params
+    student: tuple | None = None
+    teacher: tuple | None = None
     if isinstance(released.model, CausalLM):
         cli.refuse_flags(["k", "teacher"], f"with {path}, an AR model")
-        student, teacher = None, model
+        teacher = released.model, released.params
     else:
-        student, teacher = model, open_teacher(_TEACHER.value, released)[:2] if _TEACHER.value else None
+        student = released.model, released.params
+        teacher = open_teacher(_TEACHER.value, released)[:2] if _TEACHER.value else None
     if released.tokenizer is None:
         _LOG.info("no tokenizer is here: prompts are ids, and so are answers")
     folder = expanded(TOKENIZER.value) if TOKENIZER.value and expanded(TOKENIZER.value).is_dir() else None
@@ -233,7 +243,8 @@ def _engine(loaded: Loaded):
         raise ConfigError("--max_length is missing: nothing says how long the texts of this checkpoint are")
     if loaded.seq_len and length > loaded.seq_len:
         raise ConfigError(f"--max_length={length} exceeds the {loaded.seq_len} tokens of the texts of training")
-    mesh = _mesh((loaded.student or loaded.teacher)[0].cfg.num_heads)
+    model, _ = next(pair for pair in (loaded.student, loaded.teacher) if pair is not None)
+    mesh = _mesh(model.cfg.num_heads)
     models = {"student": loaded.student, "teacher": loaded.teacher}
 
     def engine_of(slots):

@@ -21,13 +21,13 @@ NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, "How many continuations (of
 MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", None, "As many as the context holds by default.", lower_bound=1)
 
 
-def check_one_model(workdir: str | None):
+def check_one_model(workdir: str | None) -> None:
     """Raises ConfigError unless either --workdir or --checkpoint is given."""
     if (workdir is None) == (CHECKPOINT.value is None):
         raise ConfigError("give one of --workdir (a trained run) and --checkpoint (a released .ckpt)")
 
 
-def check_readable(flag: str, path: str):
+def check_readable(flag: str, path: str) -> None:
     """Raises ConfigError when the file that a flag names is not there to be read."""
     if not expanded(path).exists():
         raise ConfigError(f"--{flag}={path} cannot be read: no such file")
@@ -35,7 +35,7 @@ def check_readable(flag: str, path: str):
         raise ConfigError(f"--{flag}={path} cannot be read: it is no file, or not readable")
 
 
-def check_output_dir(folder: str | Path):
+def check_output_dir(folder: str | Path) -> None:
     """Raises ConfigError when it is clear before decoding that nothing can be written there. Writes nothing."""
     folder = expanded(folder)
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())

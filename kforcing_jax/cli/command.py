@@ -22,7 +22,7 @@ _MAY_BE_EMPTY = ("prompt",)
 _overrides: dict[str, str] = {}
 
 
-def run(main: Callable[[Sequence[str]], None], positional: bool = False):
+def run(main: Callable[[Sequence[str]], None], positional: bool = False) -> None:
     """Runs an entry point: a UserError ends it with one line on stderr and status 2.
 
     Where it takes `positional` arguments, those that are no flags, `main` finds them in argv[1:]. Otherwise they are
@@ -59,13 +59,13 @@ def run(main: Callable[[Sequence[str]], None], positional: bool = False):
 
 
 def config_from_flag(flag: flags.FlagHolder) -> Config:
-    """The validated configuration of `--config` and `--config.FIELD`."""
+    """The validated configuration of `--config` and `--config.FIELD`. Raises ConfigError for what cannot run."""
     if flag.value is None:
         raise ConfigError("--config is missing, for example --config=configs/tiny.py")
     return read_config(flag.value, _overrides)
 
 
-def refuse_flags(names: Sequence[str], reason: str):
+def refuse_flags(names: Sequence[str], reason: str) -> None:
     """Raises ConfigError when one of these flags was given, because it would be ignored."""
     given = [name for name in names if flags.FLAGS[name].present]
     if given:

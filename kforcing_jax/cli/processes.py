@@ -5,11 +5,14 @@ Every process runs the same command. They share the work directory; the first on
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar, cast
 
 import numpy as np
 from absl import flags
 
 from kforcing_jax.errors import ConfigError, RunError, UserError
+
+_Result = TypeVar("_Result")
 
 _LONGEST_ERROR = 2000  # bytes
 
@@ -21,7 +24,7 @@ _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, f
 NAMES = tuple(flag.name for flag in (_COORDINATOR, _NUM_PROCESSES, _PROCESS_ID))
 
 
-def start():
+def start() -> None:
     """Joins the other processes of a run, if there are any. To be called before JAX looks for devices.
 
     Raises:
@@ -39,10 +42,10 @@ def start():
         _join()
 
 
-def together(action: Callable):
+def together(action: Callable[[], _Result]) -> _Result:
     """What `action` returns, in every process; where it fails in one, it fails in all, with the same error.
 
-    Otherwise the others would wait for that one. Raises a UserError.
+    Otherwise the others would wait for that one. Raises the UserError or OSError of this process, or else a RunError.
     """
     import jax
 
@@ -50,7 +53,8 @@ def together(action: Callable):
         return action()
     from jax.experimental import multihost_utils
 
-    result, error = None, None
+    result: _Result | None = None
+    error: UserError | OSError | None = None
     try:
         result = action()
     except (UserError, OSError) as raised:
@@ -62,7 +66,7 @@ def together(action: Callable):
     failed = [bytes(row[row > 0]).decode(errors="replace") for row in of_all if row.any()]
     if failed:
         raise error or RunError(failed[0])
-    return result
+    return cast(_Result, result)  # nothing was raised
 
 
 def _check(given):
@@ -96,7 +100,7 @@ def _has_tpu() -> bool:
     """Whether this machine has TPU chips, without waking them."""
     import jax
 
-    platforms = jax.config.jax_platforms
+    platforms = jax.config.jax_platforms  # type: ignore[attr-defined]  # JAX gives the class its options later
     if platforms and "tpu" not in platforms:
         return False
     return any(Path("/dev").glob("accel[0-9]*")) or any(Path("/dev/vfio").glob("[0-9]*"))

@@ -5,7 +5,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from kforcing_jax.cli.checkpoints import BATCH_SIZE, MAX_NEW_TOKENS, NUM_SAMPLES, PREFIX_FILE, PREFIX_LENGTH
 from kforcing_jax.data.places import expanded
@@ -13,6 +13,7 @@ from kforcing_jax.data.tokenizers import Tokenizer
 from kforcing_jax.data.whole_file import write_text
 from kforcing_jax.decoding.completions import Completions, Prefix, complete
 from kforcing_jax.errors import ConfigError, DataError, RunError
+from kforcing_jax.models import CausalLM, PushForwardLM
 
 
 class Prompt(NamedTuple):
@@ -65,11 +66,17 @@ def read_prompts(path: str | Path, tokenizer: Tokenizer) -> list[Prompt]:
     return prompts
 
 
-def continue_prompts(decoder, prompts: Sequence[Prompt], seed: int, slots: int | None, say: bool) -> Iterator[Text]:
+def continue_prompts(
+    decoder: Any, prompts: Sequence[Prompt], seed: int, slots: int | None, say: bool
+) -> Iterator[Text]:
     """Every prompt --num_samples times, in order, each as soon as it and those before it are done.
 
     Text number r has noise seed `seed + r`. `decoder` is a `generate.Decoder`. At the end one line on stderr, if it is
     to `say` it: tokens, passes, and tokens/s without what compiling took.
+
+    Raises:
+      ConfigError: nothing says how many new tokens there are to be.
+      DataError: texts do not fit the context, or what `decode` raises.
     """
     from kforcing_jax.decoding import Request, decode
     from kforcing_jax.decoding.generate import engine_for
@@ -87,7 +94,8 @@ def continue_prompts(decoder, prompts: Sequence[Prompt], seed: int, slots: int |
     tokens = passes = 0
     for row, update in _in_order(decode(engine, requests)):
         tokens, passes = tokens + len(update.tokens), passes + sum(update.passes.values())
-        yield _text(decoder.tokenizer, *wanted[row], seed + row, update)
+        prompt, sample = wanted[row]
+        yield _text(decoder.tokenizer, prompt, sample, seed + row, update)
     if say:
         print(
             f"{decoder.name}, {_described(mode, engine.models.k, settings)}: {tokens:,} tokens in {passes:,} passes, "
@@ -126,7 +134,16 @@ def _text(tokenizer, prompt, sample, seed, update) -> Text:
     return Text(prompt, sample, seed, tokens, shown(tokens), shown(update.tokens), passes)
 
 
-def complete_prefixes(model, params, tokenizer, *, k: int, seq_len: int | None, prefix_length: int | None, **settings):
+def complete_prefixes(
+    model: CausalLM | PushForwardLM,
+    params: dict,
+    tokenizer: Tokenizer | None,
+    *,
+    k: int,
+    seq_len: int | None,
+    prefix_length: int | None,
+    **settings: Any,
+) -> Completions:
     """The `Completions` of --prefix_file, `settings` as of `complete`. Lines that cannot be used are said on stderr.
 
     Raises:
@@ -135,6 +152,7 @@ def complete_prefixes(model, params, tokenizer, *, k: int, seq_len: int | None, 
     """
     length = PREFIX_LENGTH.value or prefix_length
     check_prefixes_fit(tokenizer, length)
+    assert PREFIX_FILE.value is not None and tokenizer is not None and length is not None
     max_new_tokens = room_for(length, seq_len, MAX_NEW_TOKENS.value)
     prefixes, problems = read_prefixes(PREFIX_FILE.value, tokenizer, length)
     for problem in problems:
@@ -172,7 +190,7 @@ def read_prefixes(path: str | Path, tokenizer: Tokenizer, length: int) -> tuple[
     return prefixes, problems
 
 
-def check_prefixes_fit(tokenizer: Tokenizer | None, length: int | None):
+def check_prefixes_fit(tokenizer: Tokenizer | None, length: int | None) -> None:
     """Raises ConfigError when nothing says how prefixes become tokens, and how many of these count."""
     if tokenizer is None:
         raise ConfigError("--tokenizer is missing: the checkpoint's vocabulary is of neither LM1B nor OpenWebText")
@@ -201,7 +219,9 @@ def room_for(prompt_length: int, seq_len: int | None, wanted: int | None) -> int
     return wanted
 
 
-def write_completions(folder: str | Path, completions: Completions, tokenizer: Tokenizer, more: dict | None = None):
+def write_completions(
+    folder: str | Path, completions: Completions, tokenizer: Tokenizer, more: dict | None = None
+) -> None:
     """Writes samples.jsonl, throughput.json and `more` (JSON by file name), each whole or not at all.
 
     Raises:

@@ -9,7 +9,7 @@ import logging
 import sys
 
 
-def show_progress():
+def show_progress() -> None:
     """Shows what the library reports from now on. Of several processes, the first one speaks."""
     log = logging.getLogger("kforcing_jax")
     log.setLevel(logging.INFO)

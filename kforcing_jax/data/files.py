@@ -57,7 +57,7 @@ class FileRange:
 
 
 def file_ranges(paths: Sequence[str]) -> list[FileRange]:
-    """The whole of every file, in order, in ranges of bounded size."""
+    """The whole of every file, in order, in ranges of bounded size. Raises DataError for what cannot be read."""
     return [part for path in paths for part in _split(path)]
 
 
@@ -85,7 +85,8 @@ def hold_out_last(ranges: Sequence[FileRange], separator: str, count: int) -> tu
 
 def grouped(ranges: Sequence[FileRange]) -> list[list[FileRange]]:
     """Neighbouring ranges together, so that many small files make few groups."""
-    groups, size = [], 0
+    groups: list[list[FileRange]] = []
+    size = 0
     for part in ranges:
         if not groups or size + part.size > _BYTES_PER_RANGE:
             groups.append([])
@@ -110,7 +111,7 @@ def compression(path: str) -> str | None:
 
 
 @contextlib.contextmanager
-def failing_as_one_line(path):
+def failing_as_one_line(path: str) -> Iterator[None]:
     """Errors of file systems and formats as DataError, naming the path."""
     try:
         yield
@@ -342,7 +343,7 @@ _ARRAY = _Format(_array_documents, divisible=False)
 _LINES = _Format(_line_documents)
 _RECORDS = _Format(_record_documents, _record_end)
 # By ending; a function tells from the content.
-_FORMATS = {
+_FORMATS: dict[str, _Format | Callable[[str], _Format]] = {
     ".txt": _Format(_txt_documents, divisible=False),
     ".json": _json_format,
     ".jsonl": _LINES,

@@ -20,7 +20,7 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from absl import logging
 
@@ -145,7 +145,7 @@ def data_files(path: str = "") -> list[str]:
 class Split:
     """Sentences of a split, read when they are asked for. `ends` are the numbers of sentences up to each file's end."""
 
-    source: object  # of TFDS
+    source: Any  # of TFDS
     files: tuple[Path, ...]
     ends: tuple[int, ...]
 

@@ -57,7 +57,7 @@ def pack(
 
     `wrapped`: end to end, whatever row they end up in; the remainder is dropped. `framed`: likewise, each row between
     the two ids of `frame`. `segments`: whole, each a segment of its own, as many in a row as fit. `padded`: one in each
-    row. The last two cut a document that is longer than a row.
+    row. The last two cut a document that is longer than a row; they fill rows up with the id `padding`.
     """
     how, tokens = PACKINGS[packing], sum(map(len, documents))
     if not how.segmented:
@@ -80,7 +80,7 @@ def _wrap(documents, length, frame):
 
 
 def best_fit(lengths: Sequence[int], capacity: int) -> list[int]:
-    """The row of every document: of the open rows that have room the fullest, or else a new one.
+    """The row of every document, by lengths in tokens: of the open rows that have room the fullest, or else a new one.
 
     When too many rows are open, the fullest is closed.
     """
@@ -97,7 +97,7 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[int]:
     return rows
 
 
-def _lay_out(documents, rows, length, padding):
+def _lay_out(documents, rows, length, padding) -> tuple[np.ndarray, np.ndarray]:
     shape = (max(rows, default=-1) + 1, length)
     tokens_RxN = np.full(shape, padding, documents[0].dtype if documents else np.uint8)
     segments_RxN = np.zeros(shape, SEGMENT_DTYPE)

@@ -35,7 +35,7 @@ def matching_files(path: str, quiet: bool = False) -> list[str]:
     Raises:
       DataError: there is none, or the place cannot be read.
     """
-    left_out = collections.defaultdict(list)
+    left_out: collections.defaultdict[str, list[str]] = collections.defaultdict(list)
     with failing_as_one_line(path):
         if "://" in path.removeprefix("file://"):
             found = _remote_files(path, left_out)
@@ -55,6 +55,9 @@ def fingerprints(paths: Sequence[str], known: Mapping[str, list] | None = None) 
     """{path: [size, time or version, SHA-256]} of files; of a bucket's without the last.
 
     Those that have the size and time of `known` are not read again.
+
+    Raises:
+      DataError: a file cannot be read.
     """
     with concurrent.futures.ThreadPoolExecutor() as pool:
         return dict(zip(paths, pool.map(lambda path: _fingerprint(path, (known or {}).get(path)), paths), strict=True))

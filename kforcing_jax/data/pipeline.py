@@ -55,14 +55,17 @@ class Corpus:
 
     @property
     def vocab_size(self) -> int:
+        """Number of ids, special ones included."""
         return self.tokenizer.vocab_size
 
     @property
     def eos_id(self) -> int | None:
+        """The id that ends a document, if documents end."""
         return self.tokenizer.eos_id
 
     @property
     def mask_id(self) -> int:
+        """The id that stands for no token."""
         return self.tokenizer.mask_id
 
     @property
@@ -78,7 +81,7 @@ class Corpus:
         described = [self.seq_len, self.dtype.name, self.segmented, rows]
         return hashlib.sha256(json.dumps(described).encode()).hexdigest()
 
-    def check_batch_size(self, name: str, batch_size: int):
+    def check_batch_size(self, name: str, batch_size: int) -> None:
         """Raises DataError, calling the batch size `name`, when the training split cannot fill one batch."""
         if batch_size > self.num_train_rows:
             raise DataError(
@@ -129,7 +132,7 @@ class Corpus:
         """The first min(count, rows there are) validation rows of a random order, so a few are a sample of all."""
         return self._validation_rows(0, count)
 
-    def _validation_rows(self, start, stop):
+    def _validation_rows(self, start, stop) -> Batch:
         source = self._source("validation")
         order = np.random.default_rng([self.seed, 3]).permutation(self.num_validation_rows)
         rows = [self._row(source[i]) for i in order[start:stop]]
@@ -153,9 +156,10 @@ class Corpus:
         """
         if not self.segmented:
             return list(self.validation_rows(count).tokens)
-        found = []
+        found: list[np.ndarray] = []
         for start in range(0, self.num_validation_rows, _ROWS_AT_ONCE):
-            found.extend(_beginnings(*self._validation_rows(start, start + _ROWS_AT_ONCE), length))
+            rows = self._validation_rows(start, start + _ROWS_AT_ONCE)
+            found.extend(_beginnings(rows.tokens, rows.segments, length))
             if len(found) >= count:
                 break
         if not found:
@@ -237,7 +241,7 @@ def load(config: DataConfig, seed: int, directory: str | Path) -> Corpus:
     )
 
 
-def verify(directory: str | Path):
+def verify(directory: str | Path) -> None:
     """Reads every row of prepared data. Raises RunError, naming the file, when one is not what was written."""
     manifest = read_manifest(Path(directory))
     for split in SPLITS:
@@ -291,7 +295,7 @@ def read_manifest(directory: Path) -> dict:
     return manifest
 
 
-def check_shards(directory: Path, split: dict, thorough: bool):
+def check_shards(directory: Path, split: dict, thorough: bool) -> None:
     """Raises RunError when a shard of a split, as the manifest describes it, is missing or damaged."""
     manifest = directory / "manifest.json"
     try:

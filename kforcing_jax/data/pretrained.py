@@ -51,7 +51,11 @@ def load_pretrained(name: str) -> Tokenizer:
 
 
 def local_files(name: str) -> list[str]:
-    """The files of a tokenizer that is given by its path; none of one that has a name."""
+    """The files of a tokenizer that is given by its path; none of one that has a name.
+
+    Raises:
+      DataError: a folder holds no tokenizer.
+    """
     path = expanded(name)
     if _short(name) in KNOWN_TOKENIZERS or not path.exists():
         return []
@@ -91,7 +95,7 @@ def is_vocabulary_of(name: str, backend: hf.Tokenizer) -> bool:
 def digest(backend: hf.Tokenizer) -> str:
     """SHA-256 of the tokens in the order of their ids, our mask left out."""
     vocabulary = backend.get_vocab(with_added_tokens=True)
-    tokens = sorted((token for token in vocabulary if token != "<mask>"), key=vocabulary.get)
+    tokens = sorted((token for token in vocabulary if token != "<mask>"), key=vocabulary.__getitem__)
     return hashlib.sha256("\n".join(tokens).encode()).hexdigest()
 
 
@@ -177,7 +181,7 @@ def _byte_level(vocabulary: Path, merges: Path) -> hf.Tokenizer:
     tokens = json.loads(vocabulary.read_text(encoding="utf-8"))
     lines = merges.read_text(encoding="utf-8").split("\n")
     pairs = [tuple(line.split()) for line in lines if line.strip() and not line.startswith("#version")]
-    backend = hf.Tokenizer(models.BPE(tokens, pairs))
+    backend = hf.Tokenizer(models.BPE(tokens, pairs))  # type: ignore[arg-type]  # it says itself which are no pairs
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(
         add_prefix_space=_settings(vocabulary).get("add_prefix_space", False)
     )

@@ -51,6 +51,7 @@ class Task:
 
     @property
     def done_path(self) -> Path:
+        """The note beside a finished shard."""
         return self.path.with_suffix(".json")
 
     def finished(self) -> Shard | None:
@@ -62,7 +63,12 @@ class Task:
         return shard if _size(self.path) == shard.bytes else None
 
     def run(self) -> Shard:
-        """Writes the shard, under its name only when it is complete."""
+        """Writes the shard, under its name only when it is complete.
+
+        Raises:
+          DataError: the text cannot be read.
+          RunError: the shard cannot be written.
+        """
         shard = write_rows(self.path, self.unit.rows(self._tokenizer(), self.packing, self.seq_len))
         write_text(self.done_path, json.dumps(dataclasses.asdict(shard)))
         return shard

@@ -59,7 +59,7 @@ class Tokenizer:
             raise RunError(f"{path} has no {MASK}; it was not written by this library")
         return tokenizer
 
-    def save(self, path: str | Path):
+    def save(self, path: str | Path) -> None:
         """Writes a tokenizer.json, whole or not at all. Raises OSError."""
         write_text(Path(path), self.backend.to_str(pretty=True))
 
@@ -75,6 +75,7 @@ class Tokenizer:
 
     @property
     def mask_id(self) -> int:
+        """The id that stands for no token, and is never drawn."""
         return self._first_id(_MASKS)
 
     @property
@@ -111,11 +112,11 @@ class Tokenizer:
         return next((i for i in ids if i is not None), None)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text. Characters outside the vocabulary become `<unk>`."""
+        """Ids of a text. Characters outside the vocabulary become `<unk>`; raises DataError where it has none."""
         return next(self.encode_documents([text]))
 
     def encode_documents(self, documents: Iterable[str]) -> Iterator[list[int]]:
-        """Ids of each document in turn, computed in batches of bounded memory."""
+        """Ids of each document in turn, computed in batches of bounded memory. Raises DataError like `encode`."""
         pieces = ((number, piece) for number, text in enumerate(documents) for piece in _pieces(text, self._may_cut))
         encoded = itertools.chain.from_iterable(map(self._encode_batch, _batches(pieces, _PIECES_PER_BATCH)))
         for _, group in itertools.groupby(encoded, operator.itemgetter(0)):
@@ -155,7 +156,8 @@ class Tokenizer:
         added = self.backend.get_added_tokens_decoder()
         named = (i for i in (self.mask_id, self.bos_id, self.eos_id) if i is not None)
         ids = {*named, *(i for i, token in added.items() if token.special and i != self.unknown_id)}
-        return {i: self.backend.id_to_token(i) for i in ids}
+        tokens = {i: self.backend.id_to_token(i) for i in ids}
+        return {i: token for i, token in tokens.items() if token is not None}
 
     def _spelled_out(self, special_id) -> list[int]:
         """The ids of the name of a special token in two parts, or of the unknown one."""
@@ -169,7 +171,7 @@ class Tokenizer:
         ways = [first + second for first, second in halves if first and second]
         ways = [ids for ids in ways if self._special.keys().isdisjoint(ids)]
         unknown = [] if self.unknown_id is None else [self.unknown_id]
-        return min(ways, key=lambda ids: (ids.count(self.unknown_id), len(ids)), default=unknown)
+        return min(ways, key=lambda ids: (sum(i in unknown for i in ids), len(ids)), default=unknown)
 
     def _by_model(self, text) -> list[int]:
         """Ids without what comes before the model, as a mark at the beginning; none where it has none."""
@@ -186,7 +188,8 @@ class Tokenizer:
         Raises:
           DataError: a character is outside the vocabulary, or the prompt is empty and there is no `<eos>`.
         """
-        beginning = [self.bos_id] if self.begins_documents else []
+        begin = self.bos_id if self.begins_documents else None
+        beginning = [] if begin is None else [begin]
         if not text:
             if self.eos_id is None:
                 raise DataError(f"the prompt is empty; give at least one state of the chain, {self._known()}")
@@ -216,7 +219,7 @@ class Tokenizer:
         backend.encode_special_tokens = False
         return backend
 
-    def decode(self, ids: Sequence[int], show_special: bool = False) -> str:
+    def decode(self, ids: Sequence[int] | np.ndarray, show_special: bool = False) -> str:
         """Text of ids. Special tokens do not end it; they are left out unless `show_special`."""
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=not show_special)
 

@@ -17,7 +17,7 @@ def whole_file(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def write_text(path: Path, text: str):
+def write_text(path: Path, text: str) -> None:
     """Writes a text file, whole or not at all. Raises OSError."""
     with whole_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")

@@ -8,7 +8,7 @@ beside the weights, where no other code looks, what these do not: see `NOTES`.
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -77,7 +77,9 @@ NOTES: dict[str, tuple[Callable[[object], bool], str]] = {
 }
 
 
-def load(path: str | Path, mask_id: int | None = None, weights: str = "state_dict"):
+def load(
+    path: str | Path, mask_id: int | None = None, weights: str = "state_dict"
+) -> tuple[CausalLM | PushForwardLM, dict]:
     """Reads a released `.ckpt`, or a `.safetensors`: (model, params), a CausalLM or a PushForwardLM by what it holds.
 
     Args:
@@ -109,7 +111,9 @@ def read_note(path: str | Path) -> dict:
         return _note(content)
 
 
-def in_order(model: CausalLM | PushForwardLM, params: dict, order: CdfOrder | None):
+def in_order(
+    model: CausalLM | PushForwardLM, params: dict, order: CdfOrder | None
+) -> tuple[CausalLM | PushForwardLM, dict]:
     """(model, params) of the same function with another `cdf_order`, which moves the columns of the output layer.
 
     A student computes the same, and decodes as it was trained, only in its own order.
@@ -122,8 +126,10 @@ def in_order(model: CausalLM | PushForwardLM, params: dict, order: CdfOrder | No
     return model, params | {"backbone": backbone | {"output": output}}
 
 
-def from_state_dict(state: dict[str, np.ndarray | StoredTensor], mask_id: int | None = None):
-    """Converts released tensors, with or without the `backbone.` prefix: (model, params) in vocabulary order.
+def from_state_dict(
+    state: Mapping[str, np.ndarray | StoredTensor], mask_id: int | None = None
+) -> tuple[CausalLM | PushForwardLM, dict]:
+    """Converts released tensors, with or without the `backbone.` prefix: (model, params) in vocabulary order, f32.
 
     Raises like `load`.
     """
@@ -151,7 +157,7 @@ def to_state_dict(model: CausalLM | PushForwardLM, params: dict) -> dict[str, np
     return {_PREFIX + name: tensor for name, tensor in state.items()}
 
 
-def save(path: str | Path, model: CausalLM | PushForwardLM, params: dict, **note: object):
+def save(path: str | Path, model: CausalLM | PushForwardLM, params: dict, **note: object) -> None:
     """Writes a `.ckpt` (or `.pt`) that the released code loads, or a `.safetensors`; `load` reads both.
 
     `note` has entries of `NOTES`; those that are None are left out. mask_id and cdf_order are those of the model.

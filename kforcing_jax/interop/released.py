@@ -65,6 +65,7 @@ class Released(NamedTuple):
 
     @property
     def eos_id(self) -> int | None:
+        """What ends a text."""
         return self.tokenizer.eos_id if self.tokenizer else self._said("eos_id")
 
     def tokens_per_pass(self, wanted: int | None) -> int:
@@ -93,7 +94,7 @@ def open_released(
     model, params = official.load(path, weights=weights)
     note = official.read_note(path)
     release = RELEASES.get(model.cfg.vocab_size)
-    name = tokenizer or (release and release.tokenizer)
+    name = tokenizer or (release.tokenizer if release else None)
     if name is None:
         return Released(model, params, None, None, note)
     try:
@@ -138,7 +139,7 @@ def open_teacher(path: str | Path, student: Released) -> Released:
     return Released(model, params, student.tokenizer, student.release, note)
 
 
-def check_teacher_of(config: Config):
+def check_teacher_of(config: Config) -> None:
     """Raises what `load_for` would, as far as a configuration tells, before anything is prepared or trained."""
     path = config.stages["ar"].checkpoint
     if path:

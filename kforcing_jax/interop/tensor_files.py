@@ -37,7 +37,7 @@ def opened(path: str | Path) -> Iterator[object]:
         raise CheckpointFormatError(f"{path}: {' '.join(str(error).split())}") from None
 
 
-def check_writable_format(path: str | Path):
+def check_writable_format(path: str | Path) -> None:
     """Raises ConfigError when the ending of a path is not that of a format that can be written here."""
     ending = Path(path).suffix
     if ending not in _WRITERS:
@@ -48,7 +48,7 @@ def check_writable_format(path: str | Path):
         )
 
 
-def write(path: str | Path, state: dict[str, np.ndarray], note: dict):
+def write(path: str | Path, state: dict[str, np.ndarray], note: dict) -> None:
     """Writes tensors by name, and a note that JSON can hold. The file is there whole or not at all.
 
     Raises:

@@ -56,8 +56,8 @@ class CheckpointFormatError(UserError, ValueError):
 
 
 @contextlib.contextmanager
-def damage_reported():
-    """A damaged pickle or storage can raise anything."""
+def damage_reported() -> Iterator[None]:
+    """What is raised in this context becomes CheckpointFormatError: a damaged pickle or storage can raise anything."""
     try:
         yield
     except (CheckpointFormatError, MemoryError):
@@ -67,20 +67,21 @@ def damage_reported():
 
 
 class Storage(NamedTuple):
-    """A raw file of an open archive: `count` numbers in a row."""
+    """A raw file of an open archive: `length` numbers in a row."""
 
     archive: zipfile.ZipFile
     name: str
     dtype: np.dtype  # of the file, byte order included
-    count: int
+    length: int
 
     def read(self) -> np.ndarray:
-        size = self.count * self.dtype.itemsize
+        """All of its numbers. Raises CheckpointFormatError where the file is shorter."""
+        size = self.length * self.dtype.itemsize
         with self.archive.open(self.name) as file:
             raw = file.read(size)
         if len(raw) < size:
             raise CheckpointFormatError(f"storage {self.name.rpartition('/')[2]} is cut short")
-        return np.frombuffer(raw, self.dtype, self.count)
+        return np.frombuffer(raw, self.dtype, self.length)
 
 
 class StoredTensor(NamedTuple):
@@ -95,7 +96,7 @@ def _read_view(storage: Storage, offset: int, shape: tuple[int, ...], strides: t
     with damage_reported():
         # The numbers come from the file, and as_strided trusts them.
         last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
-        is_inside = 0 <= offset <= last < storage.count and min(strides, default=0) >= 0
+        is_inside = 0 <= offset <= last < storage.length and min(strides, default=0) >= 0
         if min(shape, default=1) > 0 and not is_inside:
             raise CheckpointFormatError(f"a tensor of shape {shape} reaches outside its storage")
         numbers = storage.read()
@@ -122,8 +123,8 @@ class Placeholder:
     def __setitem__(self, key, value):
         pass
 
-    def append(self, item):
-        pass
+    def append(self, item: object) -> None:
+        """Takes what a pickle puts in, and forgets it."""
 
     extend = add = append
 
@@ -254,7 +255,7 @@ class _Unpickler(pickle.Unpickler):
 def _check_sizes(pickled: bytes):
     """The unpickler makes room for any length and memo index that a pickle names, before it finds out better."""
     for operation, argument, _ in pickletools.genops(pickled):
-        if operation.name.endswith("PUT") and argument > len(pickled):
+        if operation.name.endswith("PUT") and argument is not None and argument > len(pickled):
             raise CheckpointFormatError("damaged checkpoint (a memo index beyond its size)")
 
 

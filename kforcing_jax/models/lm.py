@@ -121,7 +121,7 @@ class LanguageModel(nn.Module):
         return self.backbone.embed(tokens_x)
 
     def normalise(self, x_xD: jax.Array) -> jax.Array:
-        """What the blocks give to the hidden states that the output layer takes, f32."""
+        """hidden_xD that the output layer takes, f32, from what the blocks give."""
         return self.backbone.final_norm(x_xD.astype(jnp.float32))
 
     def per_token(self, function: Callable[..., Any], hidden_BxAxGxD: jax.Array, *arrays_BxAxG: jax.Array) -> Any:
@@ -129,11 +129,11 @@ class LanguageModel(nn.Module):
         return self.backbone.output.per_token(function, hidden_BxAxGxD, *arrays_BxAxG)
 
     def draw(self, hidden_BxAxGxD: jax.Array, u_BxAxG: jax.Array, tau_Bx1x1: jax.Array) -> jax.Array:
-        """tokens_BxAxG at temperature tau (broadcastable to u)."""
+        """tokens_BxAxG, int32, at temperature tau (broadcastable to u)."""
         return self.per_token(self.pick, hidden_BxAxGxD, u_BxAxG, tau_Bx1x1)
 
     def tempered(self, ordered_xV: jax.Array, tau_x: jax.Array) -> jax.Array:
-        """Logits at temperature tau, their maximum at 0 and the mask impossible, however hot or cold."""
+        """logits_xV at temperature tau, f32: their maximum at 0 and the mask at -inf, however hot or cold."""
         possible_xV = self._possible(ordered_xV)
         return (possible_xV - jnp.max(possible_xV, axis=-1, keepdims=True)) / tau_x[..., None]
 
@@ -164,7 +164,7 @@ class CausalLM(LanguageModel):
         return result.known.hidden[:, :, -1:]
 
     def pick(self, ordered_xV: jax.Array, u_x: jax.Array, tau_x: jax.Array) -> jax.Array:
-        """Inverse-CDF sample at temperature tau (broadcastable to u); the mask id is never drawn at any tau."""
+        """tokens_x by inverse CDF at temperature tau (broadcastable to u); the mask is never drawn at any tau."""
         return self.cfg.token_at(noise.inverse_cdf(self.tempered(ordered_xV, tau_x), u_x))
 
     def invert_noise(self, logits_BxNxV: jax.Array, tokens_BxN: jax.Array, key: jax.Array) -> jax.Array:
@@ -207,7 +207,7 @@ class PushForwardLM(LanguageModel):
         return result.noise.hidden
 
     def pick(self, ordered_xV: jax.Array, u_x: jax.Array, tau_x: jax.Array) -> jax.Array:
-        """Argmax, never the mask: the randomness is in the input. Noise and tau only complete the interface."""
+        """tokens_x by argmax, never the mask: the randomness is in the input; noise and tau complete the interface."""
         del u_x, tau_x
         return self.cfg.token_at(noise.argmax(self._possible(ordered_xV)))
 

@@ -20,7 +20,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from kforcing_jax.serving import protocol
-from kforcing_jax.serving.choices import Choice
+from kforcing_jax.serving.choices import Choice, Delta
 from kforcing_jax.serving.errors import ApiError
 from kforcing_jax.serving.metrics import CONTENT_TYPE, Metrics
 from kforcing_jax.serving.plan import Served, plan_chat, plan_completion
@@ -82,8 +82,9 @@ def create_app(service: Service) -> FastAPI:
         title="kforcing_jax", lifespan=life, redirect_slashes=False, docs_url=None, redoc_url=None, openapi_url=None
     )
     app.state.service, app.state.created = service, int(time.time())
-    app.add_exception_handler(ApiError, _refusal)
-    app.add_exception_handler(HTTPException, _not_here)
+    # Starlette calls a handler with its own kind of error alone; its types ask for one of all kinds.
+    app.add_exception_handler(ApiError, _refusal)  # type: ignore[arg-type]
+    app.add_exception_handler(HTTPException, _not_here)  # type: ignore[arg-type]
     app.add_exception_handler(Exception, _accident)
     app.add_route("/v1/completions", _completions, methods=["POST"])
     app.add_route("/v1/chat/completions", _chats, methods=["POST"])
@@ -181,7 +182,7 @@ async def _answer(request: Request, kind: type, plan: Callable, form: Completion
 
 
 async def _whole(session, answer) -> dict:
-    parts = [[] for _ in session.choices]
+    parts: list[list[Delta]] = [[] for _ in session.choices]
     async for told in session.deltas():
         for choice, delta in told:
             parts[choice.index].append(delta)
@@ -233,7 +234,7 @@ class _EventStream(Response):
     async def __call__(self, scope, receive, send):
         sending, gone = asyncio.ensure_future(self._send(send)), asyncio.ensure_future(_hung_up(receive))
         try:
-            done = ()
+            done: set[asyncio.Future] = set()
             while not done and not self._is_stuck():  # where it is, the system drops the connection, see `server.bind`
                 done, _ = await asyncio.wait(
                     {sending, gone}, timeout=SECONDS_FOR_A_READER, return_when=asyncio.FIRST_COMPLETED

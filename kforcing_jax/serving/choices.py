@@ -4,8 +4,10 @@ import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from kforcing_jax.data.tokenizers import Tokenizer
-from kforcing_jax.decoding import Update
+from kforcing_jax.decoding import Logprobs, Update
 from kforcing_jax.serving.finish import trim
 from kforcing_jax.serving.plan import Text
 from kforcing_jax.serving.text import IdStream, TextStream, prompt_text
@@ -71,7 +73,8 @@ class Choice:
         self.reason: str | None = None
         self._tokenizer = tokenizer
         self._stream = TextStream(tokenizer, prompt) if tokenizer else IdStream(prompt)
-        self._held, self._offset, self._prompt_scores = "", 0, None
+        self._held, self._offset = "", 0
+        self._prompt_scores: Logprobs | None = None
         self._is_told = not wanted.echo
 
     @property
@@ -110,7 +113,8 @@ class Choice:
         if self._is_told:
             return "", []
         self._is_told = True
-        prompt, scores = self.wanted.request.prompt, []
+        prompt = self.wanted.request.prompt
+        scores: list[Scored] = []
         if self._prompt_scores is not None:
             stream = TextStream(self._tokenizer, ()) if self._tokenizer else IdStream(())
             pieces = [stream.push(token) for token in prompt]
@@ -122,7 +126,7 @@ class Choice:
         self._offset = len(echo)  # a vocabulary may not give a text back as it was given
         return echo, scores
 
-    def _scored(self, tokens: Sequence[int], pieces: Sequence[str], logprobs) -> list[Scored]:
+    def _scored(self, tokens: Sequence[int] | np.ndarray, pieces: Sequence[str], logprobs: Logprobs) -> list[Scored]:
         scores = []
         for row, token in enumerate(tokens):
             value, text = _number(logprobs.token_N[row]), self._text(token)

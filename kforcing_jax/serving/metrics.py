@@ -5,6 +5,7 @@ Nothing of a request is in them but numbers, the model's name, and why a text en
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
@@ -94,7 +95,7 @@ class Metrics:
         self._accepted_at = self._make(
             Counter, "vllm:spec_decode_num_accepted_tokens_per_pos", "The same, by offset in the window.", "position"
         )
-        timed = {"buckets": _SECONDS}
+        timed: dict[str, Any] = {"buckets": _SECONDS}
         self._first = self._make(Histogram, "vllm:time_to_first_token_seconds", "Until the first new token.", **timed)
         self._whole = self._make(Histogram, "vllm:e2e_request_latency_seconds", "Until the last token.", **timed)
         self._queued = self._make(Histogram, "vllm:request_queue_time_seconds", "Until a slot was free.", **timed)
@@ -116,7 +117,9 @@ class Metrics:
             buckets=_PER_PASS,
         )
 
-    def watch(self, running: Callable[[], int], waiting: Callable[[], int], cached: Callable[[], float], slots: int):
+    def watch(
+        self, running: Callable[[], int], waiting: Callable[[], int], cached: Callable[[], float], slots: int
+    ) -> None:
         """Adds what is true at the moment: texts with a slot, without, and the share of the caches in use."""
         gauges = {
             "vllm:num_requests_running": ("Texts that have a slot.", running),
@@ -131,18 +134,18 @@ class Metrics:
         """All of them, as Prometheus reads them."""
         return generate_latest(self._registry)
 
-    def failed(self, status: int):
-        """A request was refused, or failed."""
+    def failed(self, status: int) -> None:
+        """A request was refused, or failed, with a status of HTTP."""
         self._errors.labels(self._model, str(status)).inc()
 
-    def began(self, times: Times, now: float):
-        """A text has a slot."""
+    def began(self, times: Times, now: float) -> None:
+        """A text has a slot, at `now` in seconds."""
         times.began = now
         self._queued.observe(now - times.asked)
 
-    def progressed(self, times: Times, tokens: int, now: float):
+    def progressed(self, times: Times, tokens: int, now: float) -> None:
         """A text has new tokens."""
-        if times.first is None:
+        if times.first is None or times.last is None:
             times.first, times.at_first = now, tokens
             self._first.observe(now - times.asked)
         else:
@@ -151,7 +154,7 @@ class Metrics:
         times.last = now
         self._generated.inc(tokens)
 
-    def ended(self, times: Times, choice: Choice, kept: tuple[int, ...], now: float):
+    def ended(self, times: Times, choice: Choice, kept: tuple[int, ...], now: float) -> None:
         """A text has ended; `kept` as of its last `engine.Update`."""
         usage, mode = choice.usage, choice.wanted.request.mode
         self._success.labels(self._model, choice.reason).inc()
@@ -159,15 +162,16 @@ class Metrics:
         self._prompt_length.observe(usage.prompt)
         self._new_length.observe(usage.completion)
         self._whole.observe(now - times.asked)
-        if usage.completion > times.at_first:  # the time of those that came first is not known
-            self._per_token.observe((times.last - times.first) / (usage.completion - times.at_first))
+        later = usage.completion - times.at_first  # the time of those that came first is not known
+        if later > 0 and times.first is not None and times.last is not None:
+            self._per_token.observe((times.last - times.first) / later)
         if usage.completion and usage.passes:
             self._per_pass.labels(self._model, mode).observe(usage.completion / usage.passes)
         self._count_passes(usage.student_passes, usage.teacher_passes)
         if mode == "exact":
             self._count_drafts(kept, choice.wanted.request.k)
 
-    def dropped(self, times: Times, choice: Choice):
+    def dropped(self, times: Times, choice: Choice) -> None:
         """A text was wanted no longer, or failed; what it had cost was spent."""
         self._success.labels(self._model, "abort").inc()
         if times.began is not None:

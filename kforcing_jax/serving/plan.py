@@ -3,6 +3,7 @@
 import dataclasses
 import secrets
 from collections.abc import Sequence
+from typing import Any, Protocol
 
 from kforcing_jax.config import check_tau
 from kforcing_jax.data.tokenizers import Tokenizer
@@ -17,13 +18,25 @@ _DIGITS = 10  # of an id at most
 _CHARACTERS_A_TOKEN, _CHARACTERS_ALWAYS = 64, 2**16
 
 
+class _Engine(Protocol):
+    """What is asked of an engine here."""
+
+    @property
+    def modes(self) -> tuple[str, ...]: ...
+    @property
+    def max_length(self) -> int: ...
+    @property
+    def models(self) -> Any: ...
+    def check(self, request: Request) -> None: ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Served:
     """What a server offers.
 
     Attributes:
       name: of the model.
-      engine: says what it can; `check(request)`, `modes`, `max_length` and `models.k` are all that is used.
+      engine: says what it can; of `models` only `k` is used.
       tokenizer: None where only ids are known.
       eos_id: ends a text, unless a request ignores it.
       mode: of requests that do not say.
@@ -34,7 +47,7 @@ class Served:
     """
 
     name: str
-    engine: object
+    engine: _Engine
     tokenizer: Tokenizer | None
     eos_id: int | None
     mode: str
@@ -86,7 +99,7 @@ def plan_completion(request: CompletionRequest, served: Served) -> list[Text]:
 
 def plan_chat(request: ChatRequest, served: Served) -> list[Text]:
     """Texts of an answer. Raises ApiError: what cannot be served, by field; 404 without a chat template."""
-    if served.chat_template is None:
+    if served.chat_template is None or served.tokenizer is None:
         raise ApiError(
             404,
             f"{served.name} has no chat template: it continues text, see /v1/completions; a template can be given when "
@@ -224,8 +237,8 @@ def _tau(request, served, mode) -> float:
 def _untrained(wanted, trained, served) -> str:
     known = " (" + " to ".join(f"{tau:g}" for tau in dict.fromkeys(trained)) + ")" if trained else ""
     others = [mode for mode in served.engine.modes if mode != "student"]
-    others = f"; mode {_listed(others)} takes any" if others else ""
-    return f"temperature = {wanted:g} is none that the student was trained with{known}{others}"
+    hint = f"; mode {_listed(others)} takes any" if others else ""
+    return f"temperature = {wanted:g} is none that the student was trained with{known}{hint}"
 
 
 def _top_k(request) -> int:

@@ -49,6 +49,8 @@ class _Strict(BaseModel):
 
 
 class StreamOptions(_Strict):
+    """What a stream tells besides text. Obfuscation is never added, whatever is asked."""
+
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
     include_obfuscation: bool | None = None
@@ -155,6 +157,7 @@ class CompletionRequest(Sampling):
 
     @property
     def alternatives(self) -> int | None:
+        """How many likely tokens to tell beside each; None where no log-probabilities are wanted."""
         return self.logprobs
 
     @property
@@ -213,10 +216,12 @@ class ChatRequest(Sampling):
 
     @property
     def alternatives(self) -> int | None:
+        """How many likely tokens to tell beside each; None where no log-probabilities are wanted."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
     @property
     def wanted_tokens(self) -> int | None:
+        """Of the answer at most, by either field; None for the room that there is."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
 

@@ -50,15 +50,19 @@ class Chats(Completions):
     prefix, kind, event_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
     def begin(self, choice: Choice) -> dict | None:
+        """The role of who answers."""
         return {"delta": {"role": "assistant", "content": ""}, "logprobs": None}
 
     def event(self, delta: Delta) -> dict:
+        """What an event says of a choice: new text alone."""
         return {"delta": {"content": delta.text} if delta.text else {}, "logprobs": self.scores(delta.scores)}
 
     def whole(self, text: str, scores: Sequence[Scored]) -> dict:
+        """What the answer says of a choice: a message."""
         return {"message": {"role": "assistant", "content": text, "refusal": None}, "logprobs": self.scores(scores)}
 
     def scores(self, scores: Sequence[Scored]) -> dict | None:
+        """Log-probabilities with the bytes of their tokens, where they are wanted."""
         if not scores:
             return None
 

@@ -10,7 +10,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 # Of a step, in seconds: long enough that what surrounds it is little, short enough that streams flow.
 STEP_SECONDS = 0.02
@@ -22,6 +22,19 @@ MOST_PASSES = 16
 CHUNKS = 8
 # Over so many slots that came free the time until the next one is averaged.
 _REMEMBERED = 64
+
+
+class _Engine(Protocol):
+    """What a scheduler uses of an engine."""
+
+    @property
+    def slots(self) -> int: ...
+    @property
+    def free_slots(self) -> int: ...
+    def insert(self, request: Any) -> int: ...
+    def step(self, passes: int, *, wait: bool, chunks: int | None) -> list[Any]: ...
+    def free(self, slot: int) -> None: ...
+    def release(self) -> None: ...
 
 
 class Refused(Exception):
@@ -66,7 +79,7 @@ class Job:
 class Scheduler:
     """Gives free slots to texts, in turn among the groups in which they were submitted."""
 
-    def __init__(self, engine, *, most_waiting: int, clock: Callable[[], float] = time.monotonic):
+    def __init__(self, engine: _Engine, *, most_waiting: int, clock: Callable[[], float] = time.monotonic):
         self._engine, self._most_waiting, self._clock = engine, most_waiting, clock
         self._changed = threading.Condition()
         self._groups: collections.deque[collections.deque[Job]] = collections.deque()
@@ -93,7 +106,7 @@ class Scheduler:
         """Tokens of the texts that have a slot."""
         return sum(job.tokens for job in list(self._running.values()))
 
-    def submit(self, jobs: Sequence[Job]):
+    def submit(self, jobs: Sequence[Job]) -> None:
         """Queues the texts of one caller, all or none.
 
         Raises:
@@ -111,7 +124,7 @@ class Scheduler:
             self._groups.append(collections.deque(jobs))
             self._changed.notify()
 
-    def cancel(self, *jobs: Job):
+    def cancel(self, *jobs: Job) -> None:
         """Drops texts; their slots are free before the next step. Of those that have ended, nothing."""
         with self._changed:
             for job in jobs:
@@ -120,7 +133,7 @@ class Scheduler:
                 self._keep_waiting(lambda job: not job.is_cancelled)
             self._changed.notify()
 
-    def close(self):
+    def close(self) -> None:
         """Takes no more texts. Those that are here go on."""
         with self._changed:
             self._is_closed = True
@@ -160,7 +173,7 @@ class Scheduler:
                 running[update.slot].tell(update)
         return True
 
-    def drop(self, reason: str):
+    def drop(self, reason: str) -> None:
         """Ends all texts with an error; their slots are free before the next step. Any thread may call it."""
         with self._changed:
             jobs = [*self._running.values(), *(job for group in self._groups for job in group)]
@@ -171,7 +184,7 @@ class Scheduler:
                     job.tell(Closed(reason, 1))
                 job.is_cancelled = True
 
-    def fail(self, error: Exception, everything: bool = False):
+    def fail(self, error: Exception, everything: bool = False) -> None:
         """Ends the texts that have a slot, or all, with an error, and frees the engine."""
         with self._changed:
             dropped = list(self._running.values())

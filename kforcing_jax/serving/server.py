@@ -6,6 +6,7 @@ import resource
 import socket
 import sys
 from collections.abc import Callable
+from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
@@ -116,15 +117,17 @@ class Server(uvicorn.Server):
         )
         self._service: Service = app.state.service
         self._drain_seconds, self._announce = drain_seconds, announce
-        self._loop = self._draining = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._draining: asyncio.Task | None = None
         self._signals = 0
 
-    async def startup(self, sockets=None):
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listens, and says so."""
         self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
         self._announce()
 
-    def handle_exit(self, sig, frame):
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Not uvicorn's: that closes the door first, and a gateway hears of it by refused connections."""
         self._signals += 1
         if self._loop is None or self._signals > 2:
@@ -136,16 +139,17 @@ class Server(uvicorn.Server):
             self._service.scheduler.close()
             self._loop.call_soon_threadsafe(self._begin_to_drain)
 
-    def fail(self):
+    def fail(self) -> None:
         """Ends the process; any thread may call it."""
         self.should_exit = True
 
     def _begin_to_drain(self):
-        self._draining = self._loop.create_task(self._drain())
+        self._draining = asyncio.create_task(self._drain())
 
     async def _drain(self):
-        began, scheduler = self._loop.time(), self._service.scheduler
-        while (scheduler.waiting or scheduler.running) and self._loop.time() < began + self._drain_seconds:
+        now, scheduler = asyncio.get_running_loop().time, self._service.scheduler
+        began = now()
+        while (scheduler.waiting or scheduler.running) and now() < began + self._drain_seconds:
             await asyncio.sleep(_POLL_SECONDS)
         scheduler.drop("the server was shut down before this text ended")
         self.should_exit = True
@@ -167,8 +171,8 @@ def _without_closed_connections(app):
     return quiet
 
 
-def serve(app: FastAPI, bound: socket.socket, drain_seconds: float, announce: Callable[[], None]):
-    """Serves until a signal ends it, or the engine does.
+def serve(app: FastAPI, bound: socket.socket, drain_seconds: float, announce: Callable[[], None]) -> None:
+    """Serves until a signal ends it, or the engine does; `announce` is called when clients can connect.
 
     Raises:
       RunError: it was the engine.
@@ -186,8 +190,8 @@ def serve(app: FastAPI, bound: socket.socket, drain_seconds: float, announce: Ca
         raise RunError("a step of the engine did not end; the process is given up")
 
 
-def allow_many_files():
-    """A connection is a file, and shells allow a thousand."""
+def allow_many_files() -> None:
+    """As many as the system lets this process have: a connection is a file, and shells allow a thousand."""
     with contextlib.suppress(ValueError, OSError):
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -19,9 +19,10 @@ class Mailbox:
     """From the engine's thread to the event loop: one call wakes it for all that a step tells."""
 
     def __init__(self):
-        self._loop, self._letters, self._is_called = asyncio.get_running_loop(), collections.deque(), False
+        self._loop, self._is_called = asyncio.get_running_loop(), False
+        self._letters: collections.deque[tuple[asyncio.Queue, tuple]] = collections.deque()
 
-    def put(self, queue: asyncio.Queue, entry: tuple):
+    def put(self, queue: asyncio.Queue, entry: tuple) -> None:
         """Puts an entry into a queue of the loop. Any thread may call it."""
         self._letters.append((queue, entry))
         if not self._is_called:
@@ -44,7 +45,8 @@ class Session:
         """`seconds` is the time that it may take."""
         self.choices = choices
         self._scheduler, self._metrics, self._mailbox, self._seconds = scheduler, metrics, mailbox, seconds
-        self._loop, self._updates = asyncio.get_running_loop(), asyncio.Queue()
+        self._loop = asyncio.get_running_loop()
+        self._updates: asyncio.Queue[tuple[int, Update | Exception, float]] = asyncio.Queue()
         now = time.monotonic()
         self._times = [Times(now) for _ in choices]
         self._jobs = [
@@ -56,7 +58,7 @@ class Session:
 
         return lambda update: self._mailbox.put(self._updates, (index, update, time.monotonic()))
 
-    def submit(self):
+    def submit(self) -> None:
         """Queues the texts. Their deadline is the scheduler's to see to; where it cannot, as a step hangs, it is ours.
 
         Raises:
@@ -82,8 +84,7 @@ class Session:
             found = [await self._updates.get()]
             while not self._updates.empty():
                 found.append(self._updates.get_nowait())
-            told = [self._tell(*entry) for entry in found]
-            told = [pair for pair in told if pair]
+            told = [pair for entry in found if (pair := self._tell(*entry))]
             left -= sum(delta.reason is not None for _, delta in told)
             if told:
                 yield told
@@ -107,7 +108,7 @@ class Session:
                 self._scheduler.cancel(job)
         return (choice, delta) if delta.tokens or delta.text or delta.reason else None
 
-    def end(self):
+    def end(self) -> None:
         """Frees what still runs or waits: after it nothing of the request is left."""
         self._late.cancel()
         left = [index for index, choice in enumerate(self.choices) if choice.reason is None]

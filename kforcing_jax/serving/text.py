@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 from tokenizers.decoders import DecodeStream
 
 from kforcing_jax.data.tokenizers import Tokenizer
@@ -18,7 +19,7 @@ class TextStream:
     continues one, and a character whose bytes are spread over tokens comes with the last of them.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]):
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] | np.ndarray):
         self._tokenizer = tokenizer
         prompt = list(map(int, prompt))
         whole = _whole_characters(tokenizer, prompt)
@@ -52,7 +53,7 @@ class TextStream:
 class IdStream:
     """Where there is no tokenizer: ids, separated by spaces."""
 
-    def __init__(self, prompt: Sequence[int]):
+    def __init__(self, prompt: Sequence[int] | np.ndarray):
         self._is_first = not len(prompt)
 
     def push(self, token: int) -> str:
@@ -65,7 +66,7 @@ class IdStream:
         return ""
 
 
-def prompt_text(tokenizer: Tokenizer | None, prompt: Sequence[int]) -> str:
+def prompt_text(tokenizer: Tokenizer | None, prompt: Sequence[int] | np.ndarray) -> str:
     """What a `TextStream`'s pieces follow: the text of a prompt, without the bytes of half a character at its end."""
     return tokenizer.decode(prompt).rstrip(INCOMPLETE) if tokenizer else " ".join(map(str, prompt))
 

@@ -39,7 +39,7 @@ class Worker:
         began = self._step_began
         return began is not None and time.monotonic() - began > _STALL_SECONDS
 
-    def start(self):
+    def start(self) -> None:
         """Begins to work."""
         self._thread.start()
 
@@ -48,7 +48,7 @@ class Worker:
         """Whether it works, or hangs."""
         return self._thread.is_alive()
 
-    def stop(self):
+    def stop(self) -> None:
         """Ends after the step that it is in, if that ends; texts that are left end with an error."""
         self._is_ending = True
         self._scheduler.close()
