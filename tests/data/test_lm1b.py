@@ -435,7 +435,7 @@ def test_a_missing_package_is_named(prepared, monkeypatch, package):
         monkeypatch.setitem(sys.modules, name, None)
     message = refusal(prepared)
     assert package in message
-    assert message.endswith("pip install tensorflow-datasets")
+    assert message.endswith("pip install 'kforcing-jax[lm1b]'")
 
 
 SCRIPT = """

@@ -79,7 +79,7 @@ def test_an_ending_that_says_no_format_is_refused(tmp_path):
 
 def test_without_torch_its_files_are_refused_with_both_ways_out(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(ConfigError, match=r'pip install -e "\.\[torch\]", or name a \.safetensors'):
+    with pytest.raises(ConfigError, match=r"pip install 'kforcing-jax\[torch\]', or name a \.safetensors"):
         tensor_files.write(tmp_path / "model.ckpt", ARRAYS, NOTE)
     tensor_files.write(tmp_path / "model.safetensors", ARRAYS, NOTE)
 
