@@ -189,6 +189,8 @@ class StageCheckpoints:
         return restored["ema"]
 
     def _newest_step(self, last_step, failed) -> int | None:
+        if self._manager:
+            self._manager.wait_until_finished()
         steps = [step for step in complete_steps(self._directory) if last_step is None or step <= last_step]
         return _agreed_step(next((step for step in steps if step not in failed), None))
 

@@ -1,7 +1,8 @@
 """What the stages of a run say of themselves, read without orbax.
 
-Every checkpoint has a JSON item `progress`: `seconds` of training, what the stage was made from (`made_from`), and in
-the last one of a stage `weights`, a digest by which later stages name what they were made from.
+Every checkpoint has a JSON item `progress`: `seconds` of training, what the stage was made from (`made_from`), how many
+steps it was to have (`lengths`, see training.changed_steps), what validation has found last, and in the last one of a
+stage `weights`, a digest by which later stages name what they were made from.
 """
 
 import contextlib
