@@ -1,0 +1,128 @@
+"""Students that an experiment trains from the stages of a finished run, and the figures that they are compared by."""
+
+import contextlib
+import dataclasses
+import datetime
+import json
+import time
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from device import device_text
+
+from kforcing_jax.evaluation.fidelity import agreement
+from kforcing_jax.evaluation.samples import generate, measure, prompts
+from kforcing_jax.models import CausalLM, PushForwardLM, init_params
+from kforcing_jax.sharding import make_mesh, put_batch
+from kforcing_jax.training.checkpoints import load_stage
+from kforcing_jax.training.objectives import distillation
+from kforcing_jax.training.optimizer import make_optimizer
+from kforcing_jax.training.stage import Phase, abstract_state, compiled_step
+from kforcing_jax.training.step import init_state
+from kforcing_jax.workdir import Workdir
+
+# Between two lines on the terminal, in steps.
+_REPORTED = 200
+
+
+class Experiment:
+    """A finished run: its AR teacher, its data, its recipes."""
+
+    def __init__(self, workdir: Workdir):
+        self.workdir, self.config, self.corpus = workdir, workdir.config, workdir.prepared()
+        self.mesh = make_mesh(workdir.config.mesh)
+        self.ar, self.ar_params = self.stage("ar")
+
+    @classmethod
+    @contextlib.contextmanager
+    def opened(cls, path: str) -> Iterator["Experiment"]:
+        """The run in a directory, with its mesh set."""
+        logging.set_verbosity(logging.FATAL)  # orbax reports every file
+        experiment = cls(Workdir.open(path))
+        with jax.set_mesh(experiment.mesh):
+            yield experiment
+
+    def stage(self, name: str) -> tuple:
+        """(model, averaged weights) of a stage of the run."""
+        return load_stage(self.workdir, name, self.corpus, self.mesh)
+
+    def train(
+        self,
+        name: str,
+        student: PushForwardLM,
+        teacher: tuple,
+        first: dict,
+        *,
+        steps: int,
+        phases: Callable[[int], list[tuple[Phase, contextlib.AbstractContextManager]]] | None = None,
+    ) -> dict:
+        """Averaged weights after `steps` steps by the recipe of a stage.
+
+        `first` are weights to begin with, as far as they go. `phases` says of the number of steps how they are
+        computed, each within a context; by default all in f32.
+        """
+        config = dataclasses.replace(self.config.stages[name], steps=steps)
+        params = init_params(student, jax.random.key(config.window)) | first
+        abstract = abstract_state(params, config, self.mesh)
+        state = init_state(jax.tree.map(jnp.copy, params), make_optimizer(config))
+        state = jax.device_put(state, jax.tree.map(lambda x: x.sharding, abstract))
+        batches = self.corpus.train_batches(config.batch_size, self.config.seed)
+        start, done = time.monotonic(), 0
+
+        def objective(dtype):
+            models = (dataclasses.replace(m.cfg, dtype=dtype) for m in (student, teacher[0]))
+            return distillation(
+                *(m.clone(cfg=cfg) for m, cfg in zip((student, teacher[0]), models, strict=True)),
+                config,
+                self.corpus.eos_id,
+            )
+
+        for phase, context in phases(steps) if phases else [(Phase("float32", steps), contextlib.nullcontext())]:
+            with context:
+                step = compiled_step(config, objective, phase, abstract)
+                for number in range(done + 1, phase.last_step + 1):
+                    batch = put_batch(next(batches), self.mesh, config.batch_size)
+                    state, metrics = step(state, teacher[1], batch, jax.random.key(0))
+                    if number % _REPORTED == 0:
+                        minutes = (time.monotonic() - start) / 60
+                        say(f"  {name} step {number}/{steps}, loss {metrics['loss']:.3f}, {minutes:.1f} min")
+            done = max(done, phase.last_step)
+        return state.ema
+
+    def figures(self, name: str, student: PushForwardLM, params: dict, teacher: CausalLM | None = None) -> dict:
+        """Agreement with the AR teacher in f32 (by default as the run's draws), and what it says of samples."""
+        settings, window = self.config.evaluation, self.config.stages[name].window
+        batches = self.corpus.validation_batches(settings.rows, settings.batch_size)
+        shared = dict(tau=1.0, eos_id=self.corpus.eos_id)
+        models = teacher or self.ar, self.ar_params, student, params
+        fidelity = agreement(*models, batches, jax.random.key(0), window=window, **shared)
+        starts = prompts(self.corpus, settings.samples, settings.prompt_length)
+        decoding = dict(max_new_tokens=settings.new_tokens, seeds=np.arange(len(starts)), k=window)
+        decoded = generate(student, params, starts, **decoding, **shared)
+        return fidelity | measure(self.ar, self.ar_params, decoded, settings.prompt_length, self.corpus.eos_id)
+
+
+def line(figures: dict) -> str:
+    """The figures that decide, in one line."""
+    agreements = " ".join(f"{a:.3f}" for a in figures["agreement"])
+    return (
+        f"agreement {agreements}, block {figures['block_agreement']:.3f}, "
+        f"NLL {figures['sample_nll']:.3f}, entropy {figures['sample_entropy']:.3f}"
+    )
+
+
+def say(*words: str):
+    """On the terminal, at once."""
+    print(*words, flush=True)
+
+
+def write_json(path: str | None, experiment: Experiment, results: dict):
+    """The results with device, date and configuration, where a path is given."""
+    if path:
+        about = {"device": device_text(), "date": datetime.date.today().isoformat()}
+        about["config"] = dataclasses.asdict(experiment.config)
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump(about | results, file, indent=1)
