@@ -47,8 +47,9 @@ class Run:
     def step(self, stage: str) -> int | None:
         """The last step that is known of a stage; None before there is one."""
         records = self.history.get(stage)
-        steps = [records[-1]["step"] if records else None, self.stages.get(stage, {}).get("steps")]
-        return max((step for step in steps if is_number(step)), default=None)
+        said = [records[-1]["step"] if records else None, self.stages.get(stage, {}).get("steps")]
+        steps = [int(step) for step in said if step is not None and is_number(step)]
+        return max(steps, default=None)
 
 
 class Remark(NamedTuple):
@@ -122,7 +123,7 @@ def verdicts(runs: Sequence[Run], stage: str) -> dict[str, dict[str, str]]:
     Only of figures that may be compared: what the AR teacher says of samples, where both have the same one; nothing
     where vocabularies are known to differ.
     """
-    found = {}
+    found: dict[str, dict[str, str]] = {}
     for key in HELD:
         having = [run for run in runs if run.stages.get(stage, {}).get(f"{key}_interval")]
         for other in having[1:]:

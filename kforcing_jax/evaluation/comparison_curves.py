@@ -11,7 +11,7 @@ from kforcing_jax.evaluation.history import over
 from kforcing_jax.evaluation.plots import PALETTE, draw_points, image, new_figure, on_page
 from kforcing_jax.evaluation.tables import in_order, is_number, window_of
 
-_DASHES = ("-", (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (6, 1.5, 1.2, 1.5)), (0, (9, 3)))
+_DASHES: tuple[str | tuple, ...] = ("-", (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (6, 1.5, 1.2, 1.5)), (0, (9, 3)))
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 # Lines with fewer points have a marker on each of them.
 _FEW = 12
@@ -31,7 +31,7 @@ class Look:
     @classmethod
     def of(cls, index: int) -> "Look":
         """That of the index-th run; the first 210 differ."""
-        return cls(*(choices[index % len(choices)] for choices in (PALETTE, _DASHES, _MARKERS)))
+        return cls(PALETTE[index % len(PALETTE)], _DASHES[index % len(_DASHES)], _MARKERS[index % len(_MARKERS)])
 
     @property
     def style(self) -> dict:

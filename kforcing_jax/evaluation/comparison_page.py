@@ -17,7 +17,7 @@ from kforcing_jax.evaluation.comparison_tables import (
     stages_text,
 )
 from kforcing_jax.evaluation.page import definitions, page, paragraph, section, table, text_table
-from kforcing_jax.evaluation.tables import STRIDE_COLUMNS, STRIDES, legend
+from kforcing_jax.evaluation.tables import STRIDE_COLUMNS, STRIDES, Column, legend
 
 
 def write_comparison(runs: Sequence[Run], path: Path) -> Path:
@@ -55,7 +55,8 @@ def _figures_section(runs):
     stages = figures(runs)
     if not stages:
         return section("Figures", paragraph("No stage of any run has ended yet."))
-    parts, shown = [], []
+    parts: list[str] = []
+    shown: list[Column] = []
     for stage in stages:
         rows = stage_rows(runs, stage)
         columns = stage_columns(rows)

@@ -3,7 +3,7 @@
 import collections
 import dataclasses
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from kforcing_jax.evaluation.comparison import (
     HELD,
@@ -47,7 +47,7 @@ def stage_rows(runs: Sequence[Run], stage: str) -> dict[str, dict]:
     return {name: row | {"marks": marks.get(name, {})} for name, row in figures(runs)[stage].items()}
 
 
-def stage_columns(rows: Mapping[str, dict]) -> list[Column]:
+def stage_columns(rows: dict[str, dict]) -> list[Column]:
     """The columns that some run has figures for, those that are held against the first run's with mark and interval."""
     held = dict(zip(("block", "NLL", "entropy"), HELD, strict=True))
     quality = [

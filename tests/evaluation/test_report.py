@@ -181,6 +181,17 @@ def test_the_page_needs_nothing_but_itself(workdir):
         xml.etree.ElementTree.fromstring(base64.b64decode(image))
 
 
+def test_every_colour_of_a_plot_has_another_one_on_a_dark_page(workdir):
+    (workdir / "summary.json").write_text(json.dumps(STRIDES))
+    page = write_report(workdir).read_text()
+    for image in re.findall(r'src="data:image/svg\+xml;base64,([^"]+)"', page):
+        svg = base64.b64decode(image).decode()
+        assert not re.findall(r'style="[^"]*#[0-9a-f]{6}', svg)
+        light, dark = (dict(re.findall(r"(--c\w+):(#\w+)", part)) for part in svg.split("@media", 1))
+        assert light.keys() == dark.keys() >= set(re.findall(r"var\((--c\w+)\)", svg))
+        assert all(light[name] != dark[name] for name in light)
+
+
 def test_the_page_shows_which_stride_to_take(workdir):
     assert "Which stride to take" not in write_report(workdir).read_text()
     (workdir / "summary.json").write_text(json.dumps(STRIDES))
