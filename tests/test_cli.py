@@ -266,6 +266,21 @@ def test_the_stage_nearest_above_k_decodes(mode, k, stage, chosen):
     assert choose_stage(config, ["ar", "k1", "k2", "k4"], mode, k, stage) == chosen
 
 
+def test_a_stage_that_is_not_finished_decodes_where_it_is_named_or_alone():
+    config = micro_config(k4=dict(window=4))
+
+    def choose(finished, k=None, stage=None, unfinished=("k4",)):
+        return choose_stage(config, finished, "student", k, stage, unfinished)
+
+    assert choose(["ar", "k1", "k2"]) == ("k2", 2)
+    assert choose(["ar", "k1", "k2"], stage="k4") == ("k4", 4)
+    assert choose(["ar"], unfinished=["k1"]) == ("k1", 1)
+    with pytest.raises(ConfigError, match="--stage=k4 takes k4, which is not finished, as it is"):
+        choose(["ar", "k1", "k2"], k=4)
+    with pytest.raises(ConfigError, match=r"there are: ar, k1, k2 \(not finished\)"):
+        choose(["ar", "k1"], stage="k4", unfinished=["k2"])
+
+
 def test_a_run_without_students_can_only_decode_its_teacher():
     with pytest.raises(ConfigError, match="no finished student"):
         choose_stage(micro_config(), ["ar"], "student", None, None)

@@ -162,6 +162,33 @@ def test_a_damaged_last_checkpoint_is_passed_over_by_generate(copy):
     assert done.status == 2 and "no good one before it" in done.err.splitlines()[-1]
 
 
+def test_a_stage_that_still_trains_is_decoded_and_evaluated_at_its_newest_checkpoint(copy):
+    config, run = copy
+    shutil.rmtree(run / "stages/k2/checkpoints/5")
+    before = {path: path.stat().st_mtime_ns for path in (run / "stages").rglob("*")}
+    named = run_command("generate", f"--workdir={run}", "--prompt=012", "--stage=k2")
+    assert named.status == 0 and named.out.startswith("012") and len(named.out.strip()) == 8
+    assert named.err.splitlines()[0] == "k2 at step 4 of 5, not finished"
+    by_itself = run_command("generate", f"--workdir={run}", "--prompt=012")
+    assert by_itself.status == 0 and by_itself.err.startswith("k1, ")
+    earlier = run_command("generate", f"--workdir={run}", "--prompt=012", "--step=4")
+    assert earlier.status == 0 and earlier.err.startswith("k1 at step 4, not its last, 5")
+    refused(
+        run_command("generate", f"--workdir={run}", "--prompt=012", "--step=3"), "no checkpoint of step 3, but of 4, 5"
+    )
+
+    done = run_command("evaluate", f"--workdir={run}")
+    assert done.status == 0 and "\nk2@4 " in done.out and "k2 at step 4 of 5, not finished" in done.err
+    assert {path: path.stat().st_mtime_ns for path in (run / "stages").rglob("*")} == before
+    summary = summary_of(run)
+    assert summary["stages"].keys() == {"ar", "k1"} and summary["unfinished"].keys() == {"k2"}
+    running = summary["unfinished"]["k2"]
+    assert (running["step"], running["steps"], len(running["agreement"])) == (4, 5, 2)
+
+    assert main(config, run).status == 0
+    assert summary_of(run)["stages"].keys() == {"ar", "k1", "k2"} and "unfinished" not in summary_of(run)
+
+
 @pytest.mark.parametrize("content", ['{"stages": {"ar"', "[]", '{"stages": 3}', ""])
 def test_a_damaged_summary_is_written_anew(copy, content):
     _, run = copy

@@ -88,9 +88,10 @@ def losses(workdir):
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
-    """(workdir, outputs) of a run in two processes of two devices each."""
+    """(workdir, outputs) of a run in two processes of two devices each, saved by time: after every report."""
     workdir = prepared(tmp_path_factory.mktemp("two"))
-    return workdir, finish(start(workdir, processes=2, devices=2))
+    by_time = ("checkpoint_every=1000", "checkpoint_seconds=0.001", "keep_newest=1", "keep_every=2")
+    return workdir, finish(start(workdir, 2, 2, *(f"--config.logging.{setting}" for setting in by_time)))
 
 
 def test_two_processes_train_what_one_process_trains(two_processes, tmp_path):
@@ -100,6 +101,11 @@ def test_two_processes_train_what_one_process_trains(two_processes, tmp_path):
     np.testing.assert_allclose(list(actual.values()), list(expected.values()), rtol=2e-3)
     for name, got, wanted in weights_of_both(two_processes[0], tmp_path / "run"):
         np.testing.assert_allclose(got, wanted, atol=2e-3, err_msg=name)
+
+
+def test_processes_agree_on_when_to_save_by_time(two_processes):
+    folder = two_processes[0] / "stages/k1/checkpoints"
+    assert sorted(int(path.name) for path in folder.iterdir()) == list(range(2, 41, 2))
 
 
 def test_one_process_speaks_and_writes(two_processes):

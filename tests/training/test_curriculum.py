@@ -196,3 +196,61 @@ def test_weights_keep_the_order_in_which_tokens_lie_on_the_unit_interval(tmp_pat
     shutil.rmtree(workdir.path / "stages/k2")
     train(workdir.path, workdir.config)
     assert stage_progress(workdir, "k2")["made_from"]["cdf_order"] == order.tokens_V.tolist()
+
+
+def without_k2(config, **stages):
+    """`config` without k2, which would take time, and with other fields of the stages that are left."""
+    kept = {name: dataclasses.replace(stage, **stages.get(name, {})) for name, stage in config.stages.items()}
+    return dataclasses.replace(config, stages={name: kept[name] for name in ("ar", "k1")})
+
+
+def test_a_stage_ends_at_a_checkpoint_it_has_and_goes_on_from_where_it_was(finished, tmp_path, caplog):
+    caplog.set_level("INFO", "kforcing_jax")
+    path = shutil.copytree(finished[0].path, tmp_path / "run")
+    for name in ("k2", "k2-from-ar"):
+        shutil.rmtree(path / "stages" / name)
+    whole = finished[0].summary()["stages"]["k1"]
+
+    shorter, corpus = train(path, without_k2(micro_config(), k1=dict(steps=4)))
+    assert "checkpoints past its end are put aside, and come back where it is longer again: 5" in caplog.text
+    assert "steps was 5 and is 4: as if it had been so from the start" in caplog.text
+    summary = shorter.summary()["stages"]["k1"]
+    assert summary["steps"] == 4 and summary["weights"] not in (None, whole["weights"])
+    assert stage_progress(shorter, "k1")["lengths"] == [[0, 5], [4, 4]]
+    lines = [json.loads(line) for line in shorter.metrics_path.read_text().splitlines()]
+    assert max(line["step"] for line in lines if line["stage"] == "k1") == 4
+    assert load_stage(shorter, "k1", corpus) and finished_stages(shorter) == ["ar", "k1"]
+
+    again, _ = train(path, without_k2(micro_config()))
+    assert again.summary()["stages"]["k1"]["weights"] == whole["weights"]
+
+
+def test_weights_of_another_run_are_a_stage_or_where_one_starts(finished, tmp_path):
+    """Also from a stage that is not finished, at its newest checkpoint."""
+    other = Workdir(shutil.copytree(finished[0].path, tmp_path / "other"))
+    shutil.rmtree(other.checkpoints_path("k1") / "5")
+    config = micro_config(
+        ar=dict(init_from=str(tmp_path / "other"), steps=0), k1=dict(init_from=str(tmp_path / "other"), steps=1)
+    )
+    workdir, corpus = train(tmp_path / "run", without_k2(config))
+    digest = stage_progress(other, "ar")["weights"]
+    assert stage_progress(workdir, "ar")["weights"] == digest
+    assert workdir.summary()["stages"]["ar"]["steps"] == 0
+    origin = stage_progress(workdir, "ar")["made_from"]
+    assert origin["init_from"] == {"run": str(tmp_path / "other"), "stage": "ar", "step": 5, "weights": digest}
+    assert "data" not in origin
+    trained = stage_progress(workdir, "k1")["made_from"]
+    assert (trained["init_from"]["step"], trained["teacher"]["weights"]) == (4, digest) and "origin" not in trained
+
+    start, _ = curriculum._initial_params(Workdir.at(tmp_path / "new", config), corpus, "k1", make_mesh(config.mesh))
+    for a, b in zip(jax.tree.leaves(start), weights(other, corpus, "k1"), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+    path = other.checkpoints_path("ar") / "5/progress/metadata"
+    path.write_text(path.read_text().replace(digest, "0" * 64))
+    with pytest.raises(
+        RunError, match=r"stage ar of .*run started from another ar of .*other .*; there is 00000000 now"
+    ):
+        train(tmp_path / "run", without_k2(config))
+    shutil.rmtree(tmp_path / "other")
+    train(tmp_path / "run", without_k2(config))  # it is needed no longer
