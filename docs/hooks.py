@@ -72,7 +72,7 @@ def link(target: str, file: str, page: str, repo_url: str) -> str:
     if "://" in target or not path or path.startswith(("/", "mailto:")):
         return target
     linked = posixpath.normpath(posixpath.join(posixpath.dirname(file), path))
-    if linked in PAGES or linked.startswith("docs/"):
+    if linked in PAGES or (linked.startswith("docs/") and not linked.endswith(".py")):
         on_site = PAGES.get(linked) or linked.removeprefix("docs/")
         return posixpath.relpath(on_site, posixpath.dirname(page) or ".") + mark + anchor
     there = REPOSITORY / linked

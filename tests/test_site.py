@@ -93,6 +93,7 @@ def test_a_rule_is_what_the_configuration_answers_to_a_wrong_value(path, kind, r
     [
         ("data.md#tokenizers", "docs/reproduce.md", "reproduce.md", "data.md#tokenizers"),
         ("../configs/tiny.py", "docs/method.md", "method.md", f"{URL}blob/main/configs/tiny.py"),
+        ("docs/hooks.py", "README.md", "index.md", f"{URL}blob/main/docs/hooks.py"),
         ("../launch", "docs/cloud.md", "cloud.md", f"{URL}tree/main/launch"),
         ("../README.md#data", "docs/data.md", "data.md", "index.md#data"),
         ("../../README.md", "docs/api/models.md", "api/models.md", "../index.md"),
