@@ -42,6 +42,7 @@ class Run:
 
     @property
     def stages(self) -> dict[str, dict]:
+        """The figures of stages, as `stages_of`."""
         return stages_of(self.summary)
 
     def step(self, stage: str) -> int | None:
@@ -135,7 +136,13 @@ def verdicts(runs: Sequence[Run], stage: str) -> dict[str, dict[str, str]]:
 
 def remarks(runs: Sequence[Run]) -> list[Remark]:
     """Warnings first: what may not be compared, what is not known, which runs have not ended."""
-    found = [*_about_teachers(runs), *_about_inputs(runs), *_about_evaluation(runs), *map(_about_progress, runs)]
+    found = itertools.chain(
+        _about_teachers(runs),
+        _about_inputs(runs),
+        _about_losses(runs),
+        _about_evaluation(runs),
+        map(_about_progress, runs),
+    )
     return sorted(filter(None, found), key=lambda remark: not remark.is_warning)
 
 
@@ -259,9 +266,15 @@ def _about_inputs(runs):
         )
 
 
+def _about_losses(runs):
+    kinds = [name for name in differing_settings(runs) if name.rpartition(".")[2] in ("loss", "objective")]
+    if kinds:
+        yield Remark(f"Losses of different kinds are not comparable ({', '.join(kinds)} differ); agreement is.", True)
+
+
 def _about_evaluation(runs):
     measured = [run for run in runs if any("sample_nll" in stage for stage in run.stages.values())]
-    taus = {run.name: run.summary.get("tau", 1.0) for run in measured}
+    taus = {run.name: run.summary.get("tau") or 1.0 for run in measured}
     if len(set(taus.values())) > 1:
         told = ", ".join(f"{name} at {tau:g}" for name, tau in taus.items())
         yield Remark(f"Samples were drawn at different temperatures ({told}): their figures are not comparable.", True)
