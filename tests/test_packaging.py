@@ -153,7 +153,7 @@ def test_what_is_imported_is_a_dependency_and_what_is_always_imported_no_extra()
     known.add("ipython")  # of every notebook
     for path, package, is_at_the_top in imported_packages():
         assert package in known, f"{path} imports {package}"
-        behind_an_extra = path.parts[0] == "serving" or path.parts[1] in ("trackers", "notebook.py")
+        behind_an_extra = {"serving", "trackers", "notebook.py"} & set(path.parts)
         assert package in base or not is_at_the_top or behind_an_extra, f"{path} imports {package}, of an extra"
 
 
