@@ -88,6 +88,7 @@ class StageCheckpoints:
 
     @classmethod
     def of(cls, workdir: Workdir, stage: str, *, read_only: bool = False) -> "StageCheckpoints":
+        """Those of a stage of a run, kept as its configuration says."""
         return cls(workdir.checkpoints_path(stage), workdir.config.logging, read_only=read_only)
 
     def __enter__(self):
@@ -107,9 +108,15 @@ class StageCheckpoints:
     @property
     def latest_step(self) -> int | None:
         """The newest complete checkpoint's step, None when there is none."""
-        return self._manager.latest_step()
+        return self._writer.latest_step()
 
-    def save(self, state: TrainState, step: int, progress: dict):
+    @property
+    def _writer(self) -> ocp.CheckpointManager:
+        """Which there is unless these are read only."""
+        assert self._manager is not None
+        return self._manager
+
+    def save(self, state: TrainState, step: int, progress: dict) -> None:
         """Writes the state after `step` steps, and what `progress` says as JSON, unless that step is already saved.
 
         A `validation_loss` of this step (its `validation_step`, where there is one) may make it one of the best.
@@ -124,7 +131,7 @@ class StageCheckpoints:
         metrics = {_LOSS: progress[_LOSS]} if _LOSS in progress and is_of_now else None
         self._save(step, metrics, ema=state.ema, training=training, progress=progress)
 
-    def save_imported(self, params: dict, progress: dict):
+    def save_imported(self, params: dict, progress: dict) -> None:
         """Writes weights that were not trained here, as step 0. There is nothing to train on from: `restore` fails."""
         self._save(0, None, ema=params, progress=progress)
 
@@ -132,7 +139,7 @@ class StageCheckpoints:
         items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
         items = ocp.args.Composite(progress=ocp.args.JsonSave(progress), **items)
         with self._written():
-            self._manager.save(step, args=items, metrics=metrics)
+            self._writer.save(step, args=items, metrics=metrics)
 
     @contextlib.contextmanager
     def _written(self):
@@ -165,17 +172,18 @@ class StageCheckpoints:
         Raises:
           RunError: as `restore`.
         """
-        failed = set()
+        failed: set[int] = set()
         step = self._newest_step(last_step, failed)
         while step is not None:
             restored, reason = self._restored(step, ema=abstract)
             if reason is None:
                 return restored["ema"], step
             failed.add(step)
-            newest = self._newest_step(last_step, set())
-            step, before = self._newest_step(last_step, failed), step
-            if newest == before:
-                self._say_damaged(before, reason, step)
+            following = self._newest_step(last_step, failed)
+            is_replaced = following is not None and following > step
+            if not is_replaced and step in complete_steps(self._directory):
+                self._say_damaged(step, reason, following)
+            step = following
         raise RunError(f"{self._directory} holds no checkpoint")
 
     def restore_step(self, abstract: dict, step: int) -> dict:
@@ -194,7 +202,7 @@ class StageCheckpoints:
         steps = [step for step in complete_steps(self._directory) if last_step is None or step <= last_step]
         return _agreed_step(next((step for step in steps if step not in failed), None))
 
-    def set_aside_damaged(self, abstract: dict):
+    def set_aside_damaged(self, abstract: dict) -> None:
         """Renames newest checkpoints whose averaged weights are damaged, as `restore` does, and raises like it.
 
         Without its last checkpoint a stage is not finished any more, and goes on from the one before.
@@ -202,7 +210,7 @@ class StageCheckpoints:
         self._newest_good(self._set_aside, ema=abstract, progress=None)
 
     def _newest_good(self, passed_over: Callable[[int], None], **abstract):
-        steps = sorted(self._manager.all_steps(), reverse=True)
+        steps = sorted(self._writer.all_steps(), reverse=True)
         for step, before in zip(steps, [*steps[1:], None], strict=True):
             restored, reason = self._restored(step, **abstract)
             if reason is None:
@@ -258,7 +266,7 @@ class StageCheckpoints:
             path.rename(aside)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("set aside")
-        self._manager.reload()
+        self._writer.reload()
 
 
 def _keeping(settings: LoggingConfig) -> ocp.CheckpointManagerOptions:
@@ -349,7 +357,7 @@ def load_checkpoint(
     return LoadedStage(model, params if mesh else jax.tree.map(lambda x: x.addressable_data(0), params), step)
 
 
-def abstract_params(model, mesh: Mesh | None = None) -> dict:
+def abstract_params(model: CausalLM | PushForwardLM, mesh: Mesh | None = None) -> dict:
     """Shapes and shardings of a model's parameters: over a mesh, or one whole copy for every process."""
     shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
     return abstract_on(shapes, parameter_shardings(shapes, mesh) if mesh else _whole_everywhere())
