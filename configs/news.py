@@ -8,6 +8,8 @@ Needs the network once, for the articles (10.5 MB).
 `--config=configs/news.py:gpu` is the same on one GPU: 12 layers of 512, batches of 256 rows. It has not been run yet.
 """
 
+from typing import Any
+
 from kforcing_jax.config import ConfigError, default_config, default_stage
 
 
@@ -22,7 +24,7 @@ def get_config(variant: str = ""):
     config.evaluation.update(rows=128, samples=128)
     config.logging.update(log_every=50, validate_every=500, checkpoint_every=500)
     # Muon and a shuffled order together are worth four times the steps of AdamW in the order of the ids (README.md).
-    shared = dict(
+    shared: dict[str, Any] = dict(
         optimizer="muon", learning_rate=1e-2, schedule="cosine", warmup_steps=50, batch_size=8, ema_decay=0.99
     )
     if variant == "gpu":

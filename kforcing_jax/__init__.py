@@ -10,10 +10,10 @@ that windows hang from), G tokens in the group at one anchor, P earlier window t
 length, T tokens, H heads, C head width, D model width, F noise features, V vocabulary, L layers.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kforcing_jax.decoding import generate
+    from kforcing_jax.decoding import generate  # type: ignore[no-redef]  # a command's module is called so too
     from kforcing_jax.training.runs import load_run
 
 __version__ = "0.1.0"
@@ -21,7 +21,7 @@ __version__ = "0.1.0"
 __all__ = ["__version__", "generate", "load_run"]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name == "generate":
         from kforcing_jax.decoding import generate
 

@@ -4,6 +4,7 @@ python -m kforcing_jax.compare runs/a runs/b
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from absl import flags
@@ -16,7 +17,8 @@ _OUTPUT = flags.DEFINE_string("output", "comparison.html", "The page; one that i
 _JSON = flags.DEFINE_bool("json", False, "Print what the tables show as one object.")
 
 
-def main(argv):
+def main(argv: Sequence[str]) -> None:
+    """Writes the page of the runs in argv[1:], and prints their tables."""
     page = _writable(_OUTPUT.value)
 
     from kforcing_jax.evaluation.comparison import as_json, open_runs

@@ -32,8 +32,8 @@ def _positive(name, value):
         raise ConfigError(f"{name} = {value} should be positive and finite")
 
 
-def check_tau(name: str, tau: float):
-    """A temperature is in [1e-6, 1000]; at the least of them only the likeliest token is drawn."""
+def check_tau(name: str, tau: float) -> None:
+    """Raises ConfigError unless tau is in [1e-6, 1000]; at the least of them only the likeliest token is drawn."""
     if not 9.99999e-7 <= tau <= 1e3:  # f32 rounds 1e-6 down
         raise ConfigError(f"{name} = {tau} is not in [1e-6, 1000]")
 
@@ -185,7 +185,8 @@ class StageConfig:
         """The step of the stage's last checkpoint."""
         return 0 if self.checkpoint else self.steps
 
-    def validate(self, name: str):
+    def validate(self, name: str) -> None:
+        """Raises ConfigError for a field, of the stage that is called so, that is not what it may be."""
         prefix = f"stages.{name}"
         if self.checkpoint and self.window:
             raise ConfigError(f"{prefix}.checkpoint = {self.checkpoint!r}: only stages.ar can be a released file")
@@ -351,6 +352,7 @@ class Config:
     def _check_teachers_temperatures(self, name):
         """A student knows the temperatures it was trained with; the AR teacher, which has logits, knows all."""
         stage, (teacher_name, _) = self.stages[name], predecessors(self, name)
+        assert teacher_name is not None  # only the AR stage has none
         teacher = self.stages[teacher_name]
         if teacher.window and not teacher.tau_min <= stage.tau_min <= stage.tau_max <= teacher.tau_max:
             key, teacher_key = (f"stages.{n.replace('-', '_')}" for n in (name, teacher_name))
@@ -388,11 +390,14 @@ def successors(config: Config, name: str) -> list[str]:
 def default_config() -> ml_collections.ConfigDict:
     """All fields at their defaults and no stages, for a config file to change."""
     fields = {f.name: f.default for f in dataclasses.fields(Config) if f.name != "stages"}
-    plain = {k: dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v for k, v in fields.items()}
+    plain: dict[str, typing.Any] = {
+        k: dataclasses.asdict(v) if dataclasses.is_dataclass(v) and not isinstance(v, type) else v
+        for k, v in fields.items()
+    }
     return ml_collections.ConfigDict(plain | {"stages": {}}).lock()
 
 
-def default_stage(**changes) -> ml_collections.ConfigDict:
+def default_stage(**changes: typing.Any) -> ml_collections.ConfigDict:
     """One stage with the paper's hyperparameters, and the given changes."""
     stage = ml_collections.ConfigDict(dataclasses.asdict(StageConfig())).lock()
     stage.update(changes)

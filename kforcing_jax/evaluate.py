@@ -5,6 +5,7 @@ python -m kforcing_jax.evaluate --checkpoint=pflm_lm1b_k4.ckpt --teacher=ar_lm1b
 """
 
 import json
+from collections.abc import Sequence
 
 from absl import flags
 
@@ -36,17 +37,18 @@ _OF_CHECKPOINTS = (
 )
 
 
-def main(_):
+def main(_: Sequence[str]) -> None:
+    """Evaluates what the flags name, and prints the figures."""
     check_one_model(_WORKDIR.value)
     if _WORKDIR.value:
         cli.refuse_flags(_OF_CHECKPOINTS, "without --checkpoint")
-        _evaluate_run()
+        _evaluate_run(_WORKDIR.value)
     else:
         cli.refuse_flags(processes.NAMES, "without --workdir")
         _evaluate_checkpoint()
 
 
-def _evaluate_run():
+def _evaluate_run(path: str):
     processes.start()
     import jax
 
@@ -57,7 +59,7 @@ def _evaluate_run():
     from kforcing_jax.workdir import Workdir
 
     def opened():
-        workdir = Workdir.open(_WORKDIR.value)
+        workdir = Workdir.open(path)
         return workdir, workdir.prepared(), make_mesh_that_fits(workdir.config), _scorer()
 
     summary = evaluate(*processes.together(opened))
@@ -83,6 +85,7 @@ def _evaluate_checkpoint():
     from kforcing_jax.evaluation.released import evaluate_released, figures_text
     from kforcing_jax.interop.released import open_released, open_teacher
 
+    assert CHECKPOINT.value is not None  # `check_one_model`
     released = open_released(CHECKPOINT.value, TOKENIZER.value, WEIGHTS.value)
     teacher = open_teacher(_TEACHER.value, released) if _TEACHER.value else None
     completions = complete_prefixes(
@@ -94,6 +97,7 @@ def _evaluate_checkpoint():
         prefix_length=released.prefix_length,
         tau=released.usual_tau,
     )
+    assert released.tokenizer is not None  # prefixes have become tokens
     figures = evaluate_released(released, completions, teacher, scorer, released.usual_tau)
     if _OUTPUT_DIR.value:
         write_completions(_OUTPUT_DIR.value, completions, released.tokenizer, {"evaluation.json": figures})

@@ -25,7 +25,7 @@ _OUTPUT = flags.DEFINE_string(
 
 
 def main(_: Sequence[str]) -> None:
-    """Writes the stage, and prints what was written."""
+    """Writes the stage, and prints what was written. Raises ConfigError for flags that cannot be followed."""
     if _WORKDIR.value is None:
         raise ConfigError("--workdir is missing, for example --workdir=runs/tiny")
     output = check_output(_OUTPUT.value)

@@ -8,7 +8,8 @@ python -m kforcing_jax.generate --checkpoint=pflm_lm1b_k4.ckpt --prefix_file=pre
 import json
 import math
 import sys
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 from absl import flags
 
@@ -29,6 +30,10 @@ from kforcing_jax.cli.checkpoints import (
 from kforcing_jax.cli.stages import choose_stage, choose_tau
 from kforcing_jax.config import check_tau
 from kforcing_jax.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from kforcing_jax.data.tokenizers import Tokenizer
+    from kforcing_jax.models import CausalLM, PushForwardLM
 
 flags.adopt_module_key_flags(checkpoint_flags)
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run directory.")
@@ -71,10 +76,10 @@ class Decoder(NamedTuple):
     """What decodes, and what has to be known of it; `seq_len` and `prefix_length` are None when nothing says them."""
 
     name: str  # the stage or file
-    model: object
+    model: "CausalLM | PushForwardLM"
     params: dict
     teacher: tuple | None
-    tokenizer: object | None
+    tokenizer: "Tokenizer | None"
     eos_id: int | None
     k: int
     seq_len: int | None
@@ -95,9 +100,10 @@ class Decoder(NamedTuple):
         }
 
 
-def main(_):
+def main(_: Sequence[str]) -> None:
+    """Decodes what the flags name, and prints texts, or writes completions of prefixes."""
     _check_flags()
-    decoder = _from_run() if _WORKDIR.value else _from_checkpoint()
+    decoder = _from_run(_WORKDIR.value) if _WORKDIR.value else _from_checkpoint()
     if PREFIX_FILE.value:
         _complete_prefixes(decoder)
     else:
@@ -158,11 +164,11 @@ def _check_prompts():
         check_readable("prompt_file", _PROMPT_FILE.value)
 
 
-def _from_run() -> Decoder:
+def _from_run(path: str) -> Decoder:
     from kforcing_jax.training.checkpoints import finished_stages, load_checkpoint, load_stage, unfinished_stages
     from kforcing_jax.workdir import Workdir
 
-    workdir = Workdir.open(_WORKDIR.value)
+    workdir = Workdir.open(path)
     tokenizer = workdir.tokenizer()
     stages = finished_stages(workdir), unfinished_stages(workdir)
     stage, k = choose_stage(workdir.config, stages[0], _MODE.value, K.value, _STAGE.value, stages[1])
@@ -182,6 +188,7 @@ def _from_checkpoint() -> Decoder:
     from kforcing_jax.models import CausalLM
 
     path, needs_tokenizer = CHECKPOINT.value, _PROMPT_IDS.value is None
+    assert path is not None  # `check_one_model`
     released = open_released(path, TOKENIZER.value, WEIGHTS.value, needs_tokenizer)
     model, params, tokenizer, release = released[:4]
     if isinstance(model, CausalLM):
@@ -197,7 +204,7 @@ def _from_checkpoint() -> Decoder:
         print(f"the tokenizer {release.tokenizer} is not here: ids in, ids out", file=sys.stderr)
     k = released.tokens_per_pass(K.value)
     tau = choose_tau(_TAU.value, released.tau_range if _MODE.value == "student" else None)
-    name = _TEACHER.value if _MODE.value == "ar" and teacher else path
+    name = _TEACHER.value if _MODE.value == "ar" and _TEACHER.value else path
     return Decoder(
         name, model, params, teacher, tokenizer, released.eos_id, k, released.seq_len, released.prefix_length, tau
     )
@@ -212,11 +219,11 @@ def _continue_prompts(decoder: Decoder):
         for text in texts:
             print(json.dumps(text.record(), ensure_ascii=False), flush=True)
         return
-    texts = list(texts)
+    done = list(texts)
     if _JSON.value:
-        print(json.dumps({name: [getattr(text, name) for text in texts] for name in ("tokens", "text", "passes")}))
+        print(json.dumps({name: [getattr(text, name) for text in done] for name in ("tokens", "text", "passes")}))
     else:
-        print("\n\n".join(text.titled(len(prompts), NUM_SAMPLES.value) for text in texts))
+        print("\n\n".join(text.titled(len(prompts), NUM_SAMPLES.value) for text in done))
 
 
 def _complete_prefixes(decoder: Decoder):
@@ -231,6 +238,7 @@ def _complete_prefixes(decoder: Decoder):
         seed=_SEED.value,
         **decoder.settings,
     )
+    assert decoder.tokenizer is not None  # prefixes have become tokens
     write_completions(_OUTPUT_DIR.value, completions, decoder.tokenizer)
     speed = completions.throughput
     if _JSON.value:
@@ -248,7 +256,7 @@ def _prompts(tokenizer, size: int, seq_len: int | None) -> list:
     from kforcing_jax.cli.prompts import Prompt, read_prompts, room_for
 
     if _PROMPT_IDS.value is not None:
-        prompts = [Prompt(1, None, _prompt_ids(size))]
+        prompts = [Prompt(1, None, _prompt_ids(_PROMPT_IDS.value, size))]
     elif tokenizer is None:
         raise ConfigError(f"--tokenizer or --prompt_ids is missing: nothing says which one {CHECKPOINT.value} has")
     elif _PROMPT_FILE.value:
@@ -265,11 +273,11 @@ def _prompts(tokenizer, size: int, seq_len: int | None) -> list:
     return prompts
 
 
-def _prompt_ids(size: int) -> list[int]:
-    for word in _PROMPT_IDS.value:
+def _prompt_ids(words: list[str], size: int) -> list[int]:
+    for word in words:
         if not word.strip().isdecimal() or int(word) >= size:
             raise DataError(f"--prompt_ids has {word!r}, expected ids from 0 to {size - 1}")
-    return [int(word) for word in _PROMPT_IDS.value]
+    return [int(word) for word in words]
 
 
 if __name__ == "__main__":

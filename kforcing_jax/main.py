@@ -23,7 +23,7 @@ _PROFILE = flags.DEFINE_string("profile", None, "FIRST:LAST: profile these steps
 
 
 def main(_: Sequence[str]) -> None:
-    """Trains all stages that are not finished, evaluates, writes the report, and prints the table."""
+    """Trains what is not finished, evaluates, reports and prints a table. Raises ConfigError for wrong flags."""
     config = cli.config_from_flag(_CONFIG)
     path = _WORKDIR.value
     if path is None:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from absl import flags
 
 from kforcing_jax import cli
+from kforcing_jax.data.places import expanded
 from kforcing_jax.errors import ConfigError
 
 _CONFIG = flags.DEFINE_string("config", None, "A file of configs/; fields by --config.data.seq_len=128.")
@@ -20,7 +21,7 @@ _WORKERS = flags.DEFINE_integer("workers", None, "Processes; one per core by def
 
 
 def main(_: Sequence[str]) -> None:
-    """Prepares the data, or verifies what is there, and prints its statistics."""
+    """Prepares the data, or verifies what is there, and prints its statistics. Raises ConfigError without a place."""
     config = cli.config_from_flag(_CONFIG)
     path = _WORKDIR.value
     if not config.data.prepared and path is None:
@@ -35,7 +36,7 @@ def main(_: Sequence[str]) -> None:
     # Nothing is computed here, and a TPU belongs to the process that wakes it.
     jax.config.update("jax_platforms", "cpu")
     if config.data.prepared:
-        directory = Workdir(None, config).data_path
+        directory = expanded(config.data.prepared)
     else:
         assert path is not None
         directory = Workdir.claim(path, config).data_path

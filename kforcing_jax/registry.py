@@ -1,4 +1,4 @@
-"""What a configuration chooses by name: losses, objectives, schedules, optimisers, trackers. A new one is an entry here.
+"""What a configuration chooses by name: losses, objectives, schedules, optimisers, trackers. New ones are entries here.
 
 An entry says where it is, as module:attribute, and is imported when it is needed: configurations are read before
 anything heavy is. In place of a name, a configuration may also say module:attribute itself, so that one's own needs no
@@ -28,7 +28,7 @@ class Table(Mapping[str, str]):
     def __len__(self) -> int:
         return len(self._entries)
 
-    def check(self, field: str, name: str):
+    def check(self, field: str, name: str) -> None:
         """Raises ConfigError, calling the field by its name, for a name that is no entry and no module:attribute."""
         if name in self._entries:
             return
@@ -49,7 +49,7 @@ def is_own(name: str) -> bool:
     return bool(colon) and attribute.isidentifier() and all(part.isidentifier() for part in module.split("."))
 
 
-def check_module(field: str, name: str):
+def check_module(field: str, name: str) -> None:
     """Raises ConfigError when the module of module:attribute cannot be found; it is not imported."""
     module = name.partition(":")[0]
     try:

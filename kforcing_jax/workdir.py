@@ -11,6 +11,7 @@ import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -41,8 +42,8 @@ class Workdir:
       RunError: there is no run in the directory, or its config.json is damaged; the path is a URL.
     """
 
-    def __init__(self, path: str | Path | None, config: Config | None = None):
-        self.path = None if path is None else _local(path)
+    def __init__(self, path: str | Path, config: Config | None = None):
+        self.path = _local(path)
         self.config = _config_of_run(self.path) if config is None else config
 
     @classmethod
@@ -80,7 +81,7 @@ class Workdir:
     def _config_path(self) -> Path:
         return self.path / "config.json"
 
-    def keep_config(self):
+    def keep_config(self) -> None:
         """Writes config.json. Raises RunError when it cannot be written."""
         try:
             write_json(self._config_path, dataclasses.asdict(self.config))
@@ -89,10 +90,12 @@ class Workdir:
 
     @property
     def metrics_path(self) -> Path:
+        """Of metrics.jsonl: what stages report while they train."""
         return self.path / "metrics.jsonl"
 
     @property
     def summary_path(self) -> Path:
+        """Of summary.json: what was measured of stages."""
         return self.path / "summary.json"
 
     def summary(self) -> dict:
@@ -132,6 +135,7 @@ class Workdir:
         return os.access(self.path, os.W_OK | os.X_OK)
 
     def checkpoints_path(self, stage: str) -> Path:
+        """The folder of a stage's checkpoints, each of them called by its step."""
         return self.path / "stages" / stage / "checkpoints"
 
     def source(self, stage: str) -> "tuple[Workdir, str] | None":
@@ -151,7 +155,7 @@ class Workdir:
             run, named = whole.parent, whole.name
         else:
             raise RunError(f"{field}: neither {whole} nor {whole.parent} is a run directory (no config.json)")
-        if self.path and run.resolve() == self.path.resolve():
+        if run.resolve() == self.path.resolve():
             raise RunError(
                 f"{field} is this run; name another one, or leave it out: students start from their teachers"
             )
@@ -248,7 +252,7 @@ def _local(path) -> Path:
     return expanded(path)
 
 
-def write_json(path: Path, content):
+def write_json(path: Path, content: Any) -> None:
     """Writes a file whole or not at all; of several processes, the first one does. Raises OSError."""
     if jax.process_index():
         return

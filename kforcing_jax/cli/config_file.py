@@ -5,7 +5,7 @@ name of a configuration that is installed with the package, such as `tiny`.
 """
 
 import runpy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from pathlib import Path
 
 import ml_collections
@@ -72,8 +72,8 @@ def _not_there(file) -> str:
 def _override(config, field, text):
     names, node = field.split("."), config
     for depth, name in enumerate(names, start=1):
-        if not isinstance(node, Mapping) or name not in node:
-            raise unknown_field(".".join(names[:depth]), node if isinstance(node, Mapping) else [])
+        if not isinstance(node, MutableMapping) or name not in node:
+            raise unknown_field(".".join(names[:depth]), node if isinstance(node, MutableMapping) else [])
         group, node = node, node[name]
     group[name] = _value(text, node)
 

@@ -27,10 +27,10 @@ def change_stages(stages: dict[str, Any], overrides: Mapping[str, str]) -> dict[
     keys, rest = {}, {}
     for field, text in overrides.items():
         if field.startswith("stages.") and field.count(".") == 1 and text.lower() == "none":
-            key = field.partition(".")[2]
-            if _found(stages, key) is None:
+            there = _found(stages, field.partition(".")[2])
+            if there is None:
                 raise unknown_field(field, stages)
-            del stages[_found(stages, key)]
+            del stages[there]
     for (key, name), text in _fields(overrides).items():
         if name == "window" and _found(stages, key) is None:
             _add(stages, key, text)

@@ -7,6 +7,7 @@ as module:class, without an entry.
 import dataclasses
 import string
 from collections.abc import Callable
+from typing import Any
 
 from kforcing_jax.errors import ConfigError
 from kforcing_jax.registry import check_module, imported, is_own
@@ -27,7 +28,7 @@ class Source:
 
     reader: str
     fields: tuple[str, ...]
-    seeded: Callable[[object], bool] = lambda config: True
+    seeded: Callable[[Any], bool] = lambda config: True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +69,7 @@ SOURCES = {
 }
 
 
-def check_source(name: str):
+def check_source(name: str) -> None:
     """Raises ConfigError for a source that is in no table and cannot be found as module:class."""
     if is_own(name):
         check_module("data.source", name)

@@ -7,7 +7,7 @@ import dataclasses
 import itertools
 import logging
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -44,7 +44,7 @@ class _TextUnit:
     def texts(self) -> Iterator[str | None]:
         raise NotImplementedError
 
-    def rows(self, tokenizer, how, seq_len) -> Rows:
+    def rows(self, tokenizer: Tokenizer, how: str, seq_len: int) -> Rows:
         return encode_and_pack(tokenizer, self.texts(), how, seq_len)
 
 
@@ -54,7 +54,8 @@ class GivenDocuments(_TextUnit):
 
     given: tuple[str, ...]
 
-    def texts(self):
+    def texts(self) -> Iterator[str | None]:
+        """The documents."""
         return iter(self.given)
 
 
@@ -65,7 +66,8 @@ class FileDocuments(_TextUnit):
     ranges: tuple[FileRange, ...]
     separator: str
 
-    def texts(self):
+    def texts(self) -> Iterator[str | None]:
+        """What the files hold, None for an entry without text. Raises DataError when one cannot be read."""
         return (text for part in self.ranges for _, text in part.documents(self.separator))
 
 
@@ -78,7 +80,8 @@ class Lm1bDocuments(_TextUnit):
     start: int
     stop: int
 
-    def texts(self):
+    def texts(self) -> Iterator[str | None]:
+        """The sentences, spaced like plain English. Raises DataError when they cannot be read."""
         return lm1b.open_split(self.path, self.split).documents(self.start, self.stop)
 
 
@@ -91,7 +94,8 @@ class MarkovRows:
     start: int
     stop: int
 
-    def rows(self, tokenizer, how, seq_len) -> Rows:
+    def rows(self, tokenizer: Tokenizer, how: str, seq_len: int) -> Rows:
+        """Rows of `seq_len` states, an id each; they are full, so there is nothing to pack."""
         chain = sources.markov_chain(self.config, self.seed)
         rows_RxN = sources.markov_rows(chain, self.seed, self.config.markov_rows, seq_len)[self.start : self.stop]
         return Rows(rows_RxN.astype(tokenizer.dtype), documents=len(rows_RxN), document_tokens=rows_RxN.size)
@@ -127,6 +131,9 @@ class Reader:
         """Units of both splits, which share no document.
 
         Here of distinct documents that fit into memory, in random order, a random part of them for validation.
+
+        Raises:
+          DataError: there are fewer than two.
         """
         documents = self.distinct_documents()
         if len(documents) < 2:
@@ -143,23 +150,28 @@ class Reader:
 class News(Reader):
     """News articles, cleaned."""
 
-    def documents(self):
+    def documents(self) -> Iterable[str]:
+        """The articles, in the order of their file."""
         return sources.news(self.config.path)
 
-    def files(self):
+    def files(self) -> Sequence[str]:
+        """The local copy, where one is given."""
         return [self.config.path] if self.config.path else []
 
 
 class TextFiles(Reader):
     """A user's files; in a stream, where the last documents are held out."""
 
-    def documents(self):
+    def documents(self) -> Iterable[str]:
+        """What has text, file by file."""
         return sources.texts(self.config)
 
-    def files(self):
+    def files(self) -> Sequence[str]:
+        """All that `data.path` stands for."""
         return matching_files(self.config.path, quiet=True)
 
-    def units(self):
+    def units(self) -> Units:
+        """As of any source, or parts of files, the last documents of which are for validation."""
         separator, count = self.config.document_separator, self.config.validation_documents
         if not count:
             return super().units()
@@ -175,10 +187,12 @@ class TextFiles(Reader):
 class Lm1b(Reader):
     """The One Billion Word benchmark, its test split for validation."""
 
-    def files(self):
+    def files(self) -> Sequence[str]:
+        """Those of all splits."""
         return lm1b.data_files(self.config.path)
 
-    def units(self):
+    def units(self) -> Units:
+        """Parts of the split `train`, and of `test` for validation."""
         return {"train": self._sentences("train"), "validation": self._sentences("test")}
 
     def _sentences(self, split):
@@ -190,10 +204,12 @@ class Lm1b(Reader):
 class Markov(Reader):
     """Sample paths of a random Markov chain."""
 
-    def tokenizer(self):
+    def tokenizer(self) -> Tokenizer:
+        """Its ids are the states."""
         return markov_tokenizer(self.config.markov_states)
 
-    def units(self):
+    def units(self) -> Units:
+        """One for each split; the first rows are for validation."""
         rows, count = self.config.markov_rows, _num_validation(self.config, self.config.markov_rows)
         return {
             "train": [MarkovRows(self.config, self.seed, count, rows)],
@@ -202,7 +218,7 @@ class Markov(Reader):
 
 
 def reader(config: DataConfig, seed: int) -> Reader:
-    """The reader of a config's source."""
+    """The reader of a config's source. Raises ConfigError when one's own cannot be imported."""
     return imported(source(config.source).reader, "a source")(config, seed)
 
 
@@ -210,7 +226,13 @@ def encode_and_pack(tokenizer: Tokenizer, texts: Iterator[str | None], how: str,
     """Rows of the documents that are not blank, with the ids that begin and end them.
 
     A document that has a row or segment of its own is cut to a row; where an id begins documents, the end's id stays.
+
+    Raises:
+      DataError: the text cannot be read, or the tokenizer has no token that ends a document.
     """
+    end_id, bos_id, unknown_id = tokenizer.eos_id, tokenizer.bos_id, tokenizer.unknown_id
+    if end_id is None:
+        raise DataError("the tokenizer has no token that ends a document")
     skipped, unknown, encoded = 0, 0, []
 
     def documents():
@@ -221,13 +243,12 @@ def encode_and_pack(tokenizer: Tokenizer, texts: Iterator[str | None], how: str,
             else:
                 skipped += 1
 
-    begin = [tokenizer.bos_id] if PACKINGS[how].segmented and tokenizer.begins_documents else []
+    begin = [bos_id] if PACKINGS[how].segmented and tokenizer.begins_documents else []
     longest = seq_len - 2 if begin else None
     for ids in tokenizer.encode_documents(documents()):
-        unknown += ids.count(tokenizer.unknown_id)
-        encoded.append(np.array([*begin, *ids[:longest], tokenizer.eos_id], tokenizer.dtype))
-    first = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
-    rows = packing.pack(encoded, how, seq_len, tokenizer.eos_id, (first, tokenizer.eos_id))
+        unknown += 0 if unknown_id is None else ids.count(unknown_id)
+        encoded.append(np.array([*begin, *ids[:longest], end_id], tokenizer.dtype))
+    rows = packing.pack(encoded, how, seq_len, end_id, (end_id if bos_id is None else bos_id, end_id))
     return dataclasses.replace(rows, unknown_tokens=unknown, skipped=skipped)
 
 
@@ -241,8 +262,8 @@ def _in_parts(documents) -> list[GivenDocuments]:
     return [GivenDocuments(tuple(document for _, document in part)) for _, part in parts]
 
 
-def first_texts(units: Sequence[Unit]) -> Iterator[str]:
-    """The first documents of units of text, as many as a vocabulary is trained on."""
+def first_texts(units: Sequence[Any]) -> Iterator[str]:
+    """The first documents of units that have `texts`, as many as a vocabulary is trained on."""
     read = 0
     for text in filter(None, itertools.chain.from_iterable(unit.texts() for unit in units)):
         yield text

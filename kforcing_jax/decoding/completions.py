@@ -3,12 +3,13 @@
 import dataclasses
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
 from kforcing_jax.decoding.generate import generate
-from kforcing_jax.models import CausalLM
+from kforcing_jax.models import CausalLM, PushForwardLM
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,15 +35,17 @@ class Completions:
 
     @property
     def prefix_length(self) -> int:
+        """Tokens of every prefix."""
         return len(self.prefixes[0].tokens)
 
     def prefix_of(self, row: int) -> Prefix:
+        """The one that row `row` of `tokens` continues."""
         return self.prefixes[row // self.samples_per_prefix]
 
 
 def complete(
-    model,
-    params,
+    model: CausalLM | PushForwardLM,
+    params: dict,
     prefixes: Sequence[Prefix],
     *,
     max_new_tokens: int,
@@ -51,12 +54,15 @@ def complete(
     samples_per_prefix: int = 1,
     seed: int = 0,
     eos_id: int | None = None,
-    **settings,
+    **settings: Any,
 ) -> Completions:
     """Continues every prefix `samples_per_prefix` times by `max_new_tokens`, `batch_size` at a time.
 
     Every text is decoded to its full length, as the released code does, so that batches take equal time; a first batch,
     which compiles, is not timed. Row r has noise seed `seed + r`. `settings` are further ones of `generate`.
+
+    Raises:
+      DataError: what `generate` raises; prefixes should be of one length.
     """
     prompts = [prefix.tokens for prefix in prefixes for _ in range(samples_per_prefix)]
     batch_size = min(batch_size, len(prompts))
@@ -83,13 +89,13 @@ def complete(
         decoded.append(decode(first))
         seconds.append(time.perf_counter() - start)
     tokens, passes = (np.concatenate([getattr(each, name) for each in decoded]) for name in ("tokens", "passes"))
-    tokens, passes = tokens[: len(prompts)], int(passes[: len(prompts)].sum())
+    tokens, nfe = tokens[: len(prompts)], int(passes[: len(prompts)].sum())
     lengths = _lengths(tokens, len(prompts[0]), eos_id)
     useful = int((lengths - len(prompts[0])).sum())
     decoder = _decoder(model, settings.get("mode", "student"))
     k = 1 if decoder == "ar" else k
     throughput = _throughput(
-        decoder, len(prompts), len(prompts[0]), max_new_tokens, k, batch_size, seconds, useful, passes
+        decoder, len(prompts), len(prompts[0]), max_new_tokens, k, batch_size, seconds, useful, nfe
     )
     return Completions(prefixes, samples_per_prefix, tokens, lengths, throughput)
 

@@ -24,9 +24,9 @@ def pass_cost(models: Models, mode: str, slots: int, live: int) -> Cost:
     known, k = models.k + (mode == "exact"), models.k
     costs = {
         "student": lambda: (
-            _model_cost(models.student.cfg, slots, live, rows=known + k, drawn=k) + _noise(models, slots)
+            _model_cost(models.config("student"), slots, live, rows=known + k, drawn=k) + _noise(models, slots)
         ),
-        "teacher": lambda: _model_cost(models.teacher.cfg, slots, live, rows=known if mode == "exact" else 1),
+        "teacher": lambda: _model_cost(models.config("teacher"), slots, live, rows=known if mode == "exact" else 1),
     }
     return sum((costs[name]() for name in MODELS[mode]), Cost(0, 0))
 
@@ -45,5 +45,5 @@ def _model_cost(cfg, slots, live, rows, drawn=None):
 
 def _noise(models, slots):
     """The noise encoder; what depends on the temperature is computed once a request."""
-    squares = 9 * models.student.cfg.d_model**2
+    squares = 9 * models.config("student").d_model ** 2
     return Cost(2 * slots * models.k * squares, squares * _F32)

@@ -11,7 +11,13 @@ from kforcing_jax.decoding.truncation import truncated
 from kforcing_jax.models import CausalLM, PushForwardLM
 
 
-def draw(model, slots: Slots, active_B: jax.Array, ordered_BxKxV: jax.Array, u_BxK: jax.Array):
+def draw(
+    model: CausalLM | PushForwardLM,
+    slots: Slots,
+    active_B: jax.Array,
+    ordered_BxKxV: jax.Array,
+    u_BxK: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
     """(tokens_BxK, probabilities_BxK of a student's own tokens) of windows after the texts of the slots.
 
     A window's own tokens count for its later ones' penalty. Weighing costs its time only when an active request asks
@@ -65,5 +71,5 @@ def _probabilities(model, ordered_xV, is_weighed):
 
 
 def is_finite(logits_BxKxV: jax.Array) -> jax.Array:
-    """Of every request. A NaN passes through the maximum."""
+    """is_finite_B: whether all logits of a request are. A NaN passes through the maximum."""
     return jnp.isfinite(jnp.max(jnp.abs(logits_BxKxV), axis=(1, 2)))

@@ -95,10 +95,10 @@ class Engine:
         given = {name: pair for name, pair in (("student", student), ("teacher", teacher)) if pair is not None}
         _check_engine(given, slots, max_length, k)
         mesh = _mesh_of(given) if mesh is None else mesh
-        models = {name: _in_dtype(model, dtype) for name, (model, _) in given.items()}
-        models = Models(models.get("student"), models.get("teacher"), k if student is not None else 1)
+        in_dtype = {name: _in_dtype(model, dtype) for name, (model, _) in given.items()}
+        models = Models(in_dtype.get("student"), in_dtype.get("teacher"), k if student is not None else 1)
         self.programs = programs_for(models, slots, max_length, mesh)
-        self.weights = {name: weights(getattr(models, name).cfg, given[name][1], mesh) for name in given}
+        self.weights = {name: weights(models.config(name), given[name][1], mesh) for name in given}
         self.max_length = max_length
         self._compiled: dict[tuple, jax.stages.Compiled] = {}
         self.seconds = 0.0  # that programs ran, and were waited for
@@ -108,6 +108,7 @@ class Engine:
 
     @property
     def free_slots(self) -> int:
+        """How many slots have no request."""
         return self._requests.count(None)
 
     @property
@@ -115,7 +116,7 @@ class Engine:
         """Those that the models allow."""
         return tuple(mode for mode in MODES if set(MODELS[mode]) <= set(self.models.names))
 
-    def check(self, request: Request):
+    def check(self, request: Request) -> None:
         """Raises DataError or ConfigError for a request that this engine cannot serve."""
         request.check(self._vocab_size)
         self._check_models(request.mode)
@@ -166,6 +167,10 @@ class Engine:
 
         Returns:
           An update for every request that was running, or waits for its prompt to be read.
+
+        Raises:
+          DataError: passes or chunks that are no number of them.
+          RunError: the device's memory does not suffice for a program that is compiled now.
         """
         for name, value in (("passes", passes), ("chunks", 0 if chunks is None else chunks)):
             if not is_whole_number(value) or value < 0:
@@ -176,22 +181,25 @@ class Engine:
         unread = {slot for slot, _ in self._reading}
         running = {slot: request for slot, request in enumerate(self._requests) if request is not None}
         ready = {slot: request for slot, request in running.items() if slot not in unread}
-        report = self._run_modes(ready, passes, wait) if ready else None
+        if not ready:
+            return [self._unread(slot) for slot in running]
+        report = self._run_modes(ready, passes, wait)
         scores = self._new_scores(ready, report)
         return [self._update(slot, report, scores[slot]) if slot in ready else self._unread(slot) for slot in running]
 
-    def free(self, slot: int):
+    def free(self, slot: int) -> None:
         """Drops a request; its slot is free at once. Raises DataError when there is none in it."""
         if slot not in range(self.slots) or self._requests[slot] is None:
             raise DataError(f"slot {slot} has no request")
         self._requests[slot] = None
         self._unclean.add(slot)
         self._owed.discard(slot)
-        self._reading = {key: done for key, done in self._reading.items() if key[0] != slot}
+        for key in [key for key in self._reading if key[0] == slot]:
+            del self._reading[key]
         if slot in self._new:
             self._new.remove(slot)
 
-    def warm_up(self, modes: Iterable[str] | None = None, told: Callable[[tuple, float], None] | None = None):
+    def warm_up(self, modes: Iterable[str] | None = None, told: Callable[[tuple, float], None] | None = None) -> None:
         """Compiles all that requests of these modes can need, by default of all that the models allow, and allocates.
 
         After it nothing compiles, whatever requests come.
@@ -202,6 +210,7 @@ class Engine:
             it is done, from threads of the compilation, one call at a time.
 
         Raises:
+          DataError: a mode that the models do not allow.
           RunError: the device's memory does not suffice for the slots.
         """
         modes = self.modes if modes is None else tuple(modes)
@@ -209,7 +218,7 @@ class Engine:
             check_mode(mode)
             self._check_models(mode)
         lives, rows = self.programs.lives, ("all", "one") if self._reads_one_row else ("all",)
-        others = [("clear",)]
+        others: list[tuple] = [("clear",)]
         if any("teacher" in MODELS[mode] for mode in modes):
             others.append(("scores",))
             others += [("prefill", "teacher", rows[-1], chunk, live, True) for live in lives for chunk in CHUNKS]
@@ -217,7 +226,7 @@ class Engine:
         if self._state is None:
             self._allocate()
 
-    def prepare(self, mode: str, longest: int):
+    def prepare(self, mode: str, longest: int) -> None:
         """Compiles what requests of a mode can need that start together, with texts of up to `longest` tokens.
 
         Less than `warm_up`, and enough where as many requests as there are slots come at once.
@@ -233,7 +242,7 @@ class Engine:
         scored = ("prefill", "teacher", "one" if self._reads_one_row else "all", CHUNKS[-1], live, True)
         return run + read + [scored] * ("teacher" in names)
 
-    def release(self):
+    def release(self) -> None:
         """Gives the memory of slots and caches back; requests are dropped, what was compiled is kept."""
         self._state: Decoding | None = None
         self._requests: list[Request | None] = [None] * self.slots
@@ -268,10 +277,12 @@ class Engine:
 
     @property
     def models(self) -> Models:
+        """Student and teacher, in the dtype that they decode in, and the largest window."""
         return self.programs.models
 
     @property
     def slots(self) -> int:
+        """How many requests run at a time."""
         return self.programs.slots
 
     @property
@@ -285,7 +296,19 @@ class Engine:
 
     @property
     def _vocab_size(self):
-        return getattr(self.models, self.models.names[0]).cfg.vocab_size
+        return self.models.config(self.models.names[0]).vocab_size
+
+    @property
+    def _held(self) -> Decoding:
+        """The state, which is there from the first request on."""
+        assert self._state is not None
+        return self._state
+
+    def _request(self, slot: int) -> Request:
+        """That of a slot which is taken."""
+        request = self._requests[slot]
+        assert request is not None
+        return request
 
     def _compile(self, modes, lives, others, rows, told=None):
         """Compiles what these modes need, some programs at a time."""
@@ -356,12 +379,12 @@ class Engine:
         state, report = self._call(
             ("run", mode, live),
             {name: self.weights[name] for name in names},
-            Decoding(self._state.slots, {name: self._state.caches[name] for name in names}),
+            Decoding(self._held.slots, {name: self._held.caches[name] for name in names}),
             np.array([request is not None for request in self._requests]),
             np.int32(passes),
             np.bool_(wait),
         )
-        self._state = Decoding(state.slots, self._state.caches | state.caches)
+        self._state = Decoding(state.slots, self._held.caches | state.caches)
         return report
 
     def _admit(self):
@@ -372,7 +395,7 @@ class Engine:
         tokens_BxS = np.zeros((self.slots, self.positions), np.int32)
         noise_BxS = np.zeros((self.slots, self.positions), np.float32)
         for slot in self._new:
-            request = self._requests[slot]
+            request = self._request(slot)
             settings.fill(slot, request, request.k or self.models.k)
             tokens_BxS[slot, : len(request.prompt)] = request.prompt
             is_new_B[slot], is_given_B[slot] = True, request.noise is not None
@@ -380,24 +403,24 @@ class Engine:
                 noise_BxS[slot, len(request.prompt) : request.end] = request.noise
         student = {name: self.weights[name] for name in ("student",) if name in self.weights}
         slots = self._call(
-            ("insert",), student, self._state.slots, is_new_B, settings, tokens_BxS, noise_BxS, is_given_B
+            ("insert",), student, self._held.slots, is_new_B, settings, tokens_BxS, noise_BxS, is_given_B
         )
-        self._state = self._state._replace(slots=slots)
+        self._state = self._held._replace(slots=slots)
         new, self._new = self._new, []
         for slot in new:
-            for name in MODELS[self._requests[slot].mode]:
+            for name in MODELS[self._request(slot).mode]:
                 if self._to_read(slot):
                     self._reading[slot, name] = 0
 
     def _clear_rows(self, rows: Iterable[int]):
         """Slots that are not seen have weight 0, but 0 times a NaN that the last request of a row left is NaN."""
         for row in rows:
-            self._state = self._state._replace(caches=self._call(("clear",), self._state.caches, np.int32(row)))
+            self._state = self._held._replace(caches=self._call(("clear",), self._held.caches, np.int32(row)))
             self._unclean.remove(row)
 
     def _to_read(self, slot: int) -> int:
         """Tokens of a prompt that are read before the first pass: all but the last."""
-        return len(self._requests[slot].prompt) - 1
+        return len(self._request(slot).prompt) - 1
 
     def _read_prompts(self, chunks: int | None):
         """Prompts into the models' caches, up to so many parts of them."""
@@ -417,8 +440,8 @@ class Engine:
         chunk = next((c for c in CHUNKS if left <= 2 * c), CHUNKS[-1])
         rows, row = ("one", (np.int32(slot),)) if is_alone else ("all", ())
         key = "prefill", name, rows, chunk, self.programs.live_for(max(read.values()) + chunk), *([True] * scored)
-        new, caches = self._call(key, self.weights[name], self._state.slots, self._state.caches[name], *row)
-        self._state = Decoding(new, self._state.caches | {name: caches})
+        new, caches = self._call(key, self.weights[name], self._held.slots, self._held.caches[name], *row)
+        self._state = Decoding(new, self._held.caches | {name: caches})
         # Those that are not done go to the end.
         self._reading |= {(s, name): done + chunk for s, done in read.items() if done + chunk < self._to_read(s)}
         return 1 if is_alone else self.slots
@@ -439,7 +462,7 @@ class Engine:
         for done in range(0, max((end[slot] - first[slot] for slot in end), default=0), BLOCK):
             first_B = np.zeros(self.slots, np.int32)
             first_B[list(end)] = [min(first[slot] + done, self.max_length) for slot in end]
-            scores_BxNxC = self._fetched(self._call(("scores",), self._state.slots.scores_BxSxC, first_B))
+            scores_BxNxC = self._fetched(self._call(("scores",), self._held.slots.scores_BxSxC, first_B))
             for slot in end:
                 found[slot].append(scores_BxNxC[slot, : max(end[slot] - first[slot] - done, 0)])
         return {slot: np.concatenate(found[slot]) if slot in end else None for slot in ready}
@@ -449,13 +472,13 @@ class Engine:
         passes, kept, wanted = (
             dict.fromkeys(self.models.names, 0),
             (0,) * (self.models.k + 1),
-            self._requests[slot].logprobs,
+            self._request(slot).logprobs,
         )
         return Update(slot, [], False, passes, kept, None if wanted is None else Logprobs.of(self._no_scores, wanted))
 
     def _update(self, slot: int, report: Report, scores_NxC: np.ndarray | None) -> Update:
-        request, logprobs, of_prompt = self._requests[slot], None, None
-        if scores_NxC is not None:
+        request, logprobs, of_prompt = self._request(slot), None, None
+        if scores_NxC is not None and request.logprobs is not None:
             in_prompt = self._to_read(slot) if slot in self._owed else 0
             logprobs = Logprobs.of(scores_NxC[in_prompt:], request.logprobs)
             of_prompt = Logprobs.of(scores_NxC[:in_prompt], request.logprobs) if slot in self._owed else None
@@ -508,7 +531,8 @@ def _in_dtype(model, dtype):
 def _mesh_of(given) -> Mesh | None:
     """The mesh on which the parameters lie, if there is one."""
     shardings = [getattr(x, "sharding", None) for _, params in given.values() for x in jax.tree.leaves(params)]
-    return next((s.mesh for s in shardings if isinstance(s, NamedSharding) and s.mesh.size > 1), None)
+    meshes = (s.mesh for s in shardings if isinstance(s, NamedSharding))
+    return next((mesh for mesh in meshes if isinstance(mesh, Mesh) and mesh.size > 1), None)
 
 
 def _rows(slots, mesh):

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -18,7 +19,7 @@ from kforcing_jax.decoding.requests import (
     whole_numbers,
 )
 from kforcing_jax.errors import DataError
-from kforcing_jax.models import CausalLM
+from kforcing_jax.models import CausalLM, PushForwardLM
 
 # Sizes are rounded up, so that calls share programs. One request has a slot to itself; more than the most take turns.
 _LEAST_SLOTS, _MOST_SLOTS = 4, 64
@@ -42,18 +43,19 @@ class Generation:
 
     @property
     def passes(self) -> np.ndarray:
+        """(B,): forward passes of either model."""
         return self.student_passes + self.teacher_passes
 
 
 def generate(
-    model,
-    params,
-    prompts: Sequence[Sequence[int]] | np.ndarray,
+    model: CausalLM | PushForwardLM,
+    params: dict,
+    prompts: Sequence[Sequence[int] | np.ndarray] | np.ndarray,
     *,
     max_new_tokens: int,
     k: int = 1,
-    tau: float | Sequence[float] = 1.0,
-    seeds: Sequence[int] | None = None,
+    tau: float | Sequence[float] | np.ndarray = 1.0,
+    seeds: Sequence[int] | np.ndarray | None = None,
     noise_BxT: np.ndarray | None = None,
     frequency_penalty: float = 0.0,
     eos_id: int | None = None,
@@ -94,20 +96,24 @@ def generate(
         [0, 1), arguments that do not fit each other; or, after decoding began, logits that are not finite.
     """
     check_mode(mode)
-    prompts = _checked_prompts(prompts, model.cfg.vocab_size)
+    checked = _checked_prompts(prompts, model.cfg.vocab_size)
     k = 1 if isinstance(model, CausalLM) else k
     check_count("k", k)
     check_count("max_new_tokens", max_new_tokens)
-    tau_B = _checked_tau(tau, len(prompts))
+    tau_B = _checked_tau(tau, len(checked))
     check_penalty("frequency_penalty", frequency_penalty)
-    sources = _seeds(seeds, len(prompts)) if noise_BxT is None else _noise(noise_BxT, (len(prompts), max_new_tokens))
-    longest = max(map(len, prompts)) + max_new_tokens
-    loaded = {"k": k, "mode": mode, "teacher": teacher, "dtype": dtype, "slots": slots}
-    mode, engine = engine_for(model, params, (len(prompts), longest), **loaded)
+    sources = _seeds(seeds, len(checked)) if noise_BxT is None else _noise(noise_BxT, (len(checked), max_new_tokens))
+    longest = max(map(len, checked)) + max_new_tokens
+    sizes = len(checked), longest
+    mode, engine = engine_for(model, params, sizes, k=k, mode=mode, teacher=teacher, dtype=dtype, slots=slots)
     check_confidence("confidence", confidence, mode)
-    numbers = {"confidence": float(confidence), "frequency_penalty": float(frequency_penalty)}
-    shared = {"mode": mode, "end_ids": () if eos_id is None else (eos_id,), **numbers}
-    rows = zip(prompts, tau_B, sources, strict=True)
+    shared: dict[str, Any] = {
+        "mode": mode,
+        "end_ids": () if eos_id is None else (eos_id,),
+        "confidence": float(confidence),
+        "frequency_penalty": float(frequency_penalty),
+    }
+    rows = zip(checked, tau_B, sources, strict=True)
     requests = [Request(prompt, max_new_tokens, tau=float(tau), **source, **shared) for prompt, tau, source in rows]
     engine.prepare(mode, longest)
     updates = dict(decode(engine, requests))
@@ -116,11 +122,21 @@ def generate(
 
 
 def stream(
-    model, params, prompt: Sequence[int], *, max_new_tokens: int, passes: int = 1, **settings
+    model: CausalLM | PushForwardLM,
+    params: dict,
+    prompt: Sequence[int],
+    *,
+    max_new_tokens: int,
+    passes: int = 1,
+    **settings: Any,
 ) -> Iterator[list[int]]:
     """The new tokens of one request as they come, those of `passes` passes at a time.
 
     `settings` are those of a `Request`, and `teacher`, `dtype` as of `generate`.
+
+    Raises:
+      DataError: what no engine takes, before the first pass; or logits that are not finite.
+      ConfigError: a temperature that no engine takes.
     """
     check_count("passes", passes)
     check_count("max_new_tokens", max_new_tokens)
@@ -137,8 +153,8 @@ def stream(
 
 
 def engine_for(
-    model,
-    params,
+    model: CausalLM | PushForwardLM,
+    params: dict,
     sizes: tuple[int, int],
     *,
     k: int = 1,
@@ -151,6 +167,9 @@ def engine_for(
 
     `sizes` are the number of requests and the longest text. So that calls share programs, slots are 1, 4, 8, 16, 32 or
     64 (of more requests the others wait), and lengths 128, 256, 512 or multiples of 1,024.
+
+    Raises:
+      DataError: a mode that these models do not allow.
     """
     mode, models = _models(model, params, mode, teacher)
     requests, longest = sizes
@@ -186,8 +205,9 @@ def decode(engine: Engine, requests: Sequence[Request]) -> Iterator[tuple[int, U
         raise DataError(f"{engine.slots - engine.free_slots} of the engine's slots have requests of somebody else")
     for request in requests:
         engine.check(request)
-    waiting, running = list(enumerate(requests))[::-1], {}
-    updates = [[] for _ in requests]
+    waiting = list(enumerate(requests))[::-1]
+    running: dict[int, int] = {}  # by slot: index of the request
+    updates: list[list[Update]] = [[] for _ in requests]
     while waiting or running:
         while waiting and engine.free_slots:
             index, request = waiting.pop()

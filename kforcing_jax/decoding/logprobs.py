@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kforcing_jax.decoding.requests import MOST_LOGPROBS
+from kforcing_jax.models import CausalLM, PushForwardLM
 from kforcing_jax.models.cached import Weights, ordered_logits
 
 # Rows of logits that a chunk of a prompt needs at a time, all requests together.
@@ -46,8 +47,8 @@ def width(vocab_size: int) -> int:
     return 1 + 2 * min(MOST_LOGPROBS, vocab_size - 1)
 
 
-def score(model, ordered_xV: jax.Array, tokens_x: jax.Array) -> jax.Array:
-    """scores_xC of tokens by the logits that they were drawn from."""
+def score(model: CausalLM | PushForwardLM, ordered_xV: jax.Array, tokens_x: jax.Array) -> jax.Array:
+    """scores_xC of tokens by the logits that they were drawn from, f32."""
     shifted_xV = model.tempered(ordered_xV, jnp.ones(tokens_x.shape))
     log_total_x1 = jnp.log(jnp.sum(jnp.exp(shifted_xV), axis=-1, keepdims=True))
     own_x1 = jnp.take_along_axis(shifted_xV, model.cfg.column_of(tokens_x)[..., None], axis=-1)
@@ -56,7 +57,9 @@ def score(model, ordered_xV: jax.Array, tokens_x: jax.Array) -> jax.Array:
     return jnp.concatenate([own_x1 - log_total_x1, top_xT - log_total_x1, ids_xT], axis=-1)
 
 
-def score_chunk(model, weights: Weights, hidden_BxGxD: jax.Array, tokens_BxG: jax.Array) -> jax.Array:
+def score_chunk(
+    model: CausalLM | PushForwardLM, weights: Weights, hidden_BxGxD: jax.Array, tokens_BxG: jax.Array
+) -> jax.Array:
     """scores_BxGxC of a chunk, a few tokens of it at a time: nobody holds the logits of all."""
     rows, chunk = tokens_BxG.shape
     at_once = max(1, min(chunk, 1 << (_ROWS // rows).bit_length() >> 1))

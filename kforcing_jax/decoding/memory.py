@@ -66,13 +66,13 @@ def _check_engine(engine, modes):
     check_memory(programs.state_bytes, temporary, programs.slots, programs.positions, engine.device)
 
 
-def sharded_bytes(x) -> int:
-    """Of an array, abstract or not, what one device has."""
+def sharded_bytes(x: jax.Array | jax.ShapeDtypeStruct) -> int:
+    """Bytes that one device has of an array, abstract or not."""
     sharding = getattr(x, "sharding", None)
     return math.prod(x.shape if sharding is None else sharding.shard_shape(x.shape)) * x.dtype.itemsize
 
 
-def check_memory(state: int, temporary: int, slots: int, positions: int, device: jax.Device):
+def check_memory(state: int, temporary: int, slots: int, positions: int, device: jax.Device) -> None:
     """Raises RunError when slots with their caches, and what programs need besides, do not fit what a device has left.
 
     `state` and `temporary` are bytes on that device.
@@ -88,7 +88,7 @@ def check_memory(state: int, temporary: int, slots: int, positions: int, device:
 
 
 def bytes_left(device: jax.Device) -> int | None:
-    """What a device has left; None where nothing says it."""
+    """Bytes that a device has left (a CPU: the machine); None where nothing says it."""
     stats = device.memory_stats() if device.platform != "cpu" else None
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"] - stats.get("bytes_in_use", 0)

@@ -15,7 +15,8 @@ from kforcing_jax.decoding.draw import draw, is_finite
 from kforcing_jax.decoding.logprobs import score, score_chunk
 from kforcing_jax.decoding.requests import MODES
 from kforcing_jax.decoding.slots import Slots, at_positions, commit, put
-from kforcing_jax.models import CausalLM, PushForwardLM
+from kforcing_jax.models import CausalLM, ModelConfig, PushForwardLM
+from kforcing_jax.models.cache import Cache
 from kforcing_jax.models.cached import Weights, append, call, ordered_logits
 
 # The models that a mode runs.
@@ -32,14 +33,19 @@ class Models:
 
     @property
     def names(self) -> tuple[str, ...]:
+        """Of the models that there are: `student`, `teacher`."""
         return tuple(name for name in ("student", "teacher") if getattr(self, name) is not None)
+
+    def config(self, name: str) -> ModelConfig:
+        """Of a model that there is."""
+        return getattr(self, name).cfg
 
 
 class Decoding(NamedTuple):
     """What passes change: the slots, and the caches of every layer, by model."""
 
     slots: Slots
-    caches: dict[str, tuple]
+    caches: dict[str, tuple[Cache, ...]]
 
 
 class Drawn(NamedTuple):
@@ -56,8 +62,16 @@ def slots_after_a_text(k: int) -> int:
 
 
 def prefill(
-    models: Models, name: str, chunk: int, live: int, weights: Weights, slots: Slots, caches, row=None, scored=False
-):
+    models: Models,
+    name: str,
+    chunk: int,
+    live: int,
+    weights: Weights,
+    slots: Slots,
+    caches: tuple[Cache, ...],
+    row: jax.Array | None = None,
+    scored: bool = False,
+) -> tuple[Slots, tuple[Cache, ...]]:
     """Reads the next `chunk` tokens of the texts, but for their last one, into a model's caches: (slots, caches).
 
     Of all rows, or of one. Rows that have had a pass, or are further already, write only what is overwritten. If
@@ -88,8 +102,17 @@ def _into_row(arrays, new, row):
     return jax.tree.map(lambda whole, x: jax.lax.dynamic_update_slice_in_dim(whole, x, row, 0), arrays, new)
 
 
-def run(models: Models, mode: str, live: int, weights: dict[str, Weights], state: Decoding, alive_B, passes, wait):
-    """Up to `passes` passes of the requests of a mode.
+def run(
+    models: Models,
+    mode: str,
+    live: int,
+    weights: dict[str, Weights],
+    state: Decoding,
+    alive_B: jax.Array,
+    passes: jax.Array,
+    wait: jax.Array,
+) -> Decoding:
+    """The state after up to `passes` passes (int32) of the requests of a mode.
 
     Rows that are not `alive` are stopped; those whose prompts are not read yet wait. Returns early when no request of
     the mode is left, and, unless told to `wait`, as soon as one of them ends.

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -56,21 +56,21 @@ class Programs:
     positions: int
     mesh: Mesh | None
 
-    def compiled(self, *key) -> jax.stages.Compiled:
-        """Compiles a program when it is first asked for."""
+    def compiled(self, *key: Any) -> jax.stages.Compiled:
+        """A program, compiled when it is first asked for."""
         return _compiled(self, key)[0]
 
-    def seconds(self, *key) -> float:
+    def seconds(self, *key: Any) -> float:
         """What compiling a program took."""
         return _compiled(self, key)[1]
 
-    def temporary_bytes(self, *key) -> int:
-        """What a program needs on a device besides its arguments."""
+    def temporary_bytes(self, *key: Any) -> int:
+        """What a program needs on a device besides its arguments; 0 where the platform does not say."""
         return _temporary_bytes(self, key)
 
     @property
     def state_bytes(self) -> int:
-        """What slots and caches take on a device."""
+        """Bytes that slots and caches take on a device."""
         return _state_bytes(self)
 
     @property
@@ -83,21 +83,23 @@ class Programs:
         return [*lengths, self.positions]
 
     def live_for(self, length: int) -> int:
-        """For texts of up to `length` tokens."""
+        """The least of `lives` for texts of up to `length` tokens."""
         needed = min(length + slots_after_a_text(self.models.k), self.positions)
         return next(live for live in self.lives if live >= needed)
 
-    def lower(self, *key) -> jax.stages.Lowered:
+    def lower(self, *key: Any) -> jax.stages.Lowered:
+        """A program for the platform of the mesh, not compiled yet."""
         return self.trace(*key).lower()
 
-    def trace(self, *key) -> jax.stages.Traced:
+    def trace(self, *key: Any) -> jax.stages.Traced:
+        """A program as JAX sees it, for no platform yet."""
         name, *options = key
         function, arguments, donated, shardings = getattr(self, f"_{name}")(*options)
         out = {} if self.mesh is None else {"out_shardings": shardings}
         with self.on_mesh():
             return jax.jit(function, donate_argnums=donated, **out).trace(*arguments)
 
-    def on_mesh(self):
+    def on_mesh(self) -> contextlib.AbstractContextManager:
         """The context in which programs are traced."""
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
@@ -126,7 +128,8 @@ class Programs:
         if self.mesh is None:
             return None
         heads = NamedSharding(self.mesh, PartitionSpec(ROWS, "tensor"))
-        slots = jax.tree.map(lambda _: batch_sharding(self.mesh), self._state_shapes.slots)
+        rows = batch_sharding(self.mesh)
+        slots = jax.tree.map(lambda _: rows, self._state_shapes.slots)
         return Decoding(slots, jax.tree.map(lambda _: heads, self._state_shapes.caches))
 
     def _part(self, names, state):
@@ -158,7 +161,7 @@ class Programs:
 
     def _with_requests(self, student, slots, is_new_B, settings, tokens_BxS, noise_BxS, is_given_B):
         of_tau_BxD = slots.of_tau_BxD
-        if student:
+        if self.models.student is not None:
             of_tau_BxD = call(self.models.student, student["student"], "of_tau", settings.tau_B)
         return slot_states.insert(slots, is_new_B, settings, tokens_BxS, noise_BxS, is_given_B, of_tau_BxD)
 
@@ -214,7 +217,8 @@ def _compiled(programs: Programs, key: tuple) -> tuple[jax.stages.Compiled, floa
 
 @functools.lru_cache(maxsize=128)
 def _temporary_bytes(programs: Programs, key: tuple) -> int:
-    return programs.compiled(*key).memory_analysis().temp_size_in_bytes
+    analysis = programs.compiled(*key).memory_analysis()
+    return 0 if analysis is None else analysis.temp_size_in_bytes
 
 
 @functools.lru_cache(maxsize=128)

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -46,10 +47,10 @@ class Request:
     What comes after `end_ids` is the teacher's: of modes `ar` and `exact` only.
     """
 
-    prompt: Sequence[int]
+    prompt: Sequence[int] | np.ndarray
     max_new_tokens: int
     seed: int = 0
-    noise: Sequence[float] | None = None
+    noise: Sequence[float] | np.ndarray | None = None
     mode: str = "student"
     k: int | None = None
     tau: float = 1.0
@@ -67,7 +68,7 @@ class Request:
         """The longest text, prompt included."""
         return len(self.prompt) + self.max_new_tokens
 
-    def check(self, vocab_size: int):
+    def check(self, vocab_size: int) -> None:
         """Raises DataError or ConfigError for a value that no engine takes."""
         if not len(whole_numbers(self.prompt, "prompt", vocab_size)):
             raise DataError("prompt is empty; start from a token, such as EOS")
@@ -117,19 +118,19 @@ class Request:
 _OF_TEACHERS = {"top_k": 0, "top_p": 1.0, "logit_bias": {}, "logprobs": None, "prompt_logprobs": False}
 
 
-def check_count(name: str, value: int):
+def check_count(name: str, value: int) -> None:
     """Raises DataError for what is no whole number from 1 on."""
     if not is_whole_number(value) or value < 1:
         raise DataError(f"{name} = {value!r} should be a whole number, at least 1")
 
 
-def check_penalty(name: str, penalty: float):
+def check_penalty(name: str, penalty: float) -> None:
     """Raises DataError for a penalty that is no number, or as good as infinite in f32."""
     if not is_finite_number(penalty) or abs(penalty) > MOST_PENALTY:
         raise DataError(f"{name} = {penalty!r} should be a finite number, of at most {MOST_PENALTY:g} either way")
 
 
-def check_bias(bias: Mapping[int, float], vocab_size: int):
+def check_bias(bias: Mapping[int, float], vocab_size: int) -> None:
     """Raises DataError for biases that are not small numbers by id, or too many."""
     if not isinstance(bias, Mapping):
         raise DataError(f"logit_bias = {bias!r} should be numbers by token id")
@@ -143,12 +144,13 @@ def check_bias(bias: Mapping[int, float], vocab_size: int):
             )
 
 
-def check_mode(mode: str):
+def check_mode(mode: str) -> None:
+    """Raises DataError for what is none of `MODES`."""
     if not isinstance(mode, str) or mode not in MODES:
         raise DataError(f"mode = {mode!r} is not one of {', '.join(MODES)}")
 
 
-def check_confidence(name: str, confidence: float, mode: str):
+def check_confidence(name: str, confidence: float, mode: str) -> None:
     """Raises DataError for a confidence that is no probability, or that a mode has no use for."""
     if not is_finite_number(confidence) or not 0 <= confidence <= 1:
         raise DataError(f"{name} = {confidence!r} is not in [0, 1]")
@@ -156,7 +158,7 @@ def check_confidence(name: str, confidence: float, mode: str):
         raise DataError(f"{name} = {confidence} has no effect in mode {mode!r}: only a student's tokens are weighed")
 
 
-def check_noise(noise, shape: tuple[int, ...]):
+def check_noise(noise: Any, shape: tuple[int, ...]) -> None:
     """Raises DataError unless these are uniforms of that shape."""
     try:
         noise = np.asarray(noise)
@@ -171,17 +173,23 @@ def check_noise(noise, shape: tuple[int, ...]):
         raise DataError(f"noise holds {outside.flat[0]}; uniforms are in [0, 1)")
 
 
-def is_whole_number(value) -> bool:
+def is_whole_number(value: object) -> bool:
+    """Whether this is an integer, of Python or numpy; True and False are none."""
     return isinstance(value, (int, np.integer)) and not isinstance(value, (bool, np.bool_))
 
 
-def is_finite_number(value) -> bool:
+def is_finite_number(value: object) -> bool:
+    """Whether this is one number that is neither infinite nor NaN; True and False are none."""
     array = np.asarray(value, object) if isinstance(value, (list, tuple)) else np.asarray(value)
     return array.ndim == 0 and array.dtype.kind in "fiu" and bool(np.isfinite(array))
 
 
-def whole_numbers(values, name: str, end: int) -> np.ndarray:
-    """A list of what are integers in [0, end) already, int64. Anything else would be cut without a word."""
+def whole_numbers(values: Any, name: str, end: int) -> np.ndarray:
+    """A list of what are integers in [0, end) already, int64.
+
+    Raises:
+      DataError: anything else, which would be cut without a word.
+    """
     try:
         array = np.asarray(values)
     except ValueError:  # lists of different lengths

@@ -58,7 +58,7 @@ class Settings(NamedTuple):
             is_scored_B=array(bool),
         )
 
-    def fill(self, row: int, request: Request, k: int):
+    def fill(self, row: int, request: Request, k: int) -> None:
         """Writes a request into a row of the host's arrays, which are empty there."""
         self.prompt_B[row] = len(request.prompt)
         self.end_B[row] = request.end
@@ -122,7 +122,15 @@ class Slots(NamedTuple):
         )
 
 
-def insert(slots: Slots, is_new_B, settings: Settings, tokens_BxS, noise_BxS, is_given_B, of_tau_BxD) -> Slots:
+def insert(
+    slots: Slots,
+    is_new_B: jax.Array,
+    settings: Settings,
+    tokens_BxS: jax.Array,
+    noise_BxS: jax.Array,
+    is_given_B: jax.Array,
+    of_tau_BxD: jax.Array,
+) -> Slots:
     """Slots with new requests in the rows `is_new`; noise that is not given comes from the seeds."""
     positions_BxS = jnp.broadcast_to(jnp.arange(tokens_BxS.shape[1]), tokens_BxS.shape)
     seeded_BxS = position_noise(settings.seed_B, positions_BxS)
@@ -154,7 +162,7 @@ def at_positions(values_BxS: jax.Array, first_B: jax.Array, count: int) -> jax.A
     return jnp.take_along_axis(values_BxS, first_B[:, None] + jnp.arange(count), axis=1, mode="clip")
 
 
-def put(values_BxSx, new_BxMx: jax.Array, first_B: jax.Array) -> jax.Array:
+def put(values_BxSx: jax.Array, new_BxMx: jax.Array, first_B: jax.Array) -> jax.Array:
     """Values with M new ones of every row from position `first` on."""
     write = jax.vmap(lambda row, new, first: jax.lax.dynamic_update_slice_in_dim(row, new, first, axis=0))
     return write(values_BxSx, new_BxMx, first_B)

@@ -29,6 +29,7 @@ def _sample_text(sample):
 
 
 def prompt_text(sample: dict) -> str:
+    """The heading of a sample: its prompt on one line, and the seed of its noise."""
     return f"Prompt (noise seed {sample.get('seed', '-')}): {one_line(sample.get('prompt') or '')}"
 
 

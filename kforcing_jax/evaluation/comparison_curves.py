@@ -35,6 +35,7 @@ class Look:
 
     @property
     def style(self) -> dict:
+        """Settings of matplotlib's `plot`."""
         return dict(color=self.colour, linestyle=self.dashes, marker=self.marker, markersize=5)
 
 

@@ -69,7 +69,7 @@ def settings_table(runs: Sequence[Run]) -> list[list[str]]:
     return [["setting", *(run.name for run in runs)], *rows] if rows else []
 
 
-def setting_text(value) -> str:
+def setting_text(value: object) -> str:
     """The value of a field as a flag would have it; "-" where a run has no such stage."""
     if value is None:
         return "-"

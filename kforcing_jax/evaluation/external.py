@@ -16,7 +16,7 @@ def external_figures(
     lengths_R: np.ndarray,
     prompt_length: int,
     tokenizer: Tokenizer,
-    prompt_of: Sequence | None = None,
+    prompt_of: Sequence | np.ndarray | None = None,
 ) -> dict:
     """Gen-PPL and what belongs next to it: what `gen_ppl` and `text_report` give of rows that continue prompts.
 

@@ -27,9 +27,9 @@ _agreement_sums = jax.jit(agreement_sums, static_argnames=("teacher", "student",
 
 def agreement(
     teacher: CausalLM,
-    teacher_params,
+    teacher_params: dict,
     student: PushForwardLM,
-    params,
+    params: dict,
     batches: Batch,
     key: jax.Array,
     *,
@@ -68,7 +68,7 @@ def agreement(
     }
 
 
-def exact_joint(teacher: CausalLM, params, contexts_CxN: jax.Array, window: int, tau: float = 1.0) -> np.ndarray:
+def exact_joint(teacher: CausalLM, params: dict, contexts_CxN: jax.Array, window: int, tau: float = 1.0) -> np.ndarray:
     """The teacher's joint distribution at `tau` over all blocks of `window` tokens after each context, f64.
 
     Shape (contexts, states, ..., states) with one axis per offset; states are all ids but the mask, which is last.
@@ -107,7 +107,7 @@ def _conditionals(teacher, params, contexts_CxN, blocks_AxT, tau=1.0):
 
 def student_counts(
     student: PushForwardLM,
-    params,
+    params: dict,
     contexts_CxN: jax.Array,
     window: int,
     samples: int,

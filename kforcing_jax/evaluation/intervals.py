@@ -12,7 +12,7 @@ _CONFIDENCE = 0.95
 
 
 def gen_ppl(
-    scores: Sequence[Score], prompt_of: Sequence | None = None, seed: int = 0, resamples: int = 1000
+    scores: Sequence[Score], prompt_of: Sequence | np.ndarray | None = None, seed: int = 0, resamples: int = 1000
 ) -> dict[str, float | int | list[float] | None]:
     """Perplexity of a corpus of completions: exp(NLL of all tokens / number of all tokens), with its interval.
 
@@ -38,7 +38,9 @@ def gen_ppl(
     }
 
 
-def text_report(rows: Rows, prompt_of: Sequence | None = None, seed: int = 0, resamples: int = 1000) -> dict:
+def text_report(
+    rows: Rows, prompt_of: Sequence | np.ndarray | None = None, seed: int = 0, resamples: int = 1000
+) -> dict:
     """Diversity and repetition of samples, each with a 95% interval over prompts.
 
     Entropy and repetition are means over rows, and whole prompts are resampled. Distinct-n is pooled over all rows, and
@@ -68,17 +70,23 @@ def text_report(rows: Rows, prompt_of: Sequence | None = None, seed: int = 0, re
     return report
 
 
-def mean_interval(*args, **settings) -> list[float] | None:
+def mean_interval(
+    totals: Sequence[float] | np.ndarray,
+    counts: Sequence[int] | np.ndarray,
+    prompt_of: Sequence | np.ndarray | None = None,
+    seed: int = 0,
+    resamples: int = 1000,
+) -> list[float] | None:
     """[low, high], 95 % percentile bootstrap over prompts; arguments as of `bootstrap`. None with one prompt."""
-    values = bootstrap(*args, **settings)
+    values = bootstrap(totals, counts, prompt_of, seed, resamples)
     tail = 50 * (1 - _CONFIDENCE)
     return np.percentile(values, [tail, 100 - tail]).tolist() if len(values) else None
 
 
 def bootstrap(
-    totals: Sequence[float],
-    counts: Sequence[int],
-    prompt_of: Sequence | None = None,
+    totals: Sequence[float] | np.ndarray,
+    counts: Sequence[int] | np.ndarray,
+    prompt_of: Sequence | np.ndarray | None = None,
     seed: int = 0,
     resamples: int = 1000,
 ) -> np.ndarray:
@@ -92,7 +100,11 @@ def bootstrap(
       resamples: how many.
 
     Returns:
-      (resamples,), less those whose counts are all 0; none with fewer than two prompts, which say nothing of a spread.
+      (resamples,) f64, less those whose counts are all 0; none with fewer than two prompts, which say nothing of a
+      spread.
+
+    Raises:
+      ValueError: prompt_of is not as long as totals.
     """
     prompts, number = _prompts(prompt_of, len(totals))
     if prompts < 2:

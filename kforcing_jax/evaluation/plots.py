@@ -7,10 +7,15 @@ import html
 import io
 import re
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from kforcing_jax.evaluation.tables import is_number
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -29,7 +34,7 @@ _DARK = {
     "#e69f00": "#f2b83a",
     "#56b4e9": "#9ad8ff",
 }
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # the reader's font: small and sharp
     "svg.hashsalt": "kforcing_jax",  # the same plot is the same file
     "font.size": 9,
@@ -57,7 +62,14 @@ class Line:
     face: str | None = None  # of the markers; the line's colour by default
 
 
-def panel(title, y_label, lines, y_limits=(None, None), *, passes=False) -> str:
+def panel(
+    title: str,
+    y_label: str,
+    lines: Sequence[Line],
+    y_limits: tuple[float | None, float | None] = (None, None),
+    *,
+    passes: bool = False,
+) -> str:
     """One plot as an HTML figure, over steps or over tokens per pass; "" when it would be empty."""
     lines = [dataclasses.replace(line, points=[p for p in line.points if is_number(p[1])]) for line in lines]
     lines = [line for line in lines if line.points]
@@ -66,7 +78,9 @@ def panel(title, y_label, lines, y_limits=(None, None), *, passes=False) -> str:
     with new_figure(4.4, 2.6) as figure:
         axes = figure.subplots()
         for line in lines:
-            style = dict(color=line.colour, linestyle=line.dashes or "none", markerfacecolor=line.face or line.colour)
+            style: dict[str, Any] = dict(
+                color=line.colour, linestyle=line.dashes or "none", markerfacecolor=line.face or line.colour
+            )
             axes.plot(*zip(*line.points, strict=True), marker=line.marker, label=line.label, **style)
         axes.set_ylim(*y_limits)
         axes.set_title(y_label, loc="left", fontsize="medium")
@@ -77,7 +91,7 @@ def panel(title, y_label, lines, y_limits=(None, None), *, passes=False) -> str:
 
 
 @contextlib.contextmanager
-def new_figure(width: float, height: float) -> Iterator:
+def new_figure(width: float, height: float) -> Iterator["Figure"]:
     """An empty figure of matplotlib's, of so many inches, to be drawn and saved within the context."""
     import matplotlib
     from matplotlib.figure import Figure
@@ -86,12 +100,12 @@ def new_figure(width: float, height: float) -> Iterator:
         yield Figure(figsize=(width, height), layout="constrained")
 
 
-def on_page(figure, title: str, what: str) -> str:
+def on_page(figure: "Figure", title: str, what: str) -> str:
     """An HTML figure. The SVG is an image of its own: nothing in it can clash with another one on the page."""
     return f"<figure><figcaption>{html.escape(title)}</figcaption>\n{image(figure, f'{title}: {what}')}</figure>"
 
 
-def image(figure, says: str) -> str:
+def image(figure: "Figure", says: str) -> str:
     """The figure as an image of a page, light or dark as the page is; `says` is for readers who do not see it."""
     drawn = io.StringIO()
     figure.savefig(drawn, format="svg", transparent=True, metadata={"Date": None})
@@ -131,7 +145,7 @@ def _scale_passes(axes, lines):
     axes.set_xlabel("tokens per pass")
 
 
-def draw_points(axes, rows: Sequence[dict], key: str, **settings):
+def draw_points(axes: "Axes", rows: Sequence[dict], key: str, **settings: Any) -> None:
     """A figure of rows over their tokens per pass, with bars for the intervals that they have."""
     x, y = ([row[name] for row in rows] for name in ("tokens_per_pass", key))
     axes.errorbar(x, y, xerr=_reach(rows, "tokens_per_pass"), yerr=_reach(rows, key), elinewidth=0.9, **settings)

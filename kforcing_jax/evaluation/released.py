@@ -27,20 +27,22 @@ def evaluate_released(
       completions of the same prefixes; external with a scorer.
     """
     prompt_of = np.arange(len(completions.tokens)) // completions.samples_per_prefix
+    tokenizer, length = released.tokenizer, completions.prefix_length
+    assert tokenizer is not None  # prefixes have become tokens
     rows = zip(completions.tokens, completions.lengths, strict=True)
-    eos_id, length = released.tokenizer.eos_id, completions.prefix_length
     figures = {"tau": tau, "throughput": completions.throughput}
-    figures |= text_report([new_tokens(row, length, end, eos_id) for row, end in rows], prompt_of)
+    figures |= text_report([new_tokens(row, length, end, tokenizer.eos_id) for row, end in rows], prompt_of)
     is_student = not isinstance(released.model, CausalLM)
     teacher = teacher or (None if is_student else released)
     if teacher:
+        assert isinstance(teacher.model, CausalLM)
         texts = completions.tokens, completions.lengths
         figures |= under_teacher(teacher.model, teacher.params, *texts, length, prompt_of)
     if teacher and is_student:
         figures |= _agreement(released, completions, teacher, tau)
     if scorer:
-        rows = completions.tokens, completions.lengths, length, released.tokenizer
-        figures["external"] = external_figures(scorer, *rows, prompt_of=prompt_of)
+        samples = completions.tokens, completions.lengths, length, tokenizer
+        figures["external"] = external_figures(scorer, *samples, prompt_of=prompt_of)
     return figures
 
 

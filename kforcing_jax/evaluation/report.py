@@ -152,7 +152,7 @@ def _passes_section(stages):
         *_over_passes(stages, "joint_tv", "students", BLUE),
         *_over_passes(stages, "joint_tv_null", "AR null", GREY, dashes="--"),
     ]
-    widest = max((window_of(name) for name in stages if window_of(name)), default=1)
+    widest = max((window for name in stages if (window := window_of(name))), default=1)
     speed = [Line("AR", [(1, 1), (widest, 1)], GREY, ":")] if speed_batches(stages) else []
     for batch, colour in zip(speed_batches(stages), itertools.cycle(PALETTE), strict=False):
         speed += _over_passes(stages, versus(batch), batch, colour)
@@ -183,7 +183,7 @@ def _training_section(history, stages):
 
 def _over_passes(stages, key, label, colour, ar_label="", dashes="-"):
     """A measure of the students over their window, and the AR teacher's as a level."""
-    points = [(name, (window_of(name), _mean(stage.get(key)))) for name, stage in stages.items() if window_of(name)]
+    points = [(name, (w, _mean(stage.get(key)))) for name, stage in stages.items() if (w := window_of(name))]
     chain = [point for name, point in points if not _is_from_ar(name)]
     from_ar = [point for name, point in points if _is_from_ar(name)]
     level = _mean(stages.get("ar", {}).get(key))

@@ -2,12 +2,14 @@
 
 import functools
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from kforcing_jax.data.pipeline import Corpus
+from kforcing_jax.data.tokenizers import Tokenizer
 from kforcing_jax.decoding import Generation, generate
 from kforcing_jax.evaluation.intervals import mean_interval
 from kforcing_jax.evaluation.text_metrics import distinct_n, new_tokens, repetition, token_entropy
@@ -32,7 +34,7 @@ def prompts(corpus: Corpus, count: int, length: int, kept: int = 0) -> np.ndarra
     return np.stack([np.concatenate(piece)[:length] for piece in pieces])
 
 
-def first_word(tokenizer, tokens_N: np.ndarray, least: int, most: int) -> int:
+def first_word(tokenizer: Tokenizer, tokens_N: np.ndarray, least: int, most: int) -> int:
     """The first index in (least, most] where a word begins: after an EOS, or at white space. `least` if there is none.
 
     What is at `least` itself may be the middle of a word.
@@ -49,15 +51,17 @@ def first_word(tokenizer, tokens_N: np.ndarray, least: int, most: int) -> int:
 
 
 def speeds(
-    stages: Mapping[str, tuple], prompts_RxP: np.ndarray, batches: Iterable[int], rounds: int, **settings
+    stages: Mapping[str, tuple], prompts_RxP: np.ndarray, batches: Iterable[int], rounds: int, **settings: Any
 ) -> dict[str, dict[str, dict]]:
     """How fast `stages` (name to model, parameters, tokens per pass) decode, taking turns, every text at full length.
+
+    `settings` are further ones of `generate`, `max_new_tokens` among them.
 
     Returns:
       By stage and by number of requests (text, as JSON wants it): raw tokens_per_second, from the median; of students
       also vs_ar, how much faster than `ar` within a round: median, and first and last quartile (low, high).
     """
-    found = {name: {} for name in stages}
+    found: dict[str, dict[str, dict]] = {name: {} for name in stages}
     for batch in batches:
         rows = prompts_RxP[np.arange(batch) % len(prompts_RxP)]
         programs = {
@@ -72,7 +76,9 @@ def speeds(
     return found
 
 
-def measure(teacher: CausalLM, teacher_params, decoded: Generation, prompt_length: int, eos_id: int | None) -> dict:
+def measure(
+    teacher: CausalLM, teacher_params: dict, decoded: Generation, prompt_length: int, eos_id: int | None
+) -> dict:
     """Figures of decoded continuations.
 
     Returns:
@@ -88,7 +94,7 @@ def measure(teacher: CausalLM, teacher_params, decoded: Generation, prompt_lengt
     }
 
 
-def stride_figures(teacher: CausalLM, params, decoded: Generation, prompt_length: int) -> dict:
+def stride_figures(teacher: CausalLM, params: dict, decoded: Generation, prompt_length: int) -> dict:
     """What a stride is chosen by, each figure with `_interval`.
 
     Returns:
@@ -102,11 +108,11 @@ def stride_figures(teacher: CausalLM, params, decoded: Generation, prompt_length
 
 def under_teacher(
     teacher: CausalLM,
-    params,
+    params: dict,
     tokens_BxN: np.ndarray,
     lengths_B: np.ndarray,
     prompt_length: int,
-    prompt_of: Sequence | None = None,
+    prompt_of: Sequence | np.ndarray | None = None,
 ) -> dict:
     """sample_nll and sample_entropy: nats per token (EOS included) under the AR teacher at tau = 1.
 

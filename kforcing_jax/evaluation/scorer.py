@@ -6,7 +6,7 @@ Needs `pip install 'kforcing-jax[scorer]'`: torch and transformers. Nothing is e
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import tokenizers as hf
@@ -40,7 +40,7 @@ class Scorer(NamedTuple):
     `context` is the model's longest input, None without a limit.
     """
 
-    model: object
+    model: Any
     encoder: hf.Tokenizer
     first_id: int
     context: int | None

@@ -5,6 +5,7 @@ import datetime
 import logging
 import time
 import zlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -95,7 +96,7 @@ class _Run:
 
     workdir: Workdir
     corpus: Corpus
-    models: dict[str, tuple]
+    models: dict[str, tuple[Any, dict]]
     prompts_BxP: np.ndarray
     key: jax.Array
     steps: dict[str, int] = dataclasses.field(default_factory=dict)  # of the checkpoints that the models are of
@@ -129,9 +130,17 @@ class _Run:
     def decode(self, name, confidence=0.0):
         model, params = self.models[name]
         seeds = _FIRST_SEED + np.arange(len(self.prompts_BxP))
-        settings = dict(max_new_tokens=self.settings.new_tokens, k=max(self.window(name), 1), tau=self.tau)
-        settings |= dict(eos_id=self.corpus.eos_id, confidence=confidence)
-        return generate(model, params, self.prompts_BxP, seeds=seeds, **settings)
+        return generate(
+            model,
+            params,
+            self.prompts_BxP,
+            max_new_tokens=self.settings.new_tokens,
+            k=max(self.window(name), 1),
+            tau=self.tau,
+            seeds=seeds,
+            eos_id=self.corpus.eos_id,
+            confidence=confidence,
+        )
 
     def confident(self, name, decoded) -> list[dict]:
         """Figures of a student at every confidence; at 0 all of a window is kept, as in its own sample."""
@@ -204,7 +213,7 @@ class _Run:
 
     def samples(self, continuations) -> list[dict]:
         """A few different prompts, and what every stage made of them."""
-        shown = {}
+        shown: dict[str, int] = {}
         for row, prompt_P in enumerate(self.prompts_BxP):
             shown.setdefault(self.corpus.tokenizer.decode(prompt_P).lstrip(), row)
         return [

@@ -33,7 +33,7 @@ class Column:
     terminal: bool = True  # the page has room for all columns, a terminal has not
 
 
-def is_number(value) -> bool:
+def is_number(value: object) -> bool:
     """Whether a value can be shown: measured, and finite."""
     return isinstance(value, (int, float)) and math.isfinite(value)
 
@@ -229,7 +229,7 @@ def plain_legend(columns: list[Column]) -> list[str]:
 
 def legend(columns: list[Column]) -> list[tuple[str, str]]:
     """(names, meaning), each meaning once."""
-    names = {}
+    names: dict[str, str] = {}
     for column in columns:
         names.setdefault(column.meaning, column.name.split(",")[0])
     return [(name, meaning) for meaning, name in names.items()]

@@ -14,7 +14,7 @@ Rows = Sequence[Sequence[int] | np.ndarray]
 def new_tokens(tokens: np.ndarray, prompt_length: int, length: int, eos_id: int | None) -> np.ndarray:
     """The generated ids of one row of a `Generation`, up to its first EOS and without it."""
     new = np.asarray(tokens[prompt_length:length])
-    ends = np.flatnonzero(new == eos_id) if eos_id is not None else []
+    ends = np.flatnonzero(new == eos_id) if eos_id is not None else np.zeros(0, int)
     return new[: ends[0]] if len(ends) else new
 
 

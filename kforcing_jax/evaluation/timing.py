@@ -14,6 +14,7 @@ class Times:
     seconds: Mapping[str, np.ndarray]
 
     def median(self, name: str) -> float:
+        """Of the seconds of a program."""
         return float(np.median(self.seconds[name]))
 
     def ratio(self, numerator: str, denominator: str) -> dict[str, float]:

@@ -4,10 +4,14 @@ import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kforcing_jax.errors import RunError
 from kforcing_jax.evaluation.plots import BLUE, GREY, ORANGE, draw_points, new_figure, on_page
 from kforcing_jax.evaluation.tables import is_number, stages_of, window_of
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _PANELS = (("sample_nll", "NLL, nats per token"), ("sample_entropy", "entropy, nats per token"))
 
@@ -15,7 +19,9 @@ _PANELS = (("sample_nll", "NLL, nats per token"), ("sample_entropy", "entropy, n
 def trade_off(stages: dict) -> str:
     """The picture as an HTML figure, stages as of `stages_of`; "" when no confident stride was measured."""
     with _drawn(stages) as figure:
-        return figure and on_page(figure, "Quality over tokens per pass", "NLL and entropy under the AR teacher")
+        if figure is None:
+            return ""
+        return on_page(figure, "Quality over tokens per pass", "NLL and entropy under the AR teacher")
 
 
 def write_trade_off(workdir: str | Path, path: str | Path) -> Path:
@@ -27,7 +33,7 @@ def write_trade_off(workdir: str | Path, path: str | Path) -> Path:
     summary = Path(workdir) / "summary.json"
     stages = stages_of(json.loads(summary.read_text(encoding="utf-8"))) if summary.exists() else {}
     with _drawn(stages) as figure:
-        if not figure:
+        if figure is None:
             raise RunError(f"{summary} has no figures of confident strides; run kforcing_jax.evaluate first")
         metadata = {"Date": None} if Path(path).suffix == ".svg" else None  # the same figures are the same file
         figure.savefig(path, dpi=200, metadata=metadata)
@@ -35,11 +41,11 @@ def write_trade_off(workdir: str | Path, path: str | Path) -> Path:
 
 
 @contextlib.contextmanager
-def _drawn(stages) -> Iterator:
-    """The figure; "" without confident strides."""
+def _drawn(stages) -> "Iterator[Figure | None]":
+    """The figure; None without confident strides."""
     confident = {name: rows for name, stage in stages.items() if (rows := stage.get("confident"))}
     if not confident:
-        yield ""
+        yield None
         return
     with new_figure(8.2, 3.4) as figure:
         for axes, (key, title) in zip(figure.subplots(1, len(_PANELS)), _PANELS, strict=True):

@@ -3,6 +3,8 @@
 The one definition of agreement with the AR teacher, of validation and of evaluation.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -12,24 +14,30 @@ from kforcing_jax.models.lm import consecutive, text_positions
 from kforcing_jax.training.losses import block_agreement, block_weights, window_weights
 
 
-def window_hidden(teacher: CausalLM, params, tokens_BxN: jax.Array, window_BxNxK: jax.Array, segments_BxN=None):
+def window_hidden(
+    teacher: CausalLM,
+    params: dict,
+    tokens_BxN: jax.Array,
+    window_BxNxK: jax.Array,
+    segments_BxN: jax.Array | None = None,
+) -> jax.Array:
     """The teacher's hidden_BxNxKxD at every window token, given the text and the window tokens before it."""
     variables = {"params": params}
-    text = teacher.apply(variables, tokens_BxN, segments_BxN=segments_BxN, method="begin")
+    text: Any = teacher.apply(variables, tokens_BxN, segments_BxN=segments_BxN, method="begin")
     window = window_BxNxK.shape[2]
     if window == 1:
         return text.known.hidden
     positions = consecutive(text_positions(tokens_BxN.shape, segments_BxN) + 1, window - 1)
     prefix = Known(text.text_keys, Causal(segments_BxN))
-    later = teacher.apply(variables, window_BxNxK[..., :-1], None, None, positions, prefix, method="extend")
+    later: Any = teacher.apply(variables, window_BxNxK[..., :-1], None, None, positions, prefix, method="extend")
     return jnp.concatenate([text.known.hidden, later.known.hidden], axis=2)
 
 
 def agreement_sums(
     teacher: CausalLM,
-    teacher_params,
+    teacher_params: dict,
     student: PushForwardLM,
-    params,
+    params: dict,
     tokens_BxN: jax.Array,
     segments_BxN: jax.Array | None,
     noise_BxNxK: jax.Array,

@@ -39,9 +39,9 @@ def fit_checkpoints(directory: Path, last_step: int) -> list[int]:
             shutil.rmtree(aside, ignore_errors=True)  # of an earlier change
             (directory / str(step)).rename(aside)
         for aside in directory.glob(f"{_LATER}*"):
-            step = aside.name.removeprefix(_LATER)
-            if step.isdecimal() and int(step) <= last_step and not (directory / step).exists():
-                aside.rename(directory / step)
+            number = aside.name.removeprefix(_LATER)
+            if number.isdecimal() and int(number) <= last_step and not (directory / number).exists():
+                aside.rename(directory / number)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("fit checkpoints")
     return past
@@ -68,7 +68,7 @@ def what_changed(config: StageConfig, lengths: Sequence[Sequence[int]], step: in
     return f"{said}: as if it had been so from the start", True
 
 
-def say_what_changed(name: str, config: StageConfig, progress: dict, step: int):
+def say_what_changed(name: str, config: StageConfig, progress: dict, step: int) -> None:
     """Says `what_changed` of a stage; `progress` is what its checkpoint of that step says of itself."""
     changed = what_changed(config, progress.get("lengths") or [], step)
     if changed:

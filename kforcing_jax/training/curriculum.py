@@ -47,7 +47,7 @@ from kforcing_jax.workdir import Workdir
 _LOG = logging.getLogger("kforcing_jax")
 
 
-def run(workdir: Workdir, corpus: Corpus, mesh: Mesh, profile: ProfiledSteps | None = None):
+def run(workdir: Workdir, corpus: Corpus, mesh: Mesh, profile: ProfiledSteps | None = None) -> None:
     """Trains every stage that is not finished, in order, and adds each to summary.json as it ends.
 
     `profile` are steps of every stage that are profiled, into RUN/profile/STAGE.
@@ -180,7 +180,8 @@ def _validation(workdir: Workdir, corpus: Corpus, name: str, mesh: Mesh, teacher
 
 def _import_stage(workdir: Workdir, corpus: Corpus, name: str, mesh: Mesh):
     """Takes the stage's weights from a released file, or from another run."""
-    settings, source = workdir.config.stages[name], {}
+    settings = workdir.config.stages[name]
+    source: dict = {}
     if settings.checkpoint:
         params = released.load_for(settings.checkpoint, _model(workdir, corpus, name), corpus.tokenizer)
         params = jax.device_put(params, parameter_shardings(params, mesh))

@@ -25,13 +25,13 @@ from kforcing_jax.workdir import Workdir
 _ARITHMETIC = ("remat", "attention", "precision")
 
 
-def check_sources(workdir: Workdir):
+def check_sources(workdir: Workdir) -> None:
     """`check_source` of all stages, as far as their configurations tell: before anything is prepared or trained."""
     for name in ["ar", *workdir.config.students]:
         check_source(workdir, name)
 
 
-def check_source(workdir: Workdir, name: str, corpus: Corpus | None = None):
+def check_source(workdir: Workdir, name: str, corpus: Corpus | None = None) -> None:
     """Whether a stage can start from what its `init_from` names; one that has begun needs it no longer.
 
     Raises:
@@ -111,7 +111,9 @@ def load_source(workdir: Workdir, name: str, corpus: Corpus, mesh: Mesh) -> tupl
       RunError: as `check_source`, or the checkpoint is damaged.
     """
     check_source(workdir, name, corpus)
-    run, stage = workdir.source(name)
+    source = workdir.source(name)
+    assert source is not None  # only stages with `init_from` come here
+    run, stage = source
     model, params, step = load_checkpoint(run, stage, corpus.tokenizer, mesh)
     origin = {"run": str(run.path.absolute()), "stage": stage, "step": step, "weights": weights_digest(params)}
     _, params = official.in_order(model, params, run_vocabulary(workdir, corpus).cdf_order)

@@ -22,6 +22,7 @@ class Mean(NamedTuple):
 
     @property
     def value(self) -> jax.Array:
+        """total / weight; 0 where nothing has weight."""
         return self.total / jnp.maximum(self.weight, _LEAST_WEIGHT)
 
 
@@ -91,7 +92,7 @@ def _window_positions(shape_BxNxK, segments_BxN):
 
 
 def block_agreement(agrees_BxNxK: jax.Array, weights_BxNxK: jax.Array, blocks_BxN: jax.Array) -> Mean:
-    """How often all offsets that carry weight agree."""
+    """How often all offsets that carry weight agree, of the windows that count as blocks."""
     return weighted_mean((agrees_BxNxK | (weights_BxNxK == 0)).all(axis=-1), blocks_BxN)
 
 

@@ -1,14 +1,14 @@
 """What a stage minimises.
 
 An objective is in two parts, so that a batch can be worked off piece by piece and give the same result: `draw_inputs`
-draws the randomness of a whole batch, and `losses` is a sum over rows. `registry.py` has the names of objectives; each is
-made from (model, teacher, stage, eos_id).
+draws the randomness of a whole batch, and `losses` is a sum over rows. `registry.py` has the names of objectives; each
+is made from (model, teacher, stage, eos_id).
 """
 
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -63,7 +63,7 @@ def language_modelling(
         del teacher_params
         tokens_BxN, segments_BxN = inputs.batch
         variables = {"params": params}
-        result = model.apply(variables, tokens_BxN, segments_BxN=segments_BxN, method="begin")
+        result: Any = model.apply(variables, tokens_BxN, segments_BxN=segments_BxN, method="begin")
         targets_BxNx1 = model.cfg.column_of(jnp.roll(tokens_BxN, -1, axis=1)[..., None])
         hidden_BxNx1xD = result.known.hidden
         loss_BxNx1, _ = model.apply(variables, loss_and_agreement, hidden_BxNx1xD, targets_BxNx1, method="per_token")
@@ -78,6 +78,9 @@ def distillation(
     """The stage's loss (cross entropy) on the teacher's own tokens for the same noise, a window after every position.
 
     A CausalLM teacher rolls out token by token; a student teacher half a window at a time (self-forcing).
+
+    Raises:
+      ConfigError: a loss of one's own cannot be imported.
     """
     chunk = 1 if isinstance(teacher, CausalLM) else stage.window // 2
     scored = functools.partial(loss_and_agreement, loss=LOSSES.find(stage.loss))
@@ -94,16 +97,18 @@ def distillation(
         targets_BxNxK = jax.lax.stop_gradient(targets_BxNxK)
         weights_BxNxK = window_weights(targets_BxNxK, tokens_BxN, segments_BxN, eos_id, stage.skip_after_eos)
         variables = {"params": params}
-        result = student.apply(variables, tokens_BxN, noise_BxNxK, tau_B, segments_BxN, method="begin")
+        result: Any = student.apply(variables, tokens_BxN, noise_BxNxK, tau_B, segments_BxN, method="begin")
         columns_BxNxK = student.cfg.column_of(targets_BxNxK)
-        per_token = student.apply(variables, scored, result.noise.hidden, columns_BxNxK, method="per_token")
-        return window_metrics(*per_token, weights_BxNxK, block_weights(weights_BxNxK, segments_BxN))
+        per_token: Any = student.apply(variables, scored, result.noise.hidden, columns_BxNxK, method="per_token")
+        loss_BxNxK, agrees_BxNxK = per_token
+        blocks_BxN = block_weights(weights_BxNxK, segments_BxN)
+        return window_metrics(loss_BxNxK, agrees_BxNxK, weights_BxNxK, blocks_BxN)
 
     return Objective(draw_inputs, losses)
 
 
-def mean_loss(objective: Objective, params, teacher_params, batches: Batch, key: jax.Array) -> jax.Array:
-    """The objective's loss over I batches (leaves (I, B, N)), each with noise of its own."""
+def mean_loss(objective: Objective, params: dict, teacher_params: dict, batches: Batch, key: jax.Array) -> jax.Array:
+    """The objective's loss over I batches (leaves (I, B, N)), each with noise of its own: a scalar, f32."""
 
     def one(index_and_batch):
         index, batch = index_and_batch

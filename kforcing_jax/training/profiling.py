@@ -29,7 +29,7 @@ class ProfiledSteps(NamedTuple):
             raise ConfigError(f"profile = {text!r} should be FIRST:LAST, steps of a stage, such as 20:25")
         return steps
 
-    def check(self, steps: int):
+    def check(self, steps: int) -> None:
         """Raises ConfigError when a stage of so many steps, the longest one, has none of them."""
         if self.first > steps:
             raise ConfigError(
@@ -41,7 +41,8 @@ class Profiler:
     """Profiles the given steps of one stage into a folder. Nothing of it can end training."""
 
     def __init__(self, profile: tuple[ProfiledSteps, Path] | None):
-        self._steps, self._folder = profile or (ProfiledSteps(0, 0), None)
+        none: tuple[ProfiledSteps, Path | None] = ProfiledSteps(0, 0), None
+        self._steps, self._folder = profile or none
         self._runs = False
 
     def __enter__(self):
@@ -62,7 +63,7 @@ class Profiler:
         """Whether the profile ends with this step. Its result has to be waited for before `stop`."""
         return self._runs and number == self._steps.last
 
-    def stop(self):
+    def stop(self) -> None:
         """Writes the profile, if one is being taken."""
         if not self._runs:
             return

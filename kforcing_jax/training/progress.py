@@ -69,7 +69,7 @@ class StageLog:
         self._since_report: list[dict[str, float]] = []
         drop_later(path, stage, first)
 
-    def add(self, step: int, metrics: dict):
+    def add(self, step: int, metrics: dict) -> None:
         """Takes the metrics of a dispatched step. They are read with others, by `report` or `check`.
 
         Waits for the step before it, so that the device is kept busy, and is no more than two steps behind.
@@ -78,7 +78,7 @@ class StageLog:
             jax.block_until_ready(self._on_device[-1][1])
         self._on_device.append((step, metrics))
 
-    def check(self):
+    def check(self) -> None:
         """Reads the metrics not read yet, and so waits for the last step.
 
         Raises:
@@ -95,8 +95,12 @@ class StageLog:
             self._since_report.append({name: float(value) for name, value in metrics.items()})
         self._on_device = []
 
-    def report(self, step: int, validation: dict):
-        """Writes the averages since the last report, and what a validation at this step has found, {} without one."""
+    def report(self, step: int, validation: dict) -> None:
+        """Writes the averages since the last report, and what a validation at this step has found, {} without one.
+
+        Raises:
+          RunError: as `check`, or metrics.jsonl cannot be written.
+        """
         self.check()
         stepping, count = self._spent.here["stepping"], len(self._since_report)
         means = {name: sum(m[name] for m in self._since_report) / count for name in self._since_report[0]}
@@ -175,7 +179,7 @@ def _append(path, record):
         raise RunError(f"{path} cannot be written: {error.strerror}") from None
 
 
-def drop_later(path, stage, first):
+def drop_later(path: Path, stage: str, first: int) -> None:
     """Leaves what is said of other stages, and of this one up to `first`. A line that a kill cut short goes too."""
     if jax.process_index() or not path.exists():
         return

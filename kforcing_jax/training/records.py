@@ -63,8 +63,12 @@ def stage_progress(workdir: Workdir, stage: str) -> dict:
     return {}
 
 
-def write_progress(workdir: Workdir, stage: str, step: int, progress: dict):
-    """Has a checkpoint say something else of itself. All processes of a run have to call this together."""
+def write_progress(workdir: Workdir, stage: str, step: int, progress: dict) -> None:
+    """Has a checkpoint say something else of itself. All processes of a run have to call this together.
+
+    Raises:
+      RunError: it cannot be written.
+    """
     path = progress_path(workdir, stage, step)
     try:
         write_json(path, progress)
@@ -122,7 +126,7 @@ def made_from(workdir: Workdir, stage: str, corpus: Corpus) -> dict:
     )
 
 
-def check_made_from(workdir: Workdir, stage: str, vocabulary):
+def check_made_from(workdir: Workdir, stage: str, vocabulary: Corpus | Tokenizer) -> None:
     """Raises RunError when a stage that has a checkpoint was made from something else than there is now.
 
     What is not there, or was made before stages kept this, is not compared. `vocabulary` is a corpus, or a tokenizer
@@ -137,11 +141,12 @@ def check_made_from(workdir: Workdir, stage: str, vocabulary):
             )
     _check_source(workdir, stage, before.get("init_from"))
     for parent in filter(None, map(before.get, ("teacher", "origin"))):
-        now = stage_progress(workdir, parent["stage"]).get("weights")
-        if None not in (now, parent["weights"]) and now != parent["weights"]:
+        there = stage_progress(workdir, parent["stage"]).get("weights")
+        if there is not None and parent["weights"] not in (None, there):
             raise RunError(
                 f"stage {stage} of {workdir.path} was trained from another {parent['stage']} "
-                f"({parent['weights'][:8]}; there is {now[:8]} now); delete {folder}, or restore that {parent['stage']}"
+                f"({parent['weights'][:8]}; there is {there[:8]} now); delete {folder}, or restore that "
+                f"{parent['stage']}"
             )
 
 

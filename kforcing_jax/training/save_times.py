@@ -33,7 +33,7 @@ class SaveTimes:
             return False
         return bool(multihost_utils.broadcast_one_to_all(np.array(self._is_late())))
 
-    def saved(self):
+    def saved(self) -> None:
         """A checkpoint was made now."""
         self._last = self._clock()
 

@@ -29,7 +29,7 @@ class Spent:
         finally:
             self._here[part] += time.monotonic() - start
 
-    def go_on_from(self, seconds: float, parts: Mapping[str, float] | None = None):
+    def go_on_from(self, seconds: float, parts: Mapping[str, float] | None = None) -> None:
         """Adds what earlier processes took: `seconds`, by `parts` where these are known."""
         self._before |= dict(parts) if parts else {"stepping": seconds}
 
@@ -45,4 +45,5 @@ class Spent:
 
     @property
     def total(self) -> float:
+        """Seconds of the stage so far."""
         return sum(self._before.values()) + time.monotonic() - self._start

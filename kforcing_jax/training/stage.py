@@ -6,6 +6,7 @@ import logging as python_logging
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -63,13 +64,15 @@ def precision_phases(config: StageConfig) -> list[Phase]:
     return [phase for phase, start in zip(phases, (0, low), strict=True) if phase.last_step > start]
 
 
-def compiled_step(config: StageConfig, objective: Callable[[str], Objective], phase: Phase, state: TrainState):
+def compiled_step(
+    config: StageConfig, objective: Callable[[str], Objective], phase: Phase, state: TrainState
+) -> jax.stages.Wrapped:
     """The jitted step of one phase: (state, teacher's params, batch, key) -> (state, metrics), the old state donated.
 
     `state` (arrays or shapes) says how the new state is laid out; arguments have to lie on the mesh already.
     """
     shardings = jax.tree.map(lambda x: x.sharding, state)
-    fixed = dict(objective=objective(phase.dtype), optimizer=make_optimizer(config))
+    fixed: dict[str, Any] = dict(objective=objective(phase.dtype), optimizer=make_optimizer(config))
     fixed |= dict(ema_decay=config.ema_decay, accumulation=config.accumulation)
 
     def step(state, teacher_params, batch, key):
@@ -78,7 +81,7 @@ def compiled_step(config: StageConfig, objective: Callable[[str], Objective], ph
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(shardings.step.mesh)))
 
 
-def abstract_state(params, config: StageConfig, mesh: Mesh):
+def abstract_state(params: dict, config: StageConfig, mesh: Mesh) -> TrainState:
     """Shapes and shardings of a stage's state, from its parameters or their shapes."""
     state = jax.eval_shape(lambda p: init_state(p, make_optimizer(config)), params)
     return abstract_on(state, parameter_shardings(state, mesh))
@@ -167,11 +170,13 @@ def _compiling(stage: Stage, spent: Spent, what: str) -> Iterator[None]:
 
 
 def _validate(stage: Stage, state: TrainState, spent: Spent) -> dict:
-    if not stage.validation.is_compiled:
+    validation = stage.validation
+    assert validation is not None
+    if not validation.is_compiled:
         with _compiling(stage, spent, "validation"):
-            stage.validation.compile(state.ema)
+            validation.compile(state.ema)
     with spent.on("validating"):
-        return stage.validation(state.ema)
+        return validation(state.ema)
 
 
 def _workload(stage: Stage, mesh: Mesh) -> Workload:

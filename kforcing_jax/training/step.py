@@ -80,7 +80,7 @@ def _gradients(objective, params, teacher_params, inputs, accumulation):
         (grads, loss, metrics), _ = jax.lax.scan(
             lambda sums, part: (jax.tree.map(jnp.add, sums, of_part(part)), None), zeros, parts
         )
-    scale = Mean(1.0, loss.weight).value
+    scale = Mean(jnp.float32(1), loss.weight).value
     return jax.tree.map(lambda g: g * scale, grads), loss, metrics
 
 

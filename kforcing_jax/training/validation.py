@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kforcing_jax.config import Config
 from kforcing_jax.data.packing import Batch
@@ -43,15 +44,15 @@ class Sample:
     """One prompt, continued from the same noise every time."""
 
     model: CausalLM | PushForwardLM
-    prompt: Sequence[int]
+    prompt: Sequence[int] | np.ndarray
     new_tokens: int
     k: int
     tau: float
     seed: int
     eos_id: int | None
-    decode: Callable[[Sequence[int]], str]
+    decode: Callable[[Sequence[int] | np.ndarray], str]
 
-    def compile(self, params: dict):
+    def compile(self, params: dict) -> None:
         """All that `text` needs."""
         longest = len(self.prompt) + self.new_tokens
         mode, engine = engine_for(self.model, params, (1, longest), k=self.k)
@@ -64,8 +65,16 @@ class Sample:
           DataError: logits that are not finite.
           RunError: the device's memory does not suffice.
         """
-        settings = {"max_new_tokens": self.new_tokens, "k": self.k, "tau": self.tau, "eos_id": self.eos_id}
-        done = generate(self.model, params, [self.prompt], seeds=[self.seed], **settings)
+        done = generate(
+            self.model,
+            params,
+            [self.prompt],
+            max_new_tokens=self.new_tokens,
+            k=self.k,
+            tau=self.tau,
+            seeds=[self.seed],
+            eos_id=self.eos_id,
+        )
         return self.decode(done.tokens[0, : done.lengths[0]])
 
 
@@ -96,9 +105,10 @@ class Validation:
 
     @property
     def is_compiled(self) -> bool:
+        """Whether nothing compiles any more when it is called."""
         return self._program is not None
 
-    def compile(self, params: dict):
+    def compile(self, params: dict) -> None:
         """Compiles for averaged weights that lie as these do."""
         sharding = replicated(jax.tree.leaves(params)[0].sharding.mesh)
         self._program = jax.jit(self._figures, out_shardings=sharding).lower(params, *self._fixed).compile()
@@ -111,6 +121,7 @@ class Validation:
         """
         if self._program is None:
             self.compile(params)
+        assert self._program is not None
         figures = {name: float(value) for name, value in jax.device_get(self._program(params, *self._fixed)).items()}
         text = self._sampled(lambda sample: sample.text(params))
         return figures | ({} if text is None else {"sample": text})

@@ -102,7 +102,7 @@ def test_every_figure_that_a_stride_is_chosen_by_has_an_interval_around_it(evalu
 )
 def test_the_largest_student_is_the_chains_own_and_has_a_stride_to_vary(finished, largest):
     config = micro_config(k4=dict(window=4), k4_from_ar=dict(window=4, teacher="ar"))
-    run = suite._Run(Workdir(None, config), None, dict.fromkeys(finished), None, None)
+    run = suite._Run(Workdir("nowhere", config), None, dict.fromkeys(finished), None, None)
     assert run.largest == largest
 
 

@@ -29,16 +29,17 @@ class Trackers:
     def __exit__(self, *exception):
         self.close()
 
-    def add(self, name: str, tracker: Tracker):
+    def add(self, name: str, tracker: Tracker) -> None:
         """Takes one that has started."""
         self._trackers[name] = tracker
 
-    def close(self):
+    def close(self) -> None:
+        """Closes all of them, whatever happens."""
         for name, tracker in self._trackers.items():
             with self._survived(name):
                 tracker.close()
 
-    def write(self, stage: str, step: int, record: dict):
+    def write(self, stage: str, step: int, record: dict) -> None:
         """Numbers and texts of a line of metrics.jsonl, under their names there."""
         values = {name: value for name, value in record.items() if name not in ("stage", "step", "time")}
         scalars = {name: float(value) for name, value in values.items() if isinstance(value, numbers.Real)}

@@ -20,12 +20,14 @@ except ImportError:
 class TensorBoard:
     """`tensorboard --logdir=RUN/tensorboard` shows them; several runs under one folder are compared like this too."""
 
-    def start(self, run: TrackedRun):
+    def start(self, run: TrackedRun) -> None:
+        """Makes the folder. Raises OSError."""
         self._folder = run.folder / "tensorboard"
         self._folder.mkdir(parents=True, exist_ok=True)
         self._writers: dict[str, EventsWriter] = {}
 
-    def write(self, stage: str, step: int, scalars: Mapping[str, float], texts: Mapping[str, str]):
+    def write(self, stage: str, step: int, scalars: Mapping[str, float], texts: Mapping[str, str]) -> None:
+        """An event for every number and text, in the file of the stage. Raises OSError."""
         try:
             writer = self._writer(stage, step)
             for value in [
@@ -52,7 +54,8 @@ class TensorBoard:
             self._writers[stage] = writer
         return self._writers[stage]
 
-    def close(self):
+    def close(self) -> None:
+        """Ends the files."""
         for writer in self._writers.values():
             with contextlib.suppress(OSError):
                 writer.close()
