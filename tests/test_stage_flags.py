@@ -33,6 +33,11 @@ def test_the_name_of_a_new_stage_says_its_teacher(file):
     assert given(file, "stages.k4.window=4", "stages.k4.teacher=ar").stages["k4-from-ar"].window == 4
 
 
+def test_stages_may_be_added_in_any_order(file):
+    config = given(file, "stages.k8.window=8", "stages.k4.window=4", "stages.k4.steps=3", "stages.k2.steps=7")
+    assert list(config.students) == ["k1", "k2", "k4", "k8"] and config.stages["k4"].steps == 3
+
+
 def test_the_first_student_is_added_as_the_teacher(file):
     config = given(file, "stages.k2=none", "stages.k1=none", "stages.ar.batch_size=8", "stages.k1.window=1")
     assert list(config.students) == ["k1"]

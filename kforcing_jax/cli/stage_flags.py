@@ -24,32 +24,34 @@ def change_stages(stages: dict[str, Any], overrides: Mapping[str, str]) -> dict[
     Raises:
       ConfigError: a stage that is not there is removed or given a field, or one that is there would be there twice.
     """
-    keys, rest = {}, {}
-    for field, text in overrides.items():
-        if field.startswith("stages.") and field.count(".") == 1 and text.lower() == "none":
-            there = _found(stages, field.partition(".")[2])
-            if there is None:
-                raise unknown_field(field, stages)
-            del stages[there]
-    for (key, name), text in _fields(overrides).items():
-        if name == "window" and _found(stages, key) is None:
-            _add(stages, key, text)
-    for (key, name), text in _fields(overrides).items():
-        if name == "teacher" and text in ("previous", "ar"):
-            keys[stage_name(key)] = _with_teacher(stages, _key(stages, f"stages.{key}"), text)
-    for field, text in overrides.items():
-        if field.startswith("stages.") and field.count(".") > 1:
-            _, key, name = field.split(".", 2)
-            rest[f"stages.{keys.get(stage_name(key)) or _key(stages, f'stages.{key}')}.{name}"] = text
-        elif not (field.startswith("stages.") and text.lower() == "none"):
-            rest[field] = text
+    removed = [field for field, text in overrides.items() if _depth(field) == 1 and text.lower() == "none"]
+    fields = {field: text for field, text in overrides.items() if _depth(field) > 1}
+    for field in removed:
+        there = _found(stages, field.partition(".")[2])
+        if there is None:
+            raise unknown_field(field, stages)
+        del stages[there]
+    new = [(key, text) for key, text in _values(fields, "window").items() if _found(stages, key) is None]
+    for key, text in sorted(new, key=lambda stage: (len(stage[1]), stage[1])):  # of ascending windows
+        _add(stages, key, text)
+    teachers = {key: text for key, text in _values(fields, "teacher").items() if text in ("previous", "ar")}
+    keys = {stage_name(k): _with_teacher(stages, _key(stages, f"stages.{k}"), text) for k, text in teachers.items()}
+    rest = {field: text for field, text in overrides.items() if field not in removed and field not in fields}
+    for field, text in fields.items():
+        _, key, name = field.split(".", 2)
+        rest[f"stages.{keys.get(stage_name(key)) or _key(stages, f'stages.{key}')}.{name}"] = text
     return rest
 
 
-def _fields(overrides) -> dict[tuple[str, str], str]:
-    """By stage and field."""
-    split = {tuple(field.split(".", 2)): text for field, text in overrides.items()}
-    return {names[1:]: text for names, text in split.items() if names[0] == "stages" and len(names) == 3}
+def _depth(field) -> int:
+    """1 for a stage, 2 or more for a field of one."""
+    return field.count(".") if field.startswith("stages.") else 0
+
+
+def _values(fields, name) -> dict[str, str]:
+    """By the keys of stages: what is given for a field of theirs."""
+    split = {field: field.split(".", 2) for field in fields}
+    return {split[field][1]: text for field, text in fields.items() if split[field][2] == name}
 
 
 def _found(stages, key) -> str | None:
