@@ -16,7 +16,8 @@ from kforcing_jax.errors import ConfigError
 
 PAGES = [
     REPOSITORY / "README.md",
-    *sorted((REPOSITORY / "docs").glob("*.md")),
+    REPOSITORY / "CONTRIBUTING.md",
+    *sorted((REPOSITORY / "docs").rglob("*.md")),
     *sorted((REPOSITORY / "configs").glob("*.py")),
 ]
 # The others have flags alone.
