@@ -13,7 +13,8 @@ length, T tokens, H heads, C head width, D model width, F noise features, V voca
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kforcing_jax.decoding import generate  # type: ignore[no-redef]  # a command's module is called so too
+    # As itself: otherwise mypy takes it for the module of the command.
+    from kforcing_jax.decoding.generate import generate as generate
     from kforcing_jax.training.runs import load_run
 
 __version__ = "0.1.0"
