@@ -53,7 +53,7 @@ def pack(
     padding: int,
     frame: tuple[int, int] | None = None,
 ) -> Rows:
-    """Documents in rows of `length` tokens.
+    """Documents, 1-D arrays of ids, in rows of `length` tokens of the same dtype.
 
     `wrapped`: end to end, whatever row they end up in; the remainder is dropped. `framed`: likewise, each row between
     the two ids of `frame`. `segments`: whole, each a segment of its own, as many in a row as fit. `padded`: one in each

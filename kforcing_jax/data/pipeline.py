@@ -149,7 +149,7 @@ class Corpus:
         return jax.tree.map(lambda x: x[:whole].reshape(-1, batch_size, self.seq_len), batch)
 
     def beginnings(self, count: int, length: int) -> list[np.ndarray]:
-        """Up to `count` validation texts of more than `length` tokens: documents or rows, to their end.
+        """Up to `count` validation texts of more than `length` tokens, (M,) int32 each: documents or rows, to the end.
 
         Raises:
           DataError: no document is longer than `length` tokens.

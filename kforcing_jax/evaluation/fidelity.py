@@ -140,6 +140,8 @@ def _windows_after(student, params, context_N, noise_AxK, tau=1.0):
 def compare_with_joint(counts: np.ndarray, joint: np.ndarray, seed: int) -> dict:
     """Total variation between block frequencies and the exact joint, mean over contexts, next to an AR null.
 
+    `counts` and `joint` have the shape that `exact_joint` gives; `seed` is that of the null's samples.
+
     The null is what a sample of the same size from that very joint shows: no student can be expected to be below
     it. Also a G-test of both (cells that expect fewer than 5 are pooled), summed over contexts.
     """

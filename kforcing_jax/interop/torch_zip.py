@@ -75,7 +75,7 @@ class Storage(NamedTuple):
     length: int
 
     def read(self) -> np.ndarray:
-        """All of its numbers. Raises CheckpointFormatError where the file is shorter."""
+        """All of its numbers, (length,). Raises CheckpointFormatError where the file is shorter."""
         size = self.length * self.dtype.itemsize
         with self.archive.open(self.name) as file:
             raw = file.read(size)

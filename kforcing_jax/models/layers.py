@@ -32,7 +32,7 @@ def rotary_angles(positions: jax.Array, head_width: int) -> tuple[jax.Array, jax
 
 
 def rotate(x_xHxC: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotary embedding in the rotate-half convention: channel c pairs with channel c + C/2. Keeps the dtype."""
+    """Rotated x_xHxC of the same dtype, cos and sin as of `rotary_angles`: channel c pairs with channel c + C/2."""
     first, second = jnp.split(x_xHxC.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x_xHxC.dtype)

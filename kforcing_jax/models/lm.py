@@ -168,7 +168,7 @@ class CausalLM(LanguageModel):
         return self.cfg.token_at(noise.inverse_cdf(self.tempered(ordered_xV, tau_x), u_x))
 
     def invert_noise(self, logits_BxNxV: jax.Array, tokens_BxN: jax.Array, key: jax.Array) -> jax.Array:
-        """`noise.invert_noise` in the order of this model; the logits are in vocabulary order."""
+        """u_BxN-1 of `noise.invert_noise` in the order of this model; the logits are in vocabulary order."""
         order = self.cfg.cdf_order
         ordered = logits_BxNxV if order is None else logits_BxNxV[..., order.tokens_V]
         return noise.invert_noise(ordered, self.cfg.column_of(tokens_BxN), key)

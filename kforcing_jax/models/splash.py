@@ -59,7 +59,7 @@ def group_attention(
     past: Past | None,
     precision: str,
 ) -> jax.Array:
-    """`attention.group_attention` over a text, with a `Causal` reach."""
+    """out_BxNxGxHxC: `attention.group_attention` over a text, with a `Causal` reach."""
     beside, seen_GxM = _beside(q_BxNxGxHxC.shape[2], own, past)
     return _merged_attention(
         precision, q_BxNxGxHxC * q_BxNxGxHxC.shape[-1] ** -0.5, text, beside, seen_GxM, segments_BxN

@@ -27,7 +27,7 @@ class Mean(NamedTuple):
 
 
 def weighted_mean(values: jax.Array, weights: jax.Array) -> Mean:
-    """The mean of all values, weighted."""
+    """The mean of all values, weighted: scalars, f32."""
     return Mean(jnp.sum(weights * values), jnp.sum(weights))
 
 
