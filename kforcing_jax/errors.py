@@ -4,6 +4,10 @@
 class UserError(Exception):
     """What is wrong, the value that is wrong, and what would be right, in one line."""
 
+    def _render_traceback_(self) -> list[str]:
+        """What IPython shows in place of a traceback."""
+        return [f"error: {self}"]
+
 
 class ConfigError(UserError):
     """A configuration that cannot run."""
