@@ -170,7 +170,7 @@ def test_a_work_directory_of_another_config_is_left_alone(run):
         ("--config.model.num_layer=3", ["model.num_layer is not a field", "did you mean model.num_layers?"]),
         ("--config.stages.k3.steps=3", ["stages.k3 is not a field", "did you mean stages.k"]),
         ("--config.model.d_model=100.5", ["d_model"]),
-        ("--config.model.num_heads=3", ["model.d_model = 128 is not divisible by model.num_heads = 3"]),
+        ("--config.model.num_heads=5", ["model.d_model = 96 is not divisible by model.num_heads = 5"]),
         ("--config.stages.k4.window=3", ["stages.k4 has window = 3"]),
         ("--config.data.seq_len=3", ["seq_len = 3"]),
         ("--config.stages.k1.tau_min=0.0", ["stages.k1.tau_min = 0.0 is not in [1e-6, 1000]"]),
