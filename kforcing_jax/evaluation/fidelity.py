@@ -15,14 +15,12 @@ from kforcing_jax.models.keys import Known, UpTo
 from kforcing_jax.models.lm import consecutive
 from kforcing_jax.noise import sample_uniform
 from kforcing_jax.sharding import to_host
-from kforcing_jax.training.agreement import agreement_sums
+from kforcing_jax.training.agreement import agreement_by_row
 
 # Cells of a G-test that expect fewer counts than this are pooled, as its chi-square limit wants.
 _LEAST_EXPECTED = 5.0
 # The null is the mean over this many samples, so that it adds no noise of its own to the comparison.
 _NULL_SAMPLES = 32
-
-_agreement_sums = jax.jit(agreement_sums, static_argnames=("teacher", "student", "eos_id"))
 
 
 def agreement(
@@ -49,22 +47,13 @@ def agreement(
 
     Neither what follows a window's first EOS is counted, nor what lies beyond the longest text (`window_weights`).
     """
-    of_batches = []
-    for index, tokens_BxN in enumerate(batches.tokens):
-        segments_BxN = None if batches.segments is None else batches.segments[index]
-        noise_BxNxK = sample_uniform(jax.random.fold_in(key, index), (*tokens_BxN.shape, window))
-        tau_B = jnp.full(len(tokens_BxN), tau)
-        sums = _agreement_sums(
-            teacher, teacher_params, student, params, tokens_BxN, segments_BxN, noise_BxNxK, tau_B, eos_id
-        )
-        of_batches.append([to_host(x).astype(np.float64) for x in sums])
-    agree_RxK, collide_RxK, count_RxK, agree_R, blocks_R = map(np.concatenate, zip(*of_batches, strict=True))
-    count_K = np.maximum(count_RxK.sum(0), 1)
+    settings: dict = {"window": window, "tau": tau, "eos_id": eos_id}
+    sums = agreement_by_row(teacher, teacher_params, student, params, batches, key, **settings)
     return {
-        "agreement": (agree_RxK.sum(0) / count_K).tolist(),
-        "chance": (collide_RxK.sum(0) / count_K).tolist(),
-        "block_agreement": float(agree_R.sum() / np.maximum(blocks_R.sum(), 1)),
-        "block_agreement_interval": mean_interval(agree_R, blocks_R),
+        "agreement": sums.agreement_K.tolist(),
+        "chance": sums.chance_K.tolist(),
+        "block_agreement": sums.block_agreement,
+        "block_agreement_interval": mean_interval(sums.agree_R, sums.blocks_R),
     }
 
 

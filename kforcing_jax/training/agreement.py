@@ -3,14 +3,19 @@
 The one definition of agreement with the AR teacher, of validation and of evaluation.
 """
 
-from typing import Any
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from kforcing_jax.data.packing import Batch
 from kforcing_jax.models import CausalLM, PushForwardLM
 from kforcing_jax.models.keys import Causal, Known
 from kforcing_jax.models.lm import consecutive, text_positions
+from kforcing_jax.noise import sample_uniform
+from kforcing_jax.sharding import to_host
 from kforcing_jax.training.losses import block_agreement, block_weights, window_weights
 
 
@@ -33,6 +38,60 @@ def window_hidden(
     return jnp.concatenate([text.known.hidden, later.known.hidden], axis=2)
 
 
+class RowSums(NamedTuple):
+    """Of R rows, f64: agreements, collision probabilities and counts per offset; agreeing blocks, and all blocks."""
+
+    agree_RxK: np.ndarray
+    collide_RxK: np.ndarray
+    count_RxK: np.ndarray
+    agree_R: np.ndarray
+    blocks_R: np.ndarray
+
+    @property
+    def agreement_K(self) -> np.ndarray:
+        """How often every offset agrees."""
+        return self.agree_RxK.sum(0) / np.maximum(self.count_RxK.sum(0), 1)
+
+    @property
+    def chance_K(self) -> np.ndarray:
+        """How often two independent draws of the teacher would be equal."""
+        return self.collide_RxK.sum(0) / np.maximum(self.count_RxK.sum(0), 1)
+
+    @property
+    def block_agreement(self) -> float:
+        """How often all offsets agree."""
+        return float(self.agree_R.sum() / np.maximum(self.blocks_R.sum(), 1))
+
+
+def agreement_by_row(
+    teacher: CausalLM,
+    teacher_params: dict,
+    student: PushForwardLM,
+    params: dict,
+    batches: Batch,
+    key: jax.Array,
+    *,
+    window: int,
+    tau: float,
+    eos_id: int | None,
+) -> RowSums:
+    """Sums of every row of batches with leaves (I, B, N), each batch with noise of its own.
+
+    All processes of a run have to call this together. One program for all batches of a size, also of other callers.
+    """
+    of_batches = []
+    for index, tokens_BxN in enumerate(batches.tokens):
+        segments_BxN = None if batches.segments is None else batches.segments[index]
+        noise_BxNxK = sample_uniform(jax.random.fold_in(key, index), (*tokens_BxN.shape, window))
+        tau_B = jnp.full(len(tokens_BxN), tau)
+        sums = agreement_sums(
+            teacher, teacher_params, student, params, tokens_BxN, segments_BxN, noise_BxNxK, tau_B, eos_id
+        )
+        of_batches.append([to_host(x).astype(np.float64) for x in sums])
+    return RowSums(*map(np.concatenate, zip(*of_batches, strict=True)))
+
+
+@functools.partial(jax.jit, static_argnames=("teacher", "student", "eos_id"))
 def agreement_sums(
     teacher: CausalLM,
     teacher_params: dict,

@@ -25,7 +25,6 @@ from kforcing_jax.training.changed_steps import fit_checkpoints, lengths_from, s
 from kforcing_jax.training.checkpoints import StageCheckpoints, abstract_params, load_stage
 from kforcing_jax.training.flops import step_flops
 from kforcing_jax.training.init_from import check_source, load_source
-from kforcing_jax.training.objectives import mean_loss
 from kforcing_jax.training.profiling import ProfiledSteps
 from kforcing_jax.training.progress import clock, drop_later
 from kforcing_jax.training.recipes import predecessors, stage_model, stage_objective
@@ -41,7 +40,7 @@ from kforcing_jax.training.records import (
 )
 from kforcing_jax.training.stage import Stage, train
 from kforcing_jax.training.trackers import TrackedRun, Trackers, open_trackers
-from kforcing_jax.training.validation import Comparison, Validation, sample_of
+from kforcing_jax.training.validation import Comparison, MeanLoss, Validation, sample_of
 from kforcing_jax.workdir import Workdir
 
 _LOG = logging.getLogger("kforcing_jax")
@@ -89,17 +88,18 @@ def _trackers(workdir: Workdir, names: list[str]) -> Trackers:
 def _run_stage(workdir: Workdir, corpus: Corpus, name: str, mesh: Mesh, trackers: Trackers, profile):
     # Again: what it came from may have been trained again just now.
     check_made_from(workdir, name, corpus)
+    loss = None
     if _agreed(_has_good_end(workdir, corpus, name, mesh)):
         _LOG.info(f"{name:<11} finished, skipped")
     elif not workdir.config.stages[name].last_step:
         _import_stage(workdir, corpus, name, mesh)
     else:
-        _train_stage(workdir, corpus, name, mesh, trackers, profile)
+        loss = _train_stage(workdir, corpus, name, mesh, trackers, profile)
     # Also for a stage whose run was stopped right after its last checkpoint.
     known = workdir.summary()["stages"].get(name, {})
     is_summarised = "validation_loss" in known and known.get("weights") == stage_progress(workdir, name).get("weights")
     if not _agreed(is_summarised):
-        _summarise_stage(workdir, corpus, name, mesh)
+        _summarise_stage(workdir, corpus, name, mesh, loss)
 
 
 def _agreed(decision: bool) -> bool:
@@ -136,10 +136,12 @@ def _end_here(workdir: Workdir, corpus: Corpus, name: str, mesh: Mesh):
     drop_later(workdir.metrics_path, name, settings.last_step)
 
 
-def _train_stage(workdir: Workdir, corpus: Corpus, name: str, mesh: Mesh, trackers: Trackers, profile):
+def _train_stage(workdir: Workdir, corpus: Corpus, name: str, mesh: Mesh, trackers: Trackers, profile) -> MeanLoss:
+    """Its loss too, whose program is compiled then."""
     config, settings = workdir.config, workdir.config.stages[name]
     share = process_share(mesh, settings.batch_size)
     teacher_params = _teacher_params(workdir, corpus, name, mesh)
+    loss = _mean_loss(workdir, corpus, name, mesh, teacher_params)
     initial_params, source = _initial_params(workdir, corpus, name, mesh)
     stage = Stage(
         name=name,
@@ -152,30 +154,33 @@ def _train_stage(workdir: Workdir, corpus: Corpus, name: str, mesh: Mesh, tracke
         key=_stage_key(config, name),
         made_from=made_from(workdir, name, corpus) | source,
         flops_per_step=step_flops(config, name, corpus.vocab_size),
-        validation=_validation(workdir, corpus, name, mesh, teacher_params),
+        validation=_validation(workdir, corpus, name, mesh, teacher_params, loss),
     )
     profiled = profile and (profile, workdir.path / "profile" / name)
     with StageCheckpoints.of(workdir, name) as checkpoints:
         train(stage, mesh, checkpoints, workdir.metrics_path, config.logging, trackers, profiled)
+    return loss
 
 
-def _validation(workdir: Workdir, corpus: Corpus, name: str, mesh: Mesh, teacher_params: dict) -> Validation:
-    config, vocabulary = workdir.config, run_vocabulary(workdir, corpus)
+def _mean_loss(workdir: Workdir, corpus: Corpus, name: str, mesh: Mesh, teacher_params: dict) -> MeanLoss:
+    objective = stage_objective(workdir.config, name, run_vocabulary(workdir, corpus))
+    key = jax.device_put(_stage_key(workdir.config, name), replicated(mesh))
+    return MeanLoss(objective, teacher_params, key, mesh)
+
+
+def _validation(
+    workdir: Workdir, corpus: Corpus, name: str, mesh: Mesh, teacher_params: dict, loss: MeanLoss
+) -> Validation:
+    config = workdir.config
     rows = corpus.validation_batches(config.logging.validation_rows, config.evaluation.batch_size)
     model, comparison, window = _model(workdir, corpus, name), None, config.stages[name].window
     if window:
         teacher, _ = predecessors(config, name)
         ar_params = teacher_params if teacher == "ar" else _finished(workdir, corpus, "ar", mesh)
         ar = _model(workdir, corpus, "ar")
-        comparison = Comparison(ar, ar_params, model, window, config.evaluation_tau, corpus.eos_id)
-    return Validation(
-        stage_objective(config, name, vocabulary),
-        teacher_params,
-        put_validation(rows, mesh),
-        jax.device_put(_stage_key(config, name), replicated(mesh)),
-        comparison,
-        sample_of(config, name, model, corpus),
-    )
+        key = _stage_key(config, name)
+        comparison = Comparison(ar, ar_params, model, window, config.evaluation_tau, corpus.eos_id, key)
+    return Validation(loss, rows, mesh, comparison, sample_of(config, name, model, corpus))
 
 
 def _import_stage(workdir: Workdir, corpus: Corpus, name: str, mesh: Mesh):
@@ -195,18 +200,16 @@ def _import_stage(workdir: Workdir, corpus: Corpus, name: str, mesh: Mesh):
         checkpoints.save_imported(params, progress)
 
 
-def _summarise_stage(workdir: Workdir, corpus: Corpus, name: str, mesh: Mesh):
+def _summarise_stage(workdir: Workdir, corpus: Corpus, name: str, mesh: Mesh, loss: MeanLoss | None):
     """Adds steps, seconds and validation loss of a finished stage to summary.json."""
-    objective = stage_objective(workdir.config, name, run_vocabulary(workdir, corpus))
+    loss = loss or _mean_loss(workdir, corpus, name, mesh, _teacher_params(workdir, corpus, name, mesh))
     params = _finished(workdir, corpus, name, mesh)
     settings = workdir.config.evaluation
     batches = put_validation(corpus.validation_batches(settings.rows, settings.batch_size), mesh)
-    validate = jax.jit(functools.partial(mean_loss, objective), out_shardings=replicated(mesh))
-    key = jax.device_put(_stage_key(workdir.config, name), replicated(mesh))
-    loss = float(validate(params, _teacher_params(workdir, corpus, name, mesh), batches, key))
+    nats = loss(params, batches)
     progress = stage_progress(workdir, name)
     seconds = progress.get("seconds", 0.0)
-    _LOG.info(f"{name:<11} done in {clock(seconds)}, validation loss {loss:.4f} nats per token")
+    _LOG.info(f"{name:<11} done in {clock(seconds)}, validation loss {nats:.4f} nats per token")
     with workdir.changed_summary() as summary:
         # What was measured of other weights goes.
         before = summary["stages"].get(name, {})
@@ -214,7 +217,7 @@ def _summarise_stage(workdir: Workdir, corpus: Corpus, name: str, mesh: Mesh):
         summary["stages"][name] = kept | {
             "steps": workdir.config.stages[name].last_step,
             "seconds": round(seconds, 1),
-            "validation_loss": loss,
+            "validation_loss": nats,
             "weights": progress.get("weights"),
         }
 

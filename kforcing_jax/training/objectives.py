@@ -107,13 +107,9 @@ def distillation(
     return Objective(draw_inputs, losses)
 
 
-def mean_loss(objective: Objective, params: dict, teacher_params: dict, batches: Batch, key: jax.Array) -> jax.Array:
-    """The objective's loss over I batches (leaves (I, B, N)), each with noise of its own: a scalar, f32."""
-
-    def one(index_and_batch):
-        index, batch = index_and_batch
-        inputs = objective.draw_inputs(batch, jax.random.fold_in(key, index))
-        return objective.losses(params, teacher_params, inputs)[0]
-
-    losses = jax.lax.map(one, (jnp.arange(len(batches.tokens)), batches))
-    return Mean(losses.total.sum(), losses.weight.sum()).value
+def batch_loss(
+    objective: Objective, params: dict, teacher_params: dict, batch: Batch, index: jax.Array | int, key: jax.Array
+) -> Mean:
+    """The objective's loss on one of several batches, each with noise of its own by its index."""
+    inputs = objective.draw_inputs(batch, jax.random.fold_in(key, index))
+    return objective.losses(params, teacher_params, inputs)[0]

@@ -134,7 +134,8 @@ def train(
                 log.add(step, metrics)
                 if profiler.is_last(step):
                     log.check()
-                    profiler.stop()
+                    with spent.on("saving"):
+                        profiler.stop()
                 stops = interruption.is_asked_for(step)
                 found = {}
                 if stage.validation and (_is_due(step, logging.validate_every) or step == steps):

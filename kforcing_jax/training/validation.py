@@ -5,12 +5,13 @@ model and not the luck of a draw. Nothing of it touches what is trained.
 """
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Callable, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from kforcing_jax.config import Config
 from kforcing_jax.data.packing import Batch
@@ -18,11 +19,9 @@ from kforcing_jax.data.pipeline import Corpus
 from kforcing_jax.decoding.generate import engine_for, generate
 from kforcing_jax.errors import ConfigError, UserError
 from kforcing_jax.models import CausalLM, PushForwardLM
-from kforcing_jax.noise import sample_uniform
-from kforcing_jax.sharding import replicated
-from kforcing_jax.training.agreement import agreement_sums
-from kforcing_jax.training.losses import Mean
-from kforcing_jax.training.objectives import Objective, mean_loss
+from kforcing_jax.sharding import put_validation, replicated
+from kforcing_jax.training.agreement import RowSums, agreement_by_row
+from kforcing_jax.training.objectives import Objective, batch_loss
 
 _LOG = logging.getLogger("kforcing_jax")
 
@@ -37,6 +36,12 @@ class Comparison:
     window: int
     tau: float
     eos_id: int | None
+    key: jax.Array
+
+    def sums(self, params: dict, batches: Batch) -> RowSums:
+        """By row, under the same noise every time; the program is that of the evaluation."""
+        settings: dict = {"window": self.window, "tau": self.tau, "eos_id": self.eos_id}
+        return agreement_by_row(self.teacher, self.teacher_params, self.student, params, batches, self.key, **settings)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,58 +83,71 @@ class Sample:
         return self.decode(done.tokens[0, : done.lengths[0]])
 
 
-class Validation:
-    """What a stage is looked at with: one program, compiled when it is first asked for, and a sample.
+class MeanLoss:
+    """A stage's loss over batches on the mesh, with the same noise at every call; one program for batches of a size.
 
     Args:
       objective: of the stage, in f32.
       teacher_params: those of the stage's own teacher, {} without one.
-      batches: leaves (I, B, N), on the mesh.
-      key: of the noise of the loss, and of the agreement.
+      key: of the noise, on the mesh.
+    """
+
+    def __init__(self, objective: Objective, teacher_params: dict, key: jax.Array, mesh: Mesh):
+        self._teacher_params, self._key = teacher_params, key
+        self._program = jax.jit(functools.partial(batch_loss, objective), out_shardings=replicated(mesh))
+
+    def __call__(self, params: dict, batches: Batch) -> float:
+        """Nats per token; `batches` has leaves (I, B, N)."""
+        means = []
+        for index in range(len(batches.tokens)):
+            batch = jax.tree.map(lambda x, index=index: x[index], batches)
+            means.append(self._program(params, self._teacher_params, batch, np.int32(index), self._key))
+        total, weight = (sum(map(float, parts)) for parts in zip(*jax.device_get(means), strict=True))
+        return total / weight if weight else 0.0
+
+
+class Validation:
+    """What a stage is looked at with; its programs are compiled when they are first asked for.
+
+    Args:
+      loss: of the stage.
+      batches: rows to look at, leaves (I, B, N), that every process has whole.
       comparison: of a student with the AR teacher, None for the AR stage itself.
       sample: None for none.
     """
 
     def __init__(
         self,
-        objective: Objective,
-        teacher_params: dict,
+        loss: MeanLoss,
         batches: Batch,
-        key: jax.Array,
+        mesh: Mesh,
         comparison: Comparison | None = None,
         sample: Sample | None = None,
     ):
-        self._objective, self._comparison, self._sample = objective, comparison, sample
-        self._fixed = (teacher_params, comparison.teacher_params if comparison else {}, batches, key)
-        self._program: jax.stages.Compiled | None = None
-
-    @property
-    def is_compiled(self) -> bool:
-        """Whether nothing compiles any more when it is called."""
-        return self._program is not None
+        self._loss, self._comparison, self._sample = loss, comparison, sample
+        self._batches, self._batches_on_mesh = batches, put_validation(batches, mesh)
+        self.is_compiled = False  # whether nothing compiles any more
 
     def compile(self, params: dict) -> None:
-        """Compiles for averaged weights that lie as these do."""
-        sharding = replicated(jax.tree.leaves(params)[0].sharding.mesh)
-        self._program = jax.jit(self._figures, out_shardings=sharding).lower(params, *self._fixed).compile()
+        """Compiles for averaged weights that lie as these do: it looks at them once, for nothing."""
+        self._figures(params)
         self._sampled(lambda sample: sample.compile(params))
+        self.is_compiled = True
 
     def __call__(self, params: dict) -> dict[str, float | str]:
         """`validation_loss`; of students `validation_agreement_1` and so on, `validation_block_agreement`; `sample`.
 
         All processes of a run have to call this together.
         """
-        if self._program is None:
-            self.compile(params)
-        assert self._program is not None
-        figures = {name: float(value) for name, value in jax.device_get(self._program(params, *self._fixed)).items()}
         text = self._sampled(lambda sample: sample.text(params))
-        return figures | ({} if text is None else {"sample": text})
+        return self._figures(params) | ({} if text is None else {"sample": text})
 
-    def _figures(self, params, teacher_params, ar_params, batches, key):
-        figures = {"validation_loss": mean_loss(self._objective, params, teacher_params, batches, key)}
+    def _figures(self, params) -> dict[str, float | str]:
+        figures: dict[str, float | str] = {"validation_loss": self._loss(params, self._batches_on_mesh)}
         if self._comparison:
-            figures |= _agreement(self._comparison, params, ar_params, batches, key)
+            sums = self._comparison.sums(params, self._batches)
+            figures |= {f"validation_agreement_{j + 1}": float(x) for j, x in enumerate(sums.agreement_K)}
+            figures["validation_block_agreement"] = sums.block_agreement
         return figures
 
     def _sampled(self, action):
@@ -139,24 +157,6 @@ class Validation:
         except UserError as error:
             _LOG.warning(f"no sample: {error}")
             return None
-
-
-def _agreement(comparison: Comparison, params, ar_params, batches, key) -> dict[str, jax.Array]:
-    """As `evaluation.fidelity.agreement`."""
-    window = comparison.window
-
-    def of_batch(index_and_batch):
-        index, (tokens_BxN, segments_BxN) = index_and_batch
-        noise_BxNxK = sample_uniform(jax.random.fold_in(key, index), (*tokens_BxN.shape, window))
-        tau_B = jnp.full(len(tokens_BxN), comparison.tau)
-        students = comparison.student, params, tokens_BxN, segments_BxN, noise_BxNxK, tau_B
-        sums = agreement_sums(comparison.teacher, ar_params, *students, comparison.eos_id)
-        return [x.sum(0) for x in sums]
-
-    of_batches = jax.lax.map(of_batch, (jnp.arange(len(batches.tokens)), batches))
-    agree_K, _, count_K, agree, blocks = (x.sum(0) for x in of_batches)
-    figures = {f"validation_agreement_{j + 1}": Mean(agree_K[j], count_K[j]).value for j in range(window)}
-    return figures | {"validation_block_agreement": Mean(agree, blocks).value}
 
 
 def sample_of(config: Config, name: str, model: CausalLM | PushForwardLM, corpus: Corpus) -> Sample | None:

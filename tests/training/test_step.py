@@ -13,12 +13,13 @@ from kforcing_jax.config import MeshConfig, parse
 from kforcing_jax.data.packing import Batch
 from kforcing_jax.decoding.passes import MODELS, Decoding, Models, prefill, run
 from kforcing_jax.decoding.programs import Programs
-from kforcing_jax.evaluation.fidelity import _agreement_sums, _conditionals, _windows_after
+from kforcing_jax.evaluation.fidelity import _conditionals, _windows_after
 from kforcing_jax.evaluation.samples import _under_teacher
 from kforcing_jax.models import init_params
 from kforcing_jax.models.cached import split
 from kforcing_jax.sharding import make_mesh, parameter_shardings
-from kforcing_jax.training.objectives import mean_loss
+from kforcing_jax.training.agreement import agreement_sums
+from kforcing_jax.training.objectives import batch_loss
 from kforcing_jax.training.recipes import Vocabulary, predecessors, stage_model, stage_objective
 from kforcing_jax.training.rollout import rollout
 from kforcing_jax.training.stage import abstract_state, compiled_step, init_state, make_optimizer, precision_phases
@@ -110,7 +111,7 @@ def traced_programs():
             lambda t, s, n=name: prefill(programs.models, n, 16, 64, weights(t, s)[n], state.slots, state.caches[n]),
         )
     yield "rollout", lambda t, s: rollout(student, s, TOKENS, jnp.zeros((2, 8, 4)), tau, 2)
-    yield "agreement", lambda t, s: _agreement_sums(teacher, t, student, s, TOKENS, None, u, tau, 11)
+    yield "agreement", lambda t, s: agreement_sums(teacher, t, student, s, TOKENS, None, u, tau, 11)
     yield "samples", lambda t, s: _under_teacher(teacher, t, TOKENS)
     yield "joint", lambda t, s: _conditionals(teacher, t, TOKENS, jnp.zeros((5, 1), jnp.int32))
     yield "windows", lambda t, s: _windows_after(student, s, TOKENS[0], jnp.zeros((3, 2)))
@@ -118,7 +119,7 @@ def traced_programs():
         objective = stage_objective(config, name, VOCABULARY)
         yield (
             f"validation of {name}",
-            lambda t, s, o=objective, n=name: mean_loss(o, t if n == "ar" else s, s, Batch(TOKENS[None]), key),
+            lambda t, s, o=objective, n=name: batch_loss(o, t if n == "ar" else s, s, Batch(TOKENS), 0, key).value,
         )
 
 
@@ -197,13 +198,3 @@ def test_the_loss_of_packed_documents_is_that_of_the_documents(name):
     np.testing.assert_allclose(loss.weight, expected.weight)
     for metric, mean in metrics.items():
         np.testing.assert_allclose(mean.value, expected_metrics[metric].value, rtol=1e-5, err_msg=metric)
-
-
-def test_the_validation_loss_is_the_mean_over_all_batches():
-    config = config_with("dense")
-    objective = stage_objective(config, "ar", VOCABULARY)
-    _, (state, _, _, key) = stage_step(config, "ar", precision_phases(config.stages["ar"])[-1])
-    tokens = np.random.default_rng(0).integers(0, 11, size=(3, 2, 8)).astype(np.int32)
-    together = mean_loss(objective, state.params, {}, Batch(tokens), key)
-    apart = [mean_loss(objective, state.params, {}, Batch(batch[None]), key) for batch in tokens]
-    np.testing.assert_allclose(together, np.mean(apart), rtol=1e-5)

@@ -1,20 +1,27 @@
-"""Validation in the loop against its definitions: mean_loss, evaluation.fidelity.agreement, decoding.generate."""
+"""Validation in the loop against its definitions: the objective, evaluation.fidelity.agreement, decoding.generate."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from compiling import count_compilations
+from micro import micro_config_dict
 
-from kforcing_jax.config import MeshConfig, StageConfig
+from kforcing_jax.config import MeshConfig, StageConfig, parse
 from kforcing_jax.data.packing import Batch
 from kforcing_jax.decoding import generate
+from kforcing_jax.errors import ConfigError, UserError
 from kforcing_jax.evaluation.fidelity import agreement
-from kforcing_jax.sharding import make_mesh, parameter_shardings, put_validation, replicated
-from kforcing_jax.training.objectives import distillation, language_modelling, mean_loss
-from kforcing_jax.training.validation import Comparison, Sample, Validation
+from kforcing_jax.sharding import make_mesh, parameter_shardings, replicated
+from kforcing_jax.training import curriculum
+from kforcing_jax.training.objectives import distillation, language_modelling
+from kforcing_jax.training.profiling import ProfiledSteps
+from kforcing_jax.training.records import stage_progress
+from kforcing_jax.training.validation import Comparison, MeanLoss, Sample, Validation
+from kforcing_jax.workdir import Workdir
 
 WINDOW, EOS = 2, 3
 STAGE = StageConfig(window=WINDOW, teacher="ar")
@@ -32,11 +39,11 @@ def student_validation(causal_lm, push_forward_lm, sizes=ONE_DEVICE, sample=None
     """(validation of a student against the AR teacher, its parameters, the mesh)"""
     (teacher, teacher_params), (student, params) = causal_lm, push_forward_lm
     mesh, (teacher_params, params) = on_mesh((teacher_params, params), sizes)
-    objective = distillation(student, teacher, STAGE, EOS)
-    comparison = Comparison(teacher, teacher_params, student, WINDOW, 1.0, EOS)
-    batches = put_validation(Batch(TOKENS), mesh)
-    key = jax.device_put(KEY, replicated(mesh))
-    return Validation(objective, teacher_params, batches, key, comparison, sample), params, mesh
+    loss = MeanLoss(
+        distillation(student, teacher, STAGE, EOS), teacher_params, jax.device_put(KEY, replicated(mesh)), mesh
+    )
+    comparison = Comparison(teacher, teacher_params, student, WINDOW, 1.0, EOS, KEY)
+    return Validation(loss, Batch(TOKENS), mesh, comparison, sample), params, mesh
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +62,14 @@ def figures(causal_lm, push_forward_lm):
 
 def test_the_loss_is_that_against_the_stages_own_teacher_on_fixed_rows_and_noise(figures, causal_lm, push_forward_lm):
     objective = distillation(push_forward_lm[0], causal_lm[0], STAGE, EOS)
-    loss = jax.jit(lambda s, t: mean_loss(objective, s, t, Batch(jnp.asarray(TOKENS)), KEY))
-    assert figures["validation_loss"] == pytest.approx(float(loss(push_forward_lm[1], causal_lm[1])), rel=1e-5)
+
+    @jax.jit
+    def losses(params, teacher_params):
+        inputs = [objective.draw_inputs(Batch(TOKENS[i]), jax.random.fold_in(KEY, i)) for i in range(len(TOKENS))]
+        return [objective.losses(params, teacher_params, part)[0] for part in inputs]
+
+    total, weight = np.sum(losses(push_forward_lm[1], causal_lm[1]), axis=0)
+    assert figures["validation_loss"] == pytest.approx(total / weight, rel=1e-5)
 
 
 def test_agreement_is_that_of_the_evaluation(figures, causal_lm, push_forward_lm):
@@ -81,7 +94,7 @@ def test_a_mesh_finds_the_same(figures, causal_lm, push_forward_lm):
 def test_the_ar_teacher_has_its_loss_on_text_alone(causal_lm):
     model, params = causal_lm
     mesh, params = on_mesh(params, ONE_DEVICE)
-    validation = Validation(language_modelling(model), {}, put_validation(Batch(TOKENS), mesh), KEY)
+    validation = Validation(MeanLoss(language_modelling(model), {}, KEY, mesh), Batch(TOKENS), mesh)
     with jax.set_mesh(mesh):
         found = validation(params)
     log_probs = jax.nn.log_softmax(jax.jit(model.apply)({"params": params}, TOKENS.reshape(32, 8)))[:, :-1]
@@ -114,6 +127,80 @@ def test_weights_that_are_no_numbers_have_a_loss_that_is_none_and_no_sample(
         found = validation(jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), params))
     assert np.isnan(found["validation_loss"]) and "sample" not in found
     assert "no sample: the logits" in caplog.text
+
+
+@pytest.fixture(scope="module")
+def looked_at(tmp_path_factory):
+    """Work directories of the same short run: without a look at it, and with one after every step."""
+    workdirs = []
+    for logging in (dict(validate_every=0), dict(validate_every=1, sample_tokens=3, sample_prompt="01")):
+        config = micro_config_dict(ar=dict(steps=2), k1=dict(steps=2))
+        del config.stages["k2"]
+        config.logging.update(logging)
+        workdirs.append(Workdir.claim(tmp_path_factory.mktemp("run"), parse(config)))
+        curriculum.run(workdirs[-1], workdirs[-1].corpus(), make_mesh(workdirs[-1].config.mesh))
+    return workdirs
+
+
+def records(workdir):
+    lines = map(json.loads, workdir.metrics_path.read_text().splitlines())
+    return {(line["stage"], line["step"]): line for line in lines}
+
+
+def test_looking_at_a_run_changes_no_bit_of_it(looked_at):
+    for name in ("ar", "k1"):
+        without, each_step = (stage_progress(workdir, name)["weights"] for workdir in looked_at)
+        assert without == each_step
+
+
+def test_every_stage_of_a_run_tells_what_its_validation_finds(looked_at):
+    found = {
+        key: {n for n in record if n.startswith("validation") or n == "sample"}
+        for key, record in records(looked_at[1]).items()
+    }
+    of_students = {"validation_loss", "validation_agreement_1", "validation_block_agreement", "sample"}
+    assert found == {
+        (name, step): {"validation_loss", "sample"} if name == "ar" else of_students
+        for name in ("ar", "k1")
+        for step in (1, 2)
+    }
+    record = records(looked_at[1])["k1", 2]
+    assert record["sample"].replace(" ", "").startswith("01") and len(record["sample"].replace(" ", "")) == 5
+    assert record["validation_loss"] == stage_progress(looked_at[1], "k1")["validation_loss"]
+    assert record["teraflops_per_device"] > 0 and record["peak_share"] is None
+    assert all(record[f"seconds_{part}"] > 0 for part in ("compiling", "validating", "stepping"))
+
+
+def test_a_run_is_looked_at_once_a_stage_if_no_more_is_asked_for(looked_at):
+    assert [key for key, record in records(looked_at[0]).items() if "validation_loss" in record] == [
+        ("ar", 2),
+        ("k1", 2),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (
+            dict(sample_prompt="01230123"),
+            "logging.sample_prompt has 8 tokens; it should have fewer than data.seq_len = 8",
+        ),
+        (dict(sample_prompt="0X1"), "the prompt has 'X'"),
+    ],
+)
+def test_a_prompt_that_cannot_be_continued_is_refused_before_any_stage(looked_at, tmp_path, changes, says):
+    config = dataclasses.replace(looked_at[1].config.logging, **changes)
+    workdir = Workdir.claim(tmp_path, dataclasses.replace(looked_at[1].config, logging=config))
+    with pytest.raises(UserError, match=says):
+        curriculum.run(workdir, workdir.corpus(), make_mesh(ONE_DEVICE))
+    assert not (tmp_path / "stages").exists()
+
+
+def test_steps_to_profile_that_no_stage_has_are_refused_before_any_stage(looked_at, tmp_path):
+    workdir = Workdir.claim(tmp_path, looked_at[0].config)
+    with pytest.raises(ConfigError, match="profile = '3:4' begins after step 2, the last one of the longest stage"):
+        curriculum.run(workdir, workdir.corpus(), make_mesh(ONE_DEVICE), ProfiledSteps(3, 4))
+    assert not (tmp_path / "stages").exists()
 
 
 def test_a_sample_keeps_to_its_settings(sample_settings):
