@@ -7,7 +7,8 @@ import pytest
 from kforcing_jax.config import DataConfig
 from kforcing_jax.data import sources
 from kforcing_jax.data.sources import clean_news, markov_chain, markov_rows
-from kforcing_jax.data.units import reader
+from kforcing_jax.data.tokenizers import markov_tokenizer
+from kforcing_jax.data.units import encode_and_pack, reader
 from kforcing_jax.errors import DataError
 
 
@@ -203,3 +204,8 @@ def test_markov_rows_are_a_function_of_the_seed():
     assert not np.array_equal(chain, markov_chain(config, 2))
     np.testing.assert_array_equal(markov_rows(chain, 1, 8, 16), markov_rows(chain, 1, 8, 16))
     assert not np.array_equal(markov_rows(chain, 1, 8, 16), markov_rows(chain, 2, 8, 16))
+
+
+def test_documents_need_a_token_that_ends_them():
+    with pytest.raises(DataError, match="the tokenizer has no token that ends a document"):
+        encode_and_pack(markov_tokenizer(4), iter(["0123"]), "wrapped", 8)
