@@ -77,10 +77,12 @@ def say_what_changed(name: str, config: StageConfig, progress: dict, step: int) 
 
 
 def _of_rates(config, lengths, step):
+    """Where there were no steps, no rate was another one."""
     then = np.concatenate([_rates(config, steps, first, end) for first, end, steps in _segments(lengths, step)])
     if np.array_equal(then, _rates(config, config.steps, 0, step)):
         return
-    last = _rates(config, lengths[-1][1], step, step + 1)[0]
+    followed = [steps for first, end, steps in _segments(lengths, step) if end > first]
+    last = _rates(config, followed[-1], step, step + 1)[0]
     if step == config.steps:
         yield f"it ends with a learning rate of {last:.3g}: its {config.schedule} schedule was that of another length"
         return
@@ -94,7 +96,8 @@ def _of_rates(config, lengths, step):
 def _of_precision(config, lengths, step):
     then = sum(np.clip(_low(config, steps), first, end) - first for first, end, steps in _segments(lengths, step))
     if then != min(_low(config, config.steps), step):
-        yield f"{then:,} steps so far were in bfloat16, of {config.steps:,} steps it is {_low(config, config.steps):,}"
+        low = _low(config, config.steps)
+        yield f"bfloat16 was for {then:,} steps so far, and would be for the first {low:,} of {config.steps:,}"
 
 
 def _segments(lengths, step):

@@ -1,6 +1,7 @@
 """Checkpoints of the stages of a run, through orbax, and the trained models in them."""
 
 import contextlib
+import dataclasses
 import logging
 import re
 import shutil
@@ -16,7 +17,6 @@ from jax.sharding import Mesh
 from orbax.checkpoint.checkpoint_managers import (
     AnyPreservationPolicy,
     BestN,
-    EveryNSteps,
     LatestN,
     PreservationPolicy,
 )
@@ -269,11 +269,21 @@ class StageCheckpoints:
         self._writer.reload()
 
 
+@dataclasses.dataclass(frozen=True)
+class _EveryNth(PreservationPolicy):
+    """Checkpoints whose step is a multiple; orbax's own means something else in some of its versions."""
+
+    steps: int
+
+    def should_preserve(self, checkpoints, *, context):
+        return [checkpoint.step % self.steps == 0 for checkpoint in checkpoints]
+
+
 def _keeping(settings: LoggingConfig) -> ocp.CheckpointManagerOptions:
     """The newest ones stay in any case; that is where a stage ends."""
     policies: list[PreservationPolicy] = [LatestN(settings.keep_newest)]
     if settings.keep_every:
-        policies.append(EveryNSteps(settings.keep_every))
+        policies.append(_EveryNth(settings.keep_every))
     if not settings.keep_best:
         return ocp.CheckpointManagerOptions(preservation_policy=AnyPreservationPolicy(policies))
     best = {"n": settings.keep_best, "reverse": True, "keep_checkpoints_without_metrics": False}

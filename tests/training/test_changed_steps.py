@@ -66,11 +66,20 @@ def test_a_length_that_is_set_back_in_time_was_never_another_one():
     assert not is_the_same(stage(100, schedule="cosine"), lengths, 60)
 
 
+def test_a_length_under_which_nothing_was_trained_has_no_rate():
+    words = said(stage(200, schedule="linear"), [[0, 100], [50, 50]], 50)
+    assert "steps was 50 and is 200 at step 50: the learning rate goes from 0.05 to 0.075" in words
+
+
 def test_bfloat16_that_ends_elsewhere_is_said():
     low = dict(bfloat16_fraction=0.5)
     assert is_the_same(stage(200, **low), [[0, 100]], 50)
-    assert "50 steps so far were in bfloat16, of 200 steps it is 100" in said(stage(200, **low), [[0, 100]], 60)
-    assert "60 steps so far were in bfloat16, of 100 steps it is 50" in said(stage(100, **low), [[0, 200]], 60)
+    assert "bfloat16 was for 50 steps so far, and would be for the first 100 of 200" in said(
+        stage(200, **low), [[0, 100]], 60
+    )
+    assert "bfloat16 was for 60 steps so far, and would be for the first 50 of 100" in said(
+        stage(100, **low), [[0, 200]], 60
+    )
 
 
 def test_lengths_hold_every_change_once():
