@@ -44,7 +44,7 @@ def listing() -> str:
             *lines,
             "",
             "Also as modules (python -m kforcing_jax.main is kforcing-train); --help lists the flags of each.",
-            f"Configs for --config: {', '.join(config_names())}; they are files in {CONFIGS}",
+            f"Configs for --config: {', '.join(config_names())}; they are files in {CONFIGS.resolve()}",
         ]
     )
 
