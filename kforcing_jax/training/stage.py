@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import logging as python_logging
+import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -125,10 +126,7 @@ def train(
             program = None
             for step in range(first + 1, phase.last_step + 1):
                 batch = put_batch(next(batches), mesh, stage.config.batch_size)
-                if program is None:
-                    with _compiling(stage, spent, f"the training step ({phase.dtype})"):
-                        step_function = compiled_step(stage.config, stage.objective, phase, state)
-                        program = step_function.lower(state, stage.teacher_params, batch, key).compile()
+                program = program or _program(stage, phase, spent, state, stage.teacher_params, batch, key)
                 with profiler.step(step):
                     state, metrics = program(state, stage.teacher_params, batch, key)
                 log.add(step, metrics)
@@ -141,7 +139,7 @@ def train(
                 if stage.validation and (_is_due(step, logging.validate_every) or step == steps):
                     log.check()
                     found = _validate(stage, state, spent)
-                    validated = {"validation_loss": found["validation_loss"], "validation_step": step}
+                    validated = _kept_of(found, step)
                 if found or step % logging.log_every == 0 or step == steps:
                     log.report(step, found)
                 if saves.is_due(step) or step == steps or stops:
@@ -168,6 +166,18 @@ def _compiling(stage: Stage, spent: Spent, what: str) -> Iterator[None]:
     with spent.on("compiling"):
         yield
     _LOG.info(f"{stage.name:<11} compiled in {time.monotonic() - start:.1f} s")
+
+
+def _program(stage: Stage, phase: Phase, spent: Spent, *arguments) -> jax.stages.Compiled:
+    """What `compiled_step` gives, compiled for these arguments before it runs: so it is known what took the time."""
+    with _compiling(stage, spent, f"the training step ({phase.dtype})"):
+        return compiled_step(stage.config, stage.objective, phase, arguments[0]).lower(*arguments).compile()
+
+
+def _kept_of(found: dict, step: int) -> dict:
+    """What checkpoints keep of a validation; nothing of a loss that is no number, which is no JSON either."""
+    loss = found["validation_loss"]
+    return {"validation_loss": loss, "validation_step": step} if math.isfinite(loss) else {}
 
 
 def _validate(stage: Stage, state: TrainState, spent: Spent) -> dict:

@@ -254,6 +254,7 @@ def test_a_validation_loss_that_is_no_number_is_said_and_training_goes_on(tmp_pa
     run(tmp_path, validated(Validations(loss=math.nan)), validate_every=3)
     assert "validation loss at step 3 is nan; training goes on" in caplog.text
     assert [line["validation_loss"] for line in records(tmp_path) if "validation_loss" in line] == [None] * 3
+    assert "validation_loss" not in json.loads((tmp_path / "checkpoints/7/progress/metadata").read_text())
 
 
 def test_seconds_by_part_add_up_and_go_on_after_an_interruption(tmp_path):
