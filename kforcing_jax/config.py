@@ -14,7 +14,7 @@ import ml_collections
 
 from kforcing_jax.data.choices import KNOWN_TOKENIZERS, PACKINGS, STATE_NAMES, TRAINED_TOKENIZERS, check_source, source
 from kforcing_jax.errors import ConfigError
-from kforcing_jax.registry import LOSSES, OBJECTIVES, OPTIMIZERS, SCHEDULES, TRACKERS
+from kforcing_jax.registry import LOSSES, OBJECTIVES, OPTIMIZERS, SCHEDULES, TRACKERS, check_module, is_own
 
 
 def _one_of(name, value, choices):
@@ -85,7 +85,7 @@ class DataConfig:
         if self.validation_documents and "validation_documents" not in source(self.source).fields:
             raise ConfigError(
                 f'data.validation_documents = {self.validation_documents} is for data.source = "text_files"; '
-                f'"{self.source}" has validation data of its own'
+                f'"{self.source}" does without'
             )
         if self.source == "markov" and self.packing != "wrapped":
             raise ConfigError(f'data.packing = "{self.packing}" should be "wrapped": rows of a Markov chain are full')
@@ -199,6 +199,7 @@ class StageConfig:
         ):
             if getattr(self, field):
                 table.check(f"{prefix}.{field}", getattr(self, field))
+        self._check_objective(prefix)
         if self.checkpoint and self.init_from:
             raise ConfigError(f"{prefix}.checkpoint and {prefix}.init_from are both given; give one of them")
         _at_least(f"{prefix}.steps", self.steps, 0 if self.init_from else 1)
@@ -219,6 +220,24 @@ class StageConfig:
         check_tau(f"{prefix}.tau_max", self.tau_max)
         if self.tau_min > self.tau_max:
             raise ConfigError(f"{prefix}.tau_min = {self.tau_min} is above {prefix}.tau_max = {self.tau_max}")
+
+    def _check_objective(self, prefix):
+        usual, other = ("distillation", "language_modelling") if self.window else ("language_modelling", "distillation")
+        if self.objective == other:
+            raise ConfigError(f'{prefix}.objective = "{other}" should be "{usual}", or module:function of your own')
+        if self.loss != "cross_entropy" and (self.objective or usual) != "distillation":
+            raise ConfigError(
+                f"{prefix}.loss = {self.loss!r} has no effect: it is part of the objective distillation; leave it out"
+            )
+
+    @property
+    def own_parts(self) -> dict[str, str]:
+        """What is module:attribute of somebody's own, by field."""
+        return {
+            field: getattr(self, field)
+            for field in ("objective", "loss", "schedule", "optimizer")
+            if is_own(getattr(self, field))
+        }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -422,6 +441,19 @@ def parse(config: Mapping | ml_collections.ConfigDict) -> Config:
         stages[stage_name(key)] = stage = _build(StageConfig, fields, f"stages.{key}")
         stage.validate(key)
     return _build(Config, plain | {"stages": stages}, "")
+
+
+def check_own_modules(config: Config) -> None:
+    """Raises ConfigError, naming the field, when a module of one's own cannot be found; nothing is imported.
+
+    For those who are about to train: what was trained can be read without.
+    """
+    named = [("data.source", config.data.source), *(("logging.trackers", name) for name in config.logging.trackers)]
+    for name, stage in config.stages.items():
+        named += [(f"stages.{name.replace('-', '_')}.{field}", own) for field, own in stage.own_parts.items()]
+    for field, name in named:
+        if is_own(name):
+            check_module(field, name)
 
 
 def unknown_field(path: str, known: Iterable[str]) -> ConfigError:

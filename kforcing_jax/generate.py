@@ -8,6 +8,7 @@ python -m kforcing_jax.generate --checkpoint=pflm_lm1b_k4.ckpt --prefix_file=pre
 import json
 import math
 import sys
+import types
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -279,6 +280,17 @@ def _prompt_ids(words: list[str], size: int) -> list[int]:
             raise DataError(f"--prompt_ids has {word!r}, expected ids from 0 to {size - 1}")
     return [int(word) for word in words]
 
+
+class _Callable(types.ModuleType):
+    """The package offers a function of this module's name, `kforcing_jax.generate`; importing the module hides it."""
+
+    def __call__(self, *args, **settings):
+        from kforcing_jax.decoding import generate
+
+        return generate(*args, **settings)
+
+
+sys.modules[__name__].__class__ = _Callable
 
 if __name__ == "__main__":
     cli.run(main)

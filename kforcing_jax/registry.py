@@ -29,14 +29,14 @@ class Table(Mapping[str, str]):
         return len(self._entries)
 
     def check(self, field: str, name: str) -> None:
-        """Raises ConfigError, calling the field by its name, for a name that is no entry and no module:attribute."""
-        if name in self._entries:
-            return
-        if not is_own(name):
+        """Raises ConfigError, calling the field by its name, for a name that is no entry and no module:attribute.
+
+        Whether there is such a module is not looked at: a run can be read where it could not be trained.
+        """
+        if name not in self._entries and not is_own(name):
             raise ConfigError(
                 f"{field} = {name!r} is not one of {', '.join(self)}, nor module:attribute of {self._kind} of your own"
             )
-        check_module(field, name)
 
     def find(self, name: str) -> Any:
         """What the name stands for, imported now. Raises ConfigError when that fails."""
@@ -67,14 +67,15 @@ def imported(name: str, kind: str) -> Any:
     """What module:attribute is. Raises ConfigError when there is none, or its module fails."""
     module, _, attribute = name.partition(":")
     try:
-        return getattr(importlib.import_module(module), attribute)
-    except AttributeError:
-        raise ConfigError(f"{name!r} is not {kind}: module {module} has no {attribute}") from None
+        found = importlib.import_module(module)
     except ConfigError:  # it says itself what is missing
         raise
     except Exception as error:  # it is somebody's code: anything can be raised
         reason = " ".join(str(error).split())
         raise ConfigError(f"{name!r} cannot be imported as {kind}: {type(error).__name__}: {reason}") from None
+    if not hasattr(found, attribute):
+        raise ConfigError(f"{name!r} is not {kind}: module {module} has no {attribute}")
+    return getattr(found, attribute)
 
 
 # (logits_xV, targets_x) -> loss_x: of a student's token, in nats; see `training.losses.cross_entropy`.
@@ -111,7 +112,7 @@ OPTIMIZERS = Table(
 )
 # () -> Tracker: where curves go besides metrics.jsonl, see `training.trackers`.
 TRACKERS = Table(
-    "tracker",
+    "a tracker",
     {
         "tensorboard": "kforcing_jax.training.trackers.tensorboard:TensorBoard",
         "wandb": "kforcing_jax.training.trackers.weights_and_biases:WeightsAndBiases",

@@ -107,7 +107,7 @@ REFUSED = [
     ({"data__packing": "framed", "data__seq_len": 2}, "data.seq_len = 2 should be at least 3"),
     (
         {"data__validation_documents": 9},
-        'data.validation_documents = 9 is for data.source = "text_files"; "news" has validation data of its own',
+        'data.validation_documents = 9 is for data.source = "text_files"; "news" does without',
     ),
     ({"stages__k1__checkpoint": "a.ckpt"}, "stages.k1.checkpoint = 'a.ckpt': only stages.ar can be a released file"),
     ({"data__seq_len": 1}, "data.seq_len = 1 should be at least 2"),
@@ -134,9 +134,20 @@ REFUSED = [
         "stages.ar.optimizer = 'sgd' is not one of adamw, muon, nor module:attribute of an optimizer of your own",
     ),
     (
-        {"stages__k1__loss": "no_such_module:focal"},
-        "stages.k1.loss = 'no_such_module:focal': there is no module no_such_module; no_such_module.py should be in "
-        "the current folder, or installed",
+        {"stages__ar__loss": "my:focal"},
+        "stages.ar.loss = 'my:focal' has no effect: it is part of the objective distillation; leave it out",
+    ),
+    (
+        {"stages__k1__loss": "my:focal", "stages__k1__objective": "my:whole"},
+        "stages.k1.loss = 'my:focal' has no effect: it is part of the objective distillation; leave it out",
+    ),
+    (
+        {"stages__ar__objective": "distillation"},
+        'stages.ar.objective = "distillation" should be "language_modelling", or module:function of your own',
+    ),
+    (
+        {"stages__k1__objective": "language_modelling"},
+        'stages.k1.objective = "language_modelling" should be "distillation", or module:function of your own',
     ),
     ({"stages__k1__decay_fraction": 1.5}, "stages.k1.decay_fraction = 1.5 is not in [0, 1]"),
     ({"stages__k1__rest_rate": 0.0}, "stages.k1.rest_rate = 0.0 should be positive and finite"),

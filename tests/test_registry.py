@@ -6,7 +6,7 @@ import pytest
 
 from kforcing_jax import registry
 from kforcing_jax.errors import ConfigError
-from kforcing_jax.registry import Table, imported, is_own
+from kforcing_jax.registry import Table, check_module, imported, is_own
 
 
 @pytest.fixture
@@ -24,6 +24,19 @@ def test_every_entry_of_every_table_is_there(table):
     assert len(table) and all(callable(table.find(name)) for name in table)
 
 
+def test_what_goes_wrong_while_a_module_is_imported_is_told_from_what_it_lacks(own_module):
+    own_module("own_typo", "import math\nmath.sinn(0)")
+    with pytest.raises(ConfigError, match="cannot be imported as a loss: AttributeError: module 'math' has no attr"):
+        imported("own_typo:focal", "a loss")
+
+
+def test_a_module_that_is_not_there_is_looked_for_where_it_should_be():
+    with pytest.raises(
+        ConfigError, match=r"'own_gone:focal': there is no module own_gone; own_gone\.py should be in the"
+    ):
+        check_module("stages.k1.loss", "own_gone:focal")
+
+
 def test_a_name_of_ones_own_is_found_without_an_entry(own_module):
     own_module("own_losses", "def focal():\n    return 3\n")
     table = Table("a loss", {})
@@ -34,6 +47,7 @@ def test_a_name_of_ones_own_is_found_without_an_entry(own_module):
 def test_checking_a_name_imports_nothing(own_module):
     own_module("own_broken", "raise RuntimeError('not now')")
     Table("a loss", {}).check("stages.k1.loss", "own_broken:focal")
+    check_module("stages.k1.loss", "own_broken:focal")
     with pytest.raises(ConfigError, match="'own_broken:focal' cannot be imported as a loss: RuntimeError: not now"):
         Table("a loss", {}).find("own_broken:focal")
 

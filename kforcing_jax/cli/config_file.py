@@ -11,7 +11,7 @@ from pathlib import Path
 import ml_collections
 
 from kforcing_jax.cli.stage_flags import change_stages
-from kforcing_jax.config import Config, parse, unknown_field
+from kforcing_jax.config import Config, check_own_modules, parse, unknown_field
 from kforcing_jax.data.places import expanded
 from kforcing_jax.errors import ConfigError, UserError
 from kforcing_jax.installed import CONFIGS, config_names
@@ -46,7 +46,9 @@ def read_config(name: str, overrides: Mapping[str, str]) -> Config:
         overrides = change_stages(plain["stages"], overrides)
     for field, text in overrides.items():
         _override(plain, field, text)
-    return parse(plain)
+    parsed = parse(plain)
+    check_own_modules(parsed)
+    return parsed
 
 
 def _split(name) -> tuple[Path, list[str]]:

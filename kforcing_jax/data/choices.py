@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from kforcing_jax.errors import ConfigError
-from kforcing_jax.registry import check_module, imported, is_own
+from kforcing_jax.registry import imported, is_own
 
 # Fields of `DataConfig` that shape the rows of every source of text.
 _OF_TEXT = ("path", "tokenizer", "vocab_size", "packing")
@@ -70,10 +70,8 @@ SOURCES = {
 
 
 def check_source(name: str) -> None:
-    """Raises ConfigError for a source that is in no table and cannot be found as module:class."""
-    if is_own(name):
-        check_module("data.source", name)
-    elif name not in SOURCES:
+    """Raises ConfigError for a source that is in no table and not module:class."""
+    if name not in SOURCES and not is_own(name):
         raise ConfigError(
             f"data.source = {name!r} is not one of {', '.join(SOURCES)}, nor module:class of a source of your own"
         )

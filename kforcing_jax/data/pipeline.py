@@ -20,7 +20,8 @@ from kforcing_jax.data.packing import Batch
 from kforcing_jax.data.pretrained import is_vocabulary_of
 from kforcing_jax.data.shards import Shard, damage
 from kforcing_jax.data.tokenizers import Tokenizer, is_trained
-from kforcing_jax.errors import DataError, RunError
+from kforcing_jax.errors import ConfigError, DataError, RunError
+from kforcing_jax.registry import is_own
 
 FORMAT = 4
 SPLITS = ("train", "validation")
@@ -249,19 +250,34 @@ def verify(directory: str | Path) -> None:
 
 
 def made_from(config: DataConfig, seed: int) -> dict:
-    """The fields that rows depend on, by name, as JSON."""
+    """The fields that rows depend on, by name, as JSON.
+
+    Raises:
+      ConfigError: a source of one's own cannot be imported, or names a field that there is not.
+    """
     chosen = source(config.source)
+    unknown = [name for name in chosen.fields if not hasattr(config, name)]
+    if unknown:
+        raise ConfigError(f"{config.source}.fields has {unknown[0]!r}, which is no field of the configuration's data")
     fields = {f"data.{name}": getattr(config, name) for name in ("source", "seq_len", *chosen.fields)}
     return fields | ({"seed": seed} if chosen.seeded(config) else {})
 
 
 def _check_made_from(before, config, seed, directory):
-    for name, value in made_from(config, seed).items():
+    for name, value in _made_from_now(before, config, seed).items():
         if before.get(name) != value and not _may_differ(name, config, directory):
             raise RunError(
                 f"{directory} was prepared with {name} = {before.get(name)!r}, now it is {value!r}; "
                 "set it back, use another work directory or delete the folder"
             )
+
+
+def _made_from_now(before, config, seed):
+    """`made_from`; for a source of one's own, whose module may not be here, the fields that it had."""
+    if not is_own(config.source):
+        return made_from(config, seed)
+    now = {f"data.{name}": value for name, value in dataclasses.asdict(config).items()} | {"seed": seed}
+    return {name: now.get(name) for name in before}
 
 
 def _may_differ(name, config, directory):

@@ -18,8 +18,8 @@ from kforcing_jax.data.files import FileRange, grouped, hold_out_last
 from kforcing_jax.data.packing import Rows
 from kforcing_jax.data.paths import matching_files
 from kforcing_jax.data.tokenizers import Tokenizer, is_trained, markov_tokenizer
-from kforcing_jax.errors import DataError
-from kforcing_jax.registry import imported
+from kforcing_jax.errors import ConfigError, DataError, UserError
+from kforcing_jax.registry import imported, is_own
 
 _SENTENCES_PER_SHARD = 500_000
 _CHARACTERS_PER_SHARD = 64_000_000
@@ -116,8 +116,21 @@ class Reader:
         raise NotImplementedError
 
     def distinct_documents(self) -> list[str]:
-        """The documents that are not blank, each of them once."""
-        return sources.distinct(self.documents(), self.config.path)
+        """The documents that are not blank, each of them once.
+
+        Raises:
+          DataError: there are none, or they cannot be read.
+        """
+        try:
+            documents = list(self.documents())
+        except UserError:
+            raise
+        except Exception as error:  # of a source of one's own: anything can be raised
+            if not is_own(self.config.source):
+                raise
+            reason = " ".join(str(error).split())
+            raise DataError(f"data.source = {self.config.source!r} fails: {type(error).__name__}: {reason}") from None
+        return sources.distinct(documents, self.config.path)
 
     def files(self) -> Sequence[str]:
         """Those of the user's that the text is in."""
@@ -137,9 +150,10 @@ class Reader:
         """
         documents = self.distinct_documents()
         if len(documents) < 2:
+            separator = f"check data.document_separator = {self.config.document_separator!r} or "
             raise DataError(
                 f"data.path = {self.config.path!r} holds 1 distinct document, and one is needed for training and one "
-                f"for validation; check data.document_separator = {self.config.document_separator!r} or give more text"
+                f"for validation; {'' if is_own(self.config.source) else separator}give more text"
             )
         order = np.random.default_rng([self.seed, 2]).permutation(len(documents))
         shuffled = [documents[i] for i in order]
@@ -219,7 +233,10 @@ class Markov(Reader):
 
 def reader(config: DataConfig, seed: int) -> Reader:
     """The reader of a config's source. Raises ConfigError when one's own cannot be imported."""
-    return imported(source(config.source).reader, "a source")(config, seed)
+    kind = imported(source(config.source).reader, "a source")
+    if not (isinstance(kind, type) and issubclass(kind, Reader)):
+        raise ConfigError(f"data.source = {config.source!r} is not a subclass of kforcing_jax.data.units.Reader")
+    return kind(config, seed)
 
 
 def encode_and_pack(tokenizer: Tokenizer, texts: Iterator[str | None], how: str, seq_len: int) -> Rows:

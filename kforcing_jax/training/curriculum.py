@@ -27,7 +27,7 @@ from kforcing_jax.training.flops import step_flops
 from kforcing_jax.training.init_from import check_source, load_source
 from kforcing_jax.training.profiling import ProfiledSteps
 from kforcing_jax.training.progress import clock, drop_later
-from kforcing_jax.training.recipes import predecessors, stage_model, stage_objective
+from kforcing_jax.training.recipes import check_own_parts, predecessors, stage_model, stage_objective
 from kforcing_jax.training.records import (
     check_made_from,
     checkpoint_steps,
@@ -52,8 +52,9 @@ def run(workdir: Workdir, corpus: Corpus, mesh: Mesh, profile: ProfiledSteps | N
     `profile` are steps of every stage that are profiled, into RUN/profile/STAGE.
 
     Raises:
-      ConfigError: a batch or the model cannot be split evenly over the mesh, a tracker is not installed, there is no
-        room after the prompt of samples, or no stage has the steps to profile; before any stage starts.
+      ConfigError: a batch or the model cannot be split evenly over the mesh, a tracker is not installed, something of
+        one's own fails, there is no room after the prompt of samples, or no stage has the steps to profile; before any
+        stage starts.
       DataError: a batch is larger than the corpus, before any stage starts.
       RunError: as `train`; a stage came from something else than is there now; another process trains here; a
         tracker does not start.
@@ -62,6 +63,7 @@ def run(workdir: Workdir, corpus: Corpus, mesh: Mesh, profile: ProfiledSteps | N
     names = ["ar", *workdir.config.students]
     if profile:
         profile.check(max(stage.steps for stage in workdir.config.stages.values()))
+    check_own_parts(workdir.config, run_vocabulary(workdir, corpus), corpus.segmented)
     sample_of(workdir.config, "ar", _model(workdir, corpus, "ar"), corpus)
     for name in names:
         corpus.check_batch_size(f"stages.{name.replace('-', '_')}.batch_size", workdir.config.stages[name].batch_size)

@@ -17,7 +17,7 @@ def learning_rate(stage: StageConfig) -> optax.Schedule:
 
 
 def make_optimizer(stage: StageConfig) -> optax.GradientTransformation:
-    """The stage's optimiser behind gradient clipping; every number comes from the configuration."""
+    """The stage's optimiser behind gradient clipping. Its numbers are the configuration's; Muon's own are optax's."""
     return optax.chain(optax.clip_by_global_norm(stage.clip_norm), OPTIMIZERS.find(stage.optimizer)(stage))
 
 

@@ -1,13 +1,19 @@
 """What each stage of a configuration is: its predecessors, its model, its objective. Nothing here touches an array."""
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
 
 from kforcing_jax.config import Config, predecessors
-from kforcing_jax.models import CausalLM, ModelConfig, PushForwardLM
+from kforcing_jax.data.packing import Batch
+from kforcing_jax.errors import ConfigError, UserError
+from kforcing_jax.models import CausalLM, ModelConfig, PushForwardLM, init_params
 from kforcing_jax.noise import CdfOrder
 from kforcing_jax.registry import OBJECTIVES
 from kforcing_jax.training.objectives import Objective
+from kforcing_jax.training.optimizer import make_optimizer
 
 
 class Vocabulary(NamedTuple):
@@ -37,3 +43,42 @@ def stage_objective(config: Config, name: str, vocabulary: Vocabulary, dtype: st
     teacher = stage_model(config, teacher_name, vocabulary, dtype) if teacher_name else None
     objective = OBJECTIVES.find(stage.objective or ("distillation" if teacher else "language_modelling"))
     return objective(stage_model(config, name, vocabulary, dtype), teacher, stage, vocabulary.eos_id)
+
+
+def check_own_parts(config: Config, vocabulary: Vocabulary, segmented: bool) -> None:
+    """Tries losses, objectives, schedules and optimisers of one's own on shapes, before a run comes to their stage.
+
+    Raises:
+      ConfigError: one cannot be imported or fails; names the stage and the parts.
+    """
+    for name, stage in config.stages.items():
+        if not stage.own_parts:
+            continue
+        try:
+            _try_on_shapes(config, name, vocabulary, segmented)
+        except UserError:
+            raise
+        except Exception as error:  # it is somebody's code: anything can be raised
+            parts = ", ".join(f"{field} = {own!r}" for field, own in stage.own_parts.items())
+            reason = " ".join(str(error).split())
+            key = name.replace("-", "_")
+            raise ConfigError(f"stages.{key} ({parts}) fails: {type(error).__name__}: {reason}") from None
+
+
+def _try_on_shapes(config, name, vocabulary, segmented):
+    stage, (teacher, _) = config.stages[name], predecessors(config, name)
+    objective, optimizer = stage_objective(config, name, vocabulary), make_optimizer(stage)
+    rows: Any = jax.ShapeDtypeStruct((stage.batch_size, config.data.seq_len), jnp.int32)
+    batch = Batch(rows, rows if segmented else None)
+
+    def params_of(stage_name):
+        return init_params(stage_model(config, stage_name, vocabulary), jax.random.key(0))
+
+    def one_step(batch):
+        params, teacher_params = params_of(name), params_of(teacher) if teacher else {}
+        inputs = objective.draw_inputs(batch, jax.random.key(0))
+        loss, _ = objective.losses(params, teacher_params, inputs)
+        updates, _ = optimizer.update(params, optimizer.init(params), params)
+        return loss.value, updates
+
+    jax.eval_shape(one_step, batch)

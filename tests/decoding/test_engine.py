@@ -119,12 +119,12 @@ def check_logprobs(teacher, request, updates):
     first = 1 if request.prompt_logprobs else len(request.prompt)
     found = Logprobs.joined([*of_prompts, *(update.logprobs for update in updates)])
     tokens_N, expected_NxV = np.array(text[first:]), expected_NxV[first - 1 :]
-    np.testing.assert_allclose(found.token_N, expected_NxV[np.arange(len(tokens_N)), tokens_N], atol=1e-4)
+    np.testing.assert_allclose(found.token_N, expected_NxV[np.arange(len(tokens_N)), tokens_N], atol=3e-4)
     alternatives = min(request.logprobs, 12)
-    np.testing.assert_allclose(found.top_NxT, -np.sort(-expected_NxV)[:, :alternatives], atol=1e-4)
+    np.testing.assert_allclose(found.top_NxT, -np.sort(-expected_NxV)[:, :alternatives], atol=3e-4)
     assert found.top_ids_NxT.shape == (len(tokens_N), alternatives)
     theirs_NxT = np.take_along_axis(expected_NxV, found.top_ids_NxT, axis=1)
-    np.testing.assert_allclose(found.top_NxT, theirs_NxT, atol=1e-4)
+    np.testing.assert_allclose(found.top_NxT, theirs_NxT, atol=3e-4)
     if alternatives:
         is_likeliest = found.top_ids_NxT[:, 0] == tokens_N
         assert (found.token_N == found.top_NxT[:, 0])[is_likeliest].all()
