@@ -115,6 +115,8 @@ def test_one_process_speaks_and_writes(two_processes):
     assert not any(line.startswith(STAGES) for line in second_log.splitlines())
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
     assert len(lines) == len(set(lines)) == len(losses(workdir))
+    samples = [record["stage"] for record in map(json.loads, lines) if len(record.get("sample", "")) == 6]
+    assert samples == list(STAGES)
     assert (workdir / "report.html").exists()
 
 

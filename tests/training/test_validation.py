@@ -49,7 +49,7 @@ def student_validation(causal_lm, push_forward_lm, sizes=ONE_DEVICE, sample=None
 @pytest.fixture(scope="module")
 def sample_settings():
     return dict(
-        prompt=[1, 2, 4], new_tokens=6, k=WINDOW, tau=1.0, seed=7, eos_id=None, decode=lambda ids: str(list(ids))
+        prompt=[1, 2, 4], new_tokens=6, k=WINDOW, tau=1.0, seed=7, eos_id=None, decode=lambda ids: str(ids.tolist())
     )
 
 
@@ -82,10 +82,12 @@ def test_agreement_is_that_of_the_evaluation(figures, causal_lm, push_forward_lm
     assert 0 < figures["validation_block_agreement"] < 1
 
 
-def test_a_mesh_finds_the_same(figures, causal_lm, push_forward_lm):
-    validation, params, mesh = student_validation(causal_lm, push_forward_lm, MeshConfig(data=2, fsdp=2))
+def test_a_mesh_finds_the_same(figures, causal_lm, push_forward_lm, sample_settings):
+    sizes, sample = MeshConfig(data=2, fsdp=2), Sample(push_forward_lm[0], **sample_settings)
+    validation, params, mesh = student_validation(causal_lm, push_forward_lm, sizes, sample)
     with jax.set_mesh(mesh):
         found = validation(params)
+    assert found.pop("sample").startswith("[1, 2, 4, ")
     assert found.keys() == figures.keys()
     for name, value in found.items():
         assert value == pytest.approx(figures[name], abs=1e-3), name
@@ -115,7 +117,7 @@ def test_later_validations_compile_nothing_and_the_sample_is_that_of_generate(
     assert len(compiled) <= len({x.shape for x in jax.tree.leaves(params)})  # those of the halving
     assert changed["validation_loss"] != first["validation_loss"]
     expected = generate(*push_forward_lm, [[1, 2, 4]], max_new_tokens=6, k=WINDOW, seeds=[7])
-    assert first["sample"] == str(list(expected.tokens[0]))
+    assert first["sample"] == str(expected.tokens[0].tolist())
 
 
 def test_weights_that_are_no_numbers_have_a_loss_that_is_none_and_no_sample(
