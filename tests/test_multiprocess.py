@@ -90,8 +90,8 @@ def losses(workdir):
 def two_processes(tmp_path_factory):
     """(workdir, outputs) of a run in two processes of two devices each, saved by time: after every report."""
     workdir = prepared(tmp_path_factory.mktemp("two"))
-    by_time = ("checkpoint_every=1000", "checkpoint_seconds=0.001", "keep_newest=1", "keep_every=2")
-    return workdir, finish(start(workdir, 2, 2, *(f"--config.logging.{setting}" for setting in by_time)))
+    settings = "checkpoint_every=1000", "checkpoint_seconds=0.001", "keep_newest=1", "keep_every=2", "sample_tokens=3"
+    return workdir, finish(start(workdir, 2, 2, *(f"--config.logging.{setting}" for setting in settings)))
 
 
 def test_two_processes_train_what_one_process_trains(two_processes, tmp_path):
