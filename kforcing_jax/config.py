@@ -373,7 +373,7 @@ class Config:
         stage, (teacher_name, _) = self.stages[name], predecessors(self, name)
         assert teacher_name is not None  # only the AR stage has none
         teacher = self.stages[teacher_name]
-        if teacher.window and not teacher.tau_min <= stage.tau_min <= stage.tau_max <= teacher.tau_max:
+        if stage.steps and teacher.window and not teacher.tau_min <= stage.tau_min <= stage.tau_max <= teacher.tau_max:
             key, teacher_key = (f"stages.{n.replace('-', '_')}" for n in (name, teacher_name))
             raise ConfigError(
                 f"{key}.tau_min, tau_max = {stage.tau_min}, {stage.tau_max} should be within those of its teacher, "
@@ -398,10 +398,13 @@ def predecessors(config: Config, name: str) -> tuple[str | None, str | None]:
 
 
 def successors(config: Config, name: str) -> list[str]:
-    """The stages that have their targets or first weights from a stage, directly or not, in the order of training."""
+    """The stages that have their targets or first weights from a stage, directly or not, in the order of training.
+
+    One that is only what another run made of it has nothing from here.
+    """
     found = [name]
-    for student in config.students:  # of ascending windows
-        if not set(found).isdisjoint(predecessors(config, student)):
+    for student, stage in config.students.items():  # of ascending windows
+        if stage.steps and not set(found).isdisjoint(predecessors(config, student)):
             found.append(student)
     return found[1:]
 

@@ -42,7 +42,8 @@ def main(_: Sequence[str]) -> None:
     from kforcing_jax.training.trackers import check_trackers
 
     profile = None if _PROFILE.value is None else ProfiledSteps.parse(_PROFILE.value)
-    check_trackers(config.logging.trackers)
+    # The first process alone tracks.
+    processes.together(lambda: check_trackers(config.logging.trackers if jax.process_index() == 0 else ()))
     mesh = make_mesh(config.mesh)
     check_divisible(config, mesh)
     with contextlib.ExitStack() as stack:

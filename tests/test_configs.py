@@ -10,6 +10,7 @@ import pytest
 from commands import REPOSITORY, run_command, start_command
 
 from kforcing_jax.config import parse
+from kforcing_jax.errors import ConfigError
 
 CONFIGS = sorted((REPOSITORY / "configs").glob("*.py"))
 
@@ -30,6 +31,19 @@ def test_the_smoke_variant_is_the_same_run_in_tiny(name):
         assert getattr(real.data, field) == getattr(smoke.data, field)
     assert smoke.stages["k4"].bfloat16_fraction == real.stages["k4"].bfloat16_fraction
     assert smoke.model.d_model < real.model.d_model and smoke.stages["k4"].steps < 10
+
+
+@pytest.mark.parametrize(("name", "variant"), [("tiny", "x4"), ("news", "gpu")])
+def test_a_larger_variant_has_the_stages_of_the_file_and_more_of_something(name, variant):
+    get_config = runpy.run_path(str(REPOSITORY / f"configs/{name}.py"))["get_config"]
+    usual, larger = parse(get_config()), parse(get_config(variant))
+    assert list(usual.stages) == list(larger.stages)
+    for stage in usual.stages:
+        assert larger.stages[stage].steps >= usual.stages[stage].steps
+        assert larger.stages[stage].batch_size >= usual.stages[stage].batch_size
+    assert usual != larger
+    with pytest.raises(ConfigError, match=f"has no variant 'huge'; it has {variant}"):
+        get_config("huge")
 
 
 SHORT_MARKOV = """

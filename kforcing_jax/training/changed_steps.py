@@ -27,13 +27,10 @@ _LATER = "later-"
 def fit_checkpoints(directory: Path, last_step: int) -> list[int]:
     """Renames checkpoints past a stage's last step, and takes back those that are not past it any more.
 
-    Where the stage is trained, one of step 0 goes: weights from elsewhere, with nothing to train on from. Returns the
-    steps of those that were put aside now. All processes of a run have to call this together.
+    Returns the steps of those that were put aside now. All processes of a run have to call this together.
     """
     past = [step for step in complete_steps(directory) if step > last_step]
     if jax.process_index() == 0:
-        if last_step:
-            shutil.rmtree(directory / "0", ignore_errors=True)
         for step in past:
             aside = directory / f"{_LATER}{step}"
             shutil.rmtree(aside, ignore_errors=True)  # of an earlier change
@@ -48,9 +45,14 @@ def fit_checkpoints(directory: Path, last_step: int) -> list[int]:
 
 
 def lengths_from(before: Sequence[Sequence[int]] | None, step: int, steps: int) -> list[list[int]]:
-    """`lengths` of a stage that goes on from a step and is to have `steps`; `before` are those of its checkpoint."""
-    kept = [list(pair) for pair in before or []]
-    return kept if kept and kept[-1][1] == steps else [*kept, [step, steps]]
+    """`lengths` of a stage that goes on from a step and is to have `steps`; `before` are those of its checkpoint.
+
+    Of a checkpoint that does not say, it is taken to have been so from the start.
+    """
+    if not before:
+        return [[0, steps]]
+    kept = [list(pair) for pair in before]
+    return kept if kept[-1][1] == steps else [*kept, [step, steps]]
 
 
 def what_changed(config: StageConfig, lengths: Sequence[Sequence[int]], step: int) -> tuple[str, bool] | None:

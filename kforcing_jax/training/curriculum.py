@@ -14,6 +14,7 @@ from kforcing_jax.data.pipeline import Corpus
 from kforcing_jax.errors import RunError
 from kforcing_jax.interop import released
 from kforcing_jax.models import init_params
+from kforcing_jax.registry import is_own
 from kforcing_jax.sharding import (
     check_divisible,
     parameter_shardings,
@@ -115,12 +116,12 @@ def _has_good_end(workdir: Workdir, corpus: Corpus, name: str, mesh: Mesh) -> bo
     if past:
         steps = ", ".join(map(str, sorted(past)))
         _LOG.info(f"{name:<11} checkpoints past its end are put aside, and come back where it is longer again: {steps}")
-    if is_finished(workdir, name):
+    if _agreed(is_finished(workdir, name)):
         if "made_from" not in stage_progress(workdir, name):
             _LOG.warning(f"{name:<11} does not say what it came from, taken as it is")
         with StageCheckpoints.of(workdir, name) as checkpoints:
             checkpoints.set_aside_damaged(abstract_params(_model(workdir, corpus, name), mesh))
-    if is_finished(workdir, name):
+    if _agreed(is_finished(workdir, name)):
         _end_here(workdir, corpus, name, mesh)
         return True
     return False
@@ -129,13 +130,13 @@ def _has_good_end(workdir: Workdir, corpus: Corpus, name: str, mesh: Mesh) -> bo
 def _end_here(workdir: Workdir, corpus: Corpus, name: str, mesh: Mesh):
     """Where `steps` was set to a checkpoint that was not the last one: it says what the last one of a stage says."""
     progress, settings = stage_progress(workdir, name), workdir.config.stages[name]
+    drop_later(workdir.metrics_path, name, settings.last_step)
     if "made_from" not in progress or "weights" in progress:
         return
     say_what_changed(name, settings, progress, settings.last_step)
     progress["weights"] = weights_digest(_finished(workdir, corpus, name, mesh))
     progress["lengths"] = lengths_from(progress.get("lengths"), settings.last_step, settings.last_step)
     write_progress(workdir, name, settings.last_step, progress)
-    drop_later(workdir.metrics_path, name, settings.last_step)
 
 
 def _train_stage(workdir: Workdir, corpus: Corpus, name: str, mesh: Mesh, trackers: Trackers, profile) -> MeanLoss:
@@ -155,13 +156,23 @@ def _train_stage(workdir: Workdir, corpus: Corpus, name: str, mesh: Mesh, tracke
         tokens_per_step=settings.batch_size * corpus.useful_tokens_per_row,
         key=_stage_key(config, name),
         made_from=made_from(workdir, name, corpus) | source,
-        flops_per_step=step_flops(config, name, corpus.vocab_size),
+        flops_per_step=None if is_own(settings.objective) else step_flops(config, name, corpus.vocab_size),
         validation=_validation(workdir, corpus, name, mesh, teacher_params, loss),
     )
     profiled = profile and (profile, workdir.path / "profile" / name)
     with StageCheckpoints.of(workdir, name) as checkpoints:
         train(stage, mesh, checkpoints, workdir.metrics_path, config.logging, trackers, profiled)
+    if config.logging.keep_best:
+        _say_best(workdir, name)
     return loss
+
+
+def _say_best(workdir: Workdir, name: str):
+    said = {step: stage_progress(workdir, name, step) for step in checkpoint_steps(workdir, name)}
+    losses = {step: p["validation_loss"] for step, p in said.items() if p.get("validation_step") == step}
+    if losses:
+        best = min(losses, key=lambda step: losses[step])
+        _LOG.info(f"{name:<11} validated best at step {best:,}: {losses[best]:.4f} nats per token")
 
 
 def _mean_loss(workdir: Workdir, corpus: Corpus, name: str, mesh: Mesh, teacher_params: dict) -> MeanLoss:
@@ -260,8 +271,10 @@ def _initial_params(workdir, corpus, name, mesh) -> tuple[dict, dict]:
         return fresh | _finished(workdir, corpus, origin, mesh), {}
     if not workdir.config.stages[name].init_from:
         return fresh, {}
-    if checkpoint_steps(workdir, name):  # it goes on, and needs the other run no longer
+    if steps := checkpoint_steps(workdir, name):  # it needs the other run no longer
         kept = stage_progress(workdir, name).get("made_from", {})
-        return fresh, {key: kept[key] for key in ("init_from",) if key in kept}
+        source = {key: kept[key] for key in ("init_from",) if key in kept}
+        # Where it was not to be trained before, it starts from what was taken then.
+        return (fresh | load_stage(workdir, name, corpus, mesh)[1] if steps == [0] else fresh), source
     params, source = load_source(workdir, name, corpus, mesh)
     return fresh | params, source

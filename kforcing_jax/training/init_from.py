@@ -47,7 +47,7 @@ def check_source(workdir: Workdir, name: str, corpus: Corpus | None = None) -> N
     settings = workdir.config.stages[name]
     said = f"stages.{name}.init_from = {settings.init_from!r}"
     _check_stage(said, run, stage)
-    _check_model(said, workdir, run)
+    _check_model(said, workdir, run, is_student=bool(run.config.stages[stage].window))
     _check_window(said, settings, run.config.stages[stage], stage)
     if corpus:
         _check_vocabulary(said, workdir, corpus, run, stage)
@@ -62,10 +62,12 @@ def _check_stage(said, run, stage):
     raise RunError(f"{said}: {stage} {known}; {run.path} has {', '.join(run.config.stages)}, {there}")
 
 
-def _check_model(said, workdir, run):
+def _check_model(said, workdir, run, is_student):
+    """An AR model is bound to no order of tokens on [0, 1)."""
     here, there = dataclasses.asdict(workdir.config.model), dataclasses.asdict(run.config.model)
+    may_differ = _ARITHMETIC if is_student else (*_ARITHMETIC, "cdf_order")
     for field, value in there.items():
-        if field not in _ARITHMETIC and here.get(field) != value:
+        if field not in may_differ and here.get(field) != value:
             raise RunError(f"{said}: model.{field} = {value!r} there, {here.get(field)!r} here; set it to that")
 
 

@@ -43,7 +43,7 @@ class Profiler:
     def __init__(self, profile: tuple[ProfiledSteps, Path] | None):
         none: tuple[ProfiledSteps, Path | None] = ProfiledSteps(0, 0), None
         self._steps, self._folder = profile or none
-        self._runs = False
+        self._runs = self._has_begun = False
 
     def __enter__(self):
         return self
@@ -54,8 +54,9 @@ class Profiler:
     @contextlib.contextmanager
     def step(self, number: int) -> Iterator[None]:
         """The context in which a step is dispatched."""
-        if number == self._steps.first:
-            self._runs = self._tried(jax.profiler.start_trace, self._folder)
+        # Where a stage goes on within them, from there.
+        if self._steps.first <= number <= self._steps.last and not self._has_begun:
+            self._has_begun, self._runs = True, self._tried(jax.profiler.start_trace, self._folder)
         with jax.profiler.StepTraceAnnotation("train", step_num=number):
             yield
 

@@ -49,7 +49,7 @@ class StageLog:
     """Averages metrics between reports, watches for NaN and knows how long the stage has left.
 
     What metrics.jsonl says of later steps than `first`, the stage's last one so far, belongs to no model any more and
-    is removed.
+    is removed. `spacing` is the number of steps in which there is one validation and one checkpoint.
     """
 
     def __init__(
@@ -61,9 +61,10 @@ class StageLog:
         workload: Workload,
         spent: Spent,
         trackers: Trackers,
+        spacing: int = 1,
     ):
         self._path, self._stage, self._first, self._steps = path, stage, first, steps
-        self._workload, self._spent, self._trackers = workload, spent, trackers
+        self._workload, self._spent, self._trackers, self._spacing = workload, spent, trackers, spacing
         self._last_report = spent.here["stepping"]
         self._on_device: list[tuple[int, dict]] = []
         self._since_report: list[dict[str, float]] = []
@@ -122,7 +123,8 @@ class StageLog:
     def _eta(self, step, each):
         """Seconds to the last step: steps as the last ones, saving and validating as often and as long as so far."""
         here = self._spent.here
-        beside = (here["saving"] + here["validating"]) / (step - self._first)
+        # One validation right after a restart is not one for every step.
+        beside = (here["saving"] + here["validating"]) / max(step - self._first, self._spacing)
         return (self._steps - step) * (each + beside)
 
     def _line(self, record, eta):

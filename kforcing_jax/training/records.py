@@ -55,11 +55,11 @@ def progress_path(workdir: Workdir, stage: str, step: int) -> Path:
     return workdir.checkpoints_path(stage) / str(step) / "progress" / "metadata"
 
 
-def stage_progress(workdir: Workdir, stage: str) -> dict:
-    """What the newest checkpoint says of itself; {} where there is none."""
-    for step in checkpoint_steps(workdir, stage):
+def stage_progress(workdir: Workdir, stage: str, step: int | None = None) -> dict:
+    """What the newest checkpoint, or that of a step, says of itself; {} where there is none."""
+    for there in checkpoint_steps(workdir, stage) if step is None else [step]:
         with contextlib.suppress(OSError, ValueError):
-            return json.loads(progress_path(workdir, stage, step).read_text())
+            return json.loads(progress_path(workdir, stage, there).read_text())
     return {}
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kforcing_jax.config import Config
+from kforcing_jax.config import Config, stage_name
 from kforcing_jax.data.tokenizers import Tokenizer
 from kforcing_jax.decoding import Generation, generate
 from kforcing_jax.errors import DataError, RunError
@@ -172,7 +172,7 @@ def load_run(path: str | Path, stage: str | None = None, step: int | None = None
 
 
 def _chosen(workdir, stage) -> str:
-    begun = begun_stages(workdir)
+    begun, stage = begun_stages(workdir), stage and stage_name(stage)
     if stage is not None and stage not in begun:
         there = ", ".join(begun) or "none"
         raise RunError(f"{workdir.path} has no stage {stage!r} that has a checkpoint; there are: {there}")

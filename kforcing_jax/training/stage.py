@@ -115,12 +115,12 @@ def train(
         spent.go_on_from(progress["seconds"], progress.get("seconds_by_part"))
         _LOG.info(f"{stage.name:<11} goes on from step {first}/{steps}")
         say_what_changed(stage.name, stage.config, progress, first)
-    lengths = lengths_from(progress.get("lengths"), first, steps)
-    validated = {name: progress[name] for name in ("validation_loss", "validation_step") if name in progress}
-    log = StageLog(metrics_path, stage.name, first, steps, _workload(stage, mesh), spent, trackers or Trackers())
+    log = StageLog(
+        metrics_path, stage.name, first, steps, _workload(stage, mesh), spent, trackers or Trackers(), _spacing(logging)
+    )
+    after_step = _AfterStep(stage, logging, checkpoints, log, spent, progress, first)
     batches = stage.batches(first)
     key = jax.device_put(stage.key, replicated(mesh))
-    saves = SaveTimes(logging)
     with Interruption() as interruption, Profiler(profile) as profiler:
         for phase in precision_phases(stage.config):
             program = None
@@ -135,22 +135,57 @@ def train(
                     with spent.on("saving"):
                         profiler.stop()
                 stops = interruption.is_asked_for(step)
-                found = {}
-                if stage.validation and (_is_due(step, logging.validate_every) or step == steps):
-                    log.check()
-                    found = _validate(stage, state, spent)
-                    validated = _kept_of(found, step)
-                if found or step % logging.log_every == 0 or step == steps:
-                    log.report(step, found)
-                if saves.is_due(step) or step == steps or stops:
-                    log.check()
-                    with spent.on("saving"):
-                        kept = _progress(stage, state, step, spent, validated) | {"lengths": lengths}
-                        checkpoints.save(state, step, kept)
-                    saves.saved()
+                after_step(step, state, stops)
                 if stops:
                     raise KeyboardInterrupt
             first = max(first, phase.last_step)
+
+
+class _AfterStep:
+    """What follows the steps of a stage, each when it is due: validation, a report, a checkpoint.
+
+    `progress` is what the checkpoint says that the stage goes on from after `first` steps, {} at its beginning.
+    """
+
+    def __init__(
+        self,
+        stage: Stage,
+        logging: LoggingConfig,
+        checkpoints: StageCheckpoints,
+        log: StageLog,
+        spent: Spent,
+        progress: dict,
+        first: int,
+    ):
+        self._stage, self._logging, self._checkpoints, self._log, self._spent = stage, logging, checkpoints, log, spent
+        self._lengths = lengths_from(progress.get("lengths"), first, stage.config.steps)
+        self._validated = {name: progress[name] for name in ("validation_loss", "validation_step") if name in progress}
+        self._saves = SaveTimes(logging)
+
+    def __call__(self, step: int, state: TrainState, stops: bool) -> None:
+        """All processes have to call this after every step; one that stops is saved, and not looked at."""
+        is_last = step == self._stage.config.steps
+        found = {}
+        if self._stage.validation and not stops and (_is_due(step, self._logging.validate_every) or is_last):
+            self._log.check()
+            found = _validate(self._stage, self._stage.validation, state, self._spent)
+            self._validated = _kept_of(found, step) if found else self._validated
+        if found or is_last or step % self._logging.log_every == 0:
+            self._log.report(step, found)
+        if self._saves.is_due(step) or is_last or stops:
+            self._save(step, state)
+
+    def _save(self, step, state):
+        self._log.check()
+        with self._spent.on("saving"):
+            progress = _progress(self._stage, state, step, self._spent, self._validated) | {"lengths": self._lengths}
+            self._checkpoints.save(state, step, progress)
+        self._saves.saved()
+
+
+def _spacing(logging: LoggingConfig) -> int:
+    """Steps in which there is one of everything that interrupts them."""
+    return max(logging.validate_every, logging.checkpoint_every)
 
 
 def _is_due(step: int, every: int) -> bool:
@@ -180,14 +215,17 @@ def _kept_of(found: dict, step: int) -> dict:
     return {"validation_loss": loss, "validation_step": step} if math.isfinite(loss) else {}
 
 
-def _validate(stage: Stage, state: TrainState, spent: Spent) -> dict:
-    validation = stage.validation
-    assert validation is not None
-    if not validation.is_compiled:
-        with _compiling(stage, spent, "validation"):
-            validation.compile(state.ema)
-    with spent.on("validating"):
-        return validation(state.ema)
+def _validate(stage: Stage, validation: Validation, state: TrainState, spent: Spent) -> dict:
+    """What a validation finds; {} where the device's memory does not suffice, which is said: training goes on."""
+    try:
+        if not validation.is_compiled:
+            with _compiling(stage, spent, "validation"):
+                validation.compile(state.ema)
+        with spent.on("validating"):
+            return validation(state.ema)
+    except jax.errors.JaxRuntimeError as error:
+        _LOG.warning(f"{stage.name:<11} not validated: {' '.join(str(error).split())[:300]}")
+        return {}
 
 
 def _workload(stage: Stage, mesh: Mesh) -> Workload:

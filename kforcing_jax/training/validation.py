@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from kforcing_jax.config import Config
@@ -131,7 +132,9 @@ class Validation:
     def compile(self, params: dict) -> None:
         """Compiles for averaged weights that lie as these do: it looks at them once, for nothing."""
         self._figures(params)
-        self._sampled(lambda sample: sample.compile(params))
+        compiled = self._sampled(lambda sample: sample.compile(params) or True)
+        if _fails_somewhere(self._sample is not None and not compiled):
+            self._sample = None  # in all processes, which decode together
         self.is_compiled = True
 
     def __call__(self, params: dict) -> dict[str, float | str]:
@@ -157,6 +160,11 @@ class Validation:
         except UserError as error:
             _LOG.warning(f"no sample: {error}")
             return None
+
+
+def _fails_somewhere(fails: bool) -> bool:
+    """Whether something fails in any process. All processes of a run have to call this together."""
+    return bool(np.any(multihost_utils.process_allgather(np.array(fails)))) if jax.process_count() > 1 else fails
 
 
 def sample_of(config: Config, name: str, model: CausalLM | PushForwardLM, corpus: Corpus) -> Sample | None:

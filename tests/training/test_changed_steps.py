@@ -115,8 +115,12 @@ def test_a_checkpoint_that_was_made_meanwhile_stays(tmp_path):
     assert names(folder) == ["600", "700", "later-700"]
 
 
-def test_weights_from_elsewhere_go_where_the_stage_is_trained_now(tmp_path):
+def test_weights_from_elsewhere_stay_until_there_are_newer_ones(tmp_path):
     folder = checkpoints(tmp_path / "checkpoints", "0")
-    assert fit_checkpoints(folder, 0) == [] and names(folder) == ["0"]
-    assert fit_checkpoints(folder, 5) == [] and names(folder) == []
+    assert fit_checkpoints(folder, 0) == fit_checkpoints(folder, 5) == [] and names(folder) == ["0"]
     assert fit_checkpoints(tmp_path / "nowhere", 5) == []
+
+
+def test_a_checkpoint_that_does_not_say_was_to_have_its_steps_from_the_start():
+    assert lengths_from(None, 300, 700) == lengths_from([], 0, 700) == [[0, 700]]
+    assert what_changed(StageConfig(steps=900), lengths_from(None, 400, 400), 400)[1]

@@ -254,3 +254,11 @@ def test_weights_of_another_run_are_a_stage_or_where_one_starts(finished, tmp_pa
         train(tmp_path / "run", without_k2(config))
     shutil.rmtree(tmp_path / "other")
     train(tmp_path / "run", without_k2(config))  # it is needed no longer
+
+    shutil.rmtree(workdir.path / "stages/k1")
+    longer = micro_config(ar=dict(init_from=str(tmp_path / "other"), steps=1))
+    start, source = curriculum._initial_params(Workdir.at(workdir.path, longer), corpus, "ar", make_mesh(config.mesh))
+    for a, b in zip(jax.tree.leaves(start), weights(workdir, corpus, "ar"), strict=True):
+        np.testing.assert_array_equal(a, b)
+    trained_on, _ = train(workdir.path, without_k2(longer))
+    assert stage_progress(trained_on, "ar")["made_from"]["init_from"] == source["init_from"] == origin["init_from"]

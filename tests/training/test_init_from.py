@@ -5,7 +5,7 @@ import json
 import pytest
 from micro import micro_config, micro_config_dict
 
-from kforcing_jax.config import parse
+from kforcing_jax.config import parse, successors
 from kforcing_jax.errors import ConfigError, RunError
 from kforcing_jax.noise import CdfOrder
 from kforcing_jax.training.init_from import check_source, check_sources
@@ -55,6 +55,7 @@ def test_arithmetic_may_differ_and_the_first_size_that_does_is_named(tmp_path):
         check_sources(starting(tmp_path, model=dict(num_layers=3)))
     with pytest.raises(RunError, match=r"model\.cdf_order = 'vocabulary' there, 'shuffled' here"):
         check_sources(starting(tmp_path, model=dict(cdf_order="shuffled")))
+    check_sources(starting(tmp_path, "ar", model=dict(cdf_order="shuffled")))  # an AR model is bound to no order
 
 
 def test_a_stage_that_is_not_there_is_named_with_those_that_are(tmp_path):
@@ -112,3 +113,8 @@ def test_steps_and_windows_follow_where_the_weights_come_from():
         micro_config(k8=dict(window=8, init_from="x"))
     assert micro_config(k8=dict(window=8, init_from="x", steps=0)).students["k8"].steps == 0
     assert micro_config(k8_from_ar=dict(window=8, init_from="x", teacher="ar")).students["k8-from-ar"].window == 8
+
+
+def test_a_stage_that_is_only_what_another_run_made_of_it_comes_from_nothing_here():
+    stages = micro_config(k2=dict(init_from="x", steps=0))
+    assert successors(stages, "k1") == [] and successors(micro_config(), "k1") == ["k2"]

@@ -203,9 +203,3 @@ def test_steps_to_profile_that_no_stage_has_are_refused_before_any_stage(looked_
     with pytest.raises(ConfigError, match="profile = '3:4' begins after step 2, the last one of the longest stage"):
         curriculum.run(workdir, workdir.corpus(), make_mesh(ONE_DEVICE), ProfiledSteps(3, 4))
     assert not (tmp_path / "stages").exists()
-
-
-def test_a_sample_keeps_to_its_settings(sample_settings):
-    """Nothing of it can change between two validations."""
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        Sample(None, **sample_settings).seed = 8

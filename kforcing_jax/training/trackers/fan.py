@@ -71,19 +71,18 @@ def open_trackers(names: Sequence[str], run: TrackedRun) -> Trackers:
     """Trackers that have started, in process 0; elsewhere none. All processes of a run have to call this together.
 
     Raises:
-      ConfigError: as `check_trackers`.
-      RunError: one of them could not start.
+      RunError: one of them is not there, or could not start.
     """
-    kinds, started, error = check_trackers(names), Trackers(), None
-    for name, kind in kinds.items() if jax.process_index() == 0 else ():
+    started, error = Trackers(), None
+    for name in names if jax.process_index() == 0 else ():
         try:
-            tracker = kind()
+            tracker = TRACKERS.find(name)()
             tracker.start(run)
             started.add(name, tracker)
         except Exception as raised:  # of any kind, as theirs are
             error = f"tracker {name} cannot start: {_said(raised)}"
             break
-    if kinds and jax.process_count() > 1:
+    if names and jax.process_count() > 1:
         failed = bool(multihost_utils.broadcast_one_to_all(np.array(error is not None)))
         error = error or ("a tracker of process 0 cannot start" if failed else None)
     if error:
