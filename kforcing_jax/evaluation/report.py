@@ -55,6 +55,7 @@ def write_report(workdir: Path) -> Path:
         _samples_section(summary.get("samples") or []),
         _passes_section(stages),
         _training_section(history, stages),
+        _validation_section(history),
         _config_section(config),
     ]
     head = f"{_WHAT_THIS_IS}\n{definitions(_facts(summary, stages))}"
@@ -181,6 +182,25 @@ def _training_section(history, stages):
     return _panels("Training", note, panels)
 
 
+def _validation_section(history):
+    """What was seen of every stage while it trained, on rows that it is not trained on."""
+    panels = [
+        panel(name, "loss, nats", [Line("", over(records, "step", "validation_loss"), BLUE, marker=".")])
+        for name, records in history.items()
+    ] + [panel(name, "agreement with AR", _validated_agreement(records), (0, 1)) for name, records in history.items()]
+    note = (
+        "On the same few validation rows under the same noise at every point, with averaged weights. Agreement is with "
+        "the AR teacher, whoever taught the stage."
+    )
+    return _panels("Validation while it trained", note, panels)
+
+
+def _validated_agreement(records):
+    offsets = _offset_lines(records, "validation_agreement")
+    block = Line("block", over(records, "step", "validation_block_agreement"), "black", "--")
+    return [*offsets, *([block] if len(offsets) > 1 else [])]
+
+
 def _over_passes(stages, key, label, colour, ar_label="", dashes="-"):
     """A measure of the students over their window, and the AR teacher's as a level."""
     points = [(name, (w, _mean(stage.get(key)))) for name, stage in stages.items() if (w := window_of(name))]
@@ -223,7 +243,8 @@ def _agreement_lines(records, stage):
 
 def _offset_lines(records, measure):
     """One line per offset of the window; none for the AR teacher."""
-    count = sum(re.fullmatch(rf"{measure}_\d+", key) is not None for key in records[0])
+    keys = {key for record in records for key in record}
+    count = sum(re.fullmatch(rf"{measure}_\d+", key) is not None for key in keys)
     return [
         Line(f"offset {j}", over(records, "step", f"{measure}_{j}"), PALETTE[(j - 1) % len(PALETTE)])
         for j in range(1, count + 1)

@@ -181,6 +181,15 @@ def test_the_page_needs_nothing_but_itself(workdir):
         xml.etree.ElementTree.fromstring(base64.b64decode(image))
 
 
+def test_what_was_validated_while_it_trained_is_drawn_where_it_was(workdir):
+    assert "Validation while it trained" not in write_report(workdir).read_text()
+    figures = dict(validation_loss=1.5, validation_agreement_1=0.5, validation_agreement_2=0.4)
+    lines = [record("k2", 10), record("k2", 20, validation_block_agreement=0.3, **figures)]
+    (workdir / "metrics.jsonl").write_text("\n".join(lines))
+    page = write_report(workdir).read_text()
+    assert "Validation while it trained" in page and 'alt="k2: agreement with AR"' in page
+
+
 def test_every_colour_of_a_plot_has_another_one_on_a_dark_page(workdir):
     (workdir / "summary.json").write_text(json.dumps(STRIDES))
     page = write_report(workdir).read_text()
