@@ -22,6 +22,7 @@ from students import Experiment, line, say, write_json
 
 from kforcing_jax.config import predecessors
 from kforcing_jax.models import CausalLM, PushForwardLM
+from kforcing_jax.models.backbone import Backbone
 from kforcing_jax.models.layers import NoiseEncoder, fourier_features
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "A finished run.", required=True)
@@ -89,7 +90,7 @@ class TreePushForwardLM(PushForwardLM):
     """A student of the tree's map."""
 
     def setup(self):
-        super().setup()
+        self.backbone = Backbone(self.cfg)
         levels = math.ceil(math.log2(self.cfg.vocab_size))
         self.noise_encoder = TreeNoiseEncoder(self.cfg.d_model, self.cfg.precision, levels=levels)
 
