@@ -13,8 +13,8 @@ import functools
 
 from absl import app, flags
 from jax._src.lax.lax import _dot_general_lower, dot_general_p
+from jax._src.lib.mlir.dialects import hlo
 from jax.interpreters import mlir
-from jaxlib.mlir.dialects import hlo
 from students import Experiment, line, say, write_json
 
 from kforcing_jax.config import predecessors
