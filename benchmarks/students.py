@@ -1,11 +1,12 @@
 """Students that an experiment trains from the stages of a finished run, and the figures that they are compared by."""
 
 import contextlib
+import copy
 import dataclasses
 import datetime
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -49,48 +50,11 @@ class Experiment:
         """(model, averaged weights) of a stage of the run."""
         return load_stage(self.workdir, name, self.corpus, self.mesh)
 
-    def train(
-        self,
-        name: str,
-        student: PushForwardLM,
-        teacher: tuple,
-        first: dict,
-        *,
-        steps: int,
-        phases: Callable[[int], list[tuple[Phase, contextlib.AbstractContextManager]]] | None = None,
-    ) -> dict:
-        """Averaged weights after `steps` steps by the recipe of a stage.
-
-        `first` are weights to begin with, as far as they go. `phases` says of the number of steps how they are
-        computed, each within a context; by default all in f32.
-        """
-        config = dataclasses.replace(self.config.stages[name], steps=steps)
-        params = init_params(student, jax.random.key(config.window)) | first
-        abstract = abstract_state(params, config, self.mesh)
-        state = init_state(jax.tree.map(jnp.copy, params), make_optimizer(config))
-        state = jax.device_put(state, jax.tree.map(lambda x: x.sharding, abstract))
-        batches = self.corpus.train_batches(config.batch_size, self.config.seed)
-        start, done = time.monotonic(), 0
-
-        def objective(dtype):
-            models = (dataclasses.replace(m.cfg, dtype=dtype) for m in (student, teacher[0]))
-            return distillation(
-                *(m.clone(cfg=cfg) for m, cfg in zip((student, teacher[0]), models, strict=True)),
-                config,
-                self.corpus.eos_id,
-            )
-
-        for phase, context in phases(steps) if phases else [(Phase("float32", steps), contextlib.nullcontext())]:
-            with context:
-                step = compiled_step(config, objective, phase, abstract)
-                for number in range(done + 1, phase.last_step + 1):
-                    batch = put_batch(next(batches), self.mesh, config.batch_size)
-                    state, metrics = step(state, teacher[1], batch, jax.random.key(0))
-                    if number % _REPORTED == 0:
-                        minutes = (time.monotonic() - start) / 60
-                        say(f"  {name} step {number}/{steps}, loss {metrics['loss']:.3f}, {minutes:.1f} min")
-            done = max(done, phase.last_step)
-        return state.ema
+    def train(self, name: str, student: PushForwardLM, teacher: tuple, first: dict, *, steps: int) -> dict:
+        """Averaged weights after `steps` steps by the recipe of a stage, in f32; `first` is as for `Training`."""
+        training = Training(self, name, student, teacher, first, steps)
+        training.advance(steps)
+        return training.state.ema
 
     def figures(self, name: str, student: PushForwardLM, params: dict, teacher: CausalLM | None = None) -> dict:
         """Agreement with the AR teacher in f32 (by default as the run's draws), and what it says of samples."""
@@ -103,6 +67,46 @@ class Experiment:
         decoding = dict(max_new_tokens=settings.new_tokens, seeds=np.arange(len(starts)), k=window)
         decoded = generate(student, params, starts, **decoding, **shared)
         return fidelity | measure(self.ar, self.ar_params, decoded, settings.prompt_length, self.corpus.eos_id)
+
+
+class Training:
+    """A student on its way: by the recipe of a stage that is to have `steps` steps, from the weights of `first`.
+
+    `first` has weights to begin with, as far as they go; the others are fresh. `teacher` is (model, weights).
+    """
+
+    def __init__(
+        self, experiment: Experiment, name: str, student: PushForwardLM, teacher: tuple, first: dict, steps: int
+    ):
+        self._experiment, self._name, self._student, self._teacher = experiment, name, student, teacher
+        self._config = dataclasses.replace(experiment.config.stages[name], steps=steps)
+        params = init_params(student, jax.random.key(self._config.window)) | first
+        self._abstract = abstract_state(params, self._config, experiment.mesh)
+        state = init_state(jax.tree.map(jnp.copy, params), make_optimizer(self._config))
+        self.state = jax.device_put(state, jax.tree.map(lambda x: x.sharding, self._abstract))
+
+    def branched(self) -> "Training":
+        """The same at this step, to go on in another way."""
+        other = copy.copy(self)
+        other.state = jax.tree.map(jnp.copy, self.state)
+        return other
+
+    def advance(self, last_step: int, dtype: str = "float32"):
+        """Trains on to a step, blocks computing in a dtype."""
+        experiment, config, done = self._experiment, self._config, int(self.state.step)
+        step = compiled_step(config, self._objective, Phase(dtype, last_step), self._abstract)
+        batches = experiment.corpus.train_batches(config.batch_size, experiment.config.seed, done)
+        start = time.monotonic()
+        for number in range(done + 1, last_step + 1):
+            batch = put_batch(next(batches), experiment.mesh, config.batch_size)
+            self.state, metrics = step(self.state, self._teacher[1], batch, jax.random.key(0))
+            if number % _REPORTED == 0:
+                minutes = (time.monotonic() - start) / 60
+                say(f"  {self._name} step {number}/{config.steps}, loss {metrics['loss']:.3f}, {minutes:.1f} min")
+
+    def _objective(self, dtype):
+        models = [m.clone(cfg=dataclasses.replace(m.cfg, dtype=dtype)) for m in (self._student, self._teacher[0])]
+        return distillation(*models, self._config, self._experiment.corpus.eos_id)
 
 
 def line(figures: dict) -> str:
