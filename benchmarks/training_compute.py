@@ -23,7 +23,10 @@ _PLOT = flags.DEFINE_string("plot", None, "Where to draw it (.svg or .png).")
 _OUTPUT = flags.DEFINE_string("output", None, "Where the figures go, as JSON; they are printed in any case.")
 
 # Tokens per pass at which NLL is compared.
-_PASSES = (2.0, 2.5, 3.0)
+_PASSES = (3.5, 4.0, 5.0)
+# Of markers, by the dashes of the line; None is its colour.
+_FACES = {"-": None, "--": "white", ":": "lightgrey"}
+_STYLES = tuple(zip(PALETTE, "os^Dv<", strict=False))
 
 
 def training_flops(config: Config, name: str, vocab_size: int) -> float:
@@ -66,43 +69,53 @@ def figures(path: str) -> dict:
 
 
 def draw(path: str, runs: list[dict]):
-    """Two panels, a line per window or number of tokens per pass, a point per run."""
-    with new_figure(8.6, 3.2) as figure:
+    """Two panels; lines join runs of one vocabulary, whose tokens are the same."""
+    with new_figure(8.6, 3.4) as figure:
         left, right = figure.subplots(1, 2)
-        windows = dict.fromkeys(name for run in runs for name in run["students"])
-        for (name, colour), marker in zip(zip(windows, PALETTE, strict=False), "os^Dv<", strict=False):
-            points = [
-                (run["students"][name]["flops"], run["students"][name]["block_agreement"]) for run in _with(runs, name)
-            ]
-            left.plot(*zip(*points, strict=True), marker=marker, color=colour, label=name)
-        for passes, colour, marker in zip(_PASSES, PALETTE, "os^", strict=False):
-            points = _at(runs, f"{passes:g}")
-            if points:
-                right.plot(*zip(*points, strict=True), marker=marker, color=colour, label=f"{passes:g} tokens per pass")
+        for vocab_size, dashes in zip(sorted({run["vocab_size"] for run in runs}), ("-", "--", ":"), strict=False):
+            alike = [run for run in runs if run["vocab_size"] == vocab_size]
+            for name, (colour, marker) in zip(_students(alike), _STYLES, strict=False):
+                style = dict(color=colour, marker=marker, linestyle=dashes, markerfacecolor=_FACES[dashes] or colour)
+                style["label"] = f"{name}, V = {vocab_size:,}"
+                points = [run["students"][name] for run in alike if name in run["students"]]
+                left.plot(*_points(points, lambda student: student["block_agreement"]), **style)
+            for passes, (colour, marker) in zip(_PASSES, _STYLES, strict=False):
+                style = dict(color=colour, marker=marker, linestyle=dashes, markerfacecolor=_FACES[dashes] or colour)
+                style["label"] = f"{passes:g}, V = {vocab_size:,}"
+                points = [run["students"][name] for run in alike for name in run["students"]]
+                right.plot(*_points(points, lambda student, p=f"{passes:g}": _above(student, p)), **style)
         left.set_title("block agreement with AR", loc="left", fontsize="medium")
-        right.set_title("NLL of samples above AR's, nats per token", loc="left", fontsize="medium")
+        right.set_title("NLL above AR's, at so many tokens per pass", loc="left", fontsize="medium")
         right.axhline(0, color="#888888", linewidth=0.8)
         left.set_ylim(0)
         for axes in (left, right):
             axes.set_xscale("log")
+            axes.xaxis.set_major_formatter(lambda flops, _: f"{flops:.0e}")
+            axes.xaxis.set_minor_formatter(lambda flops, _: "")
             axes.set_xlabel("training compute, FLOPs")
-            axes.legend()
+            axes.legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1, 0.5))
+            axes.set_xlim(*_around(runs))
             _name_runs(axes, runs)
         figure.savefig(path, metadata={"Date": None} if path.endswith(".svg") else None)
 
 
-def _with(runs, name):
-    return [run for run in runs if name in run["students"]]
+def _around(runs) -> tuple[float, float]:
+    flops = [student["flops"] for run in runs for student in run["students"].values()]
+    return min(flops) / 1.6, max(flops) * 1.6
 
 
-def _at(runs, passes) -> list[tuple[float, float]]:
-    """(FLOPs, NLL) of the largest student of every run that has it."""
-    found = []
-    for run in runs:
-        for student in run["students"].values():
-            if (nll := student.get("nll_above_ar_at_passes", {}).get(passes)) is not None:
-                found.append((student["flops"], nll))
-    return found
+def _students(runs) -> list[str]:
+    return list(dict.fromkeys(name for run in runs for name in run["students"]))
+
+
+def _above(student, passes) -> float | None:
+    return student.get("nll_above_ar_at_passes", {}).get(passes)
+
+
+def _points(students, value) -> tuple[list[float], list[float]]:
+    """(FLOPs, values) of the students that have one, by rising compute."""
+    found = sorted((student["flops"], value(student)) for student in students if value(student) is not None)
+    return [flops for flops, _ in found], [y for _, y in found]
 
 
 def _name_runs(axes, runs):
