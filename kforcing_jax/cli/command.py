@@ -6,6 +6,7 @@ import logging as python_logging
 import multiprocessing
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 
 from absl import app, flags, logging
@@ -16,6 +17,8 @@ from kforcing_jax.config import Config
 from kforcing_jax.data.places import cache_folder
 from kforcing_jax.errors import ConfigError, DataError, UserError
 
+# Between several processes that stop together.
+_SECONDS_FOR_OTHERS = 2.0
 # Flags whose empty value says something.
 _MAY_BE_EMPTY = ("prompt",)
 
@@ -40,6 +43,7 @@ def run(main: Callable[[Sequence[str]], None], positional: bool = False) -> None
         except UserError as error:
             _fail(str(error))
         except KeyboardInterrupt:
+            _let_others_end()
             _fail("interrupted; the same command goes on where it stopped")
         except OSError as error:
             _fail(f"{error.filename or type(error).__name__}: {error.strerror or error}")
@@ -132,6 +136,13 @@ def _forget_flags(main):
         for flag in list(flags.FLAGS.flags_by_module_id_dict().get(module, [])):
             delattr(flags.FLAGS, flag.name)
     flags.FLAGS.unparse_flags()
+
+
+def _let_others_end():
+    """The first of several processes serves the others, which abort if it ends before they have said why they do."""
+    jax = sys.modules.get("jax")
+    if jax and jax.distributed.is_initialized() and jax.process_index() == 0:
+        time.sleep(_SECONDS_FOR_OTHERS)
 
 
 def _is_own_process() -> bool:
