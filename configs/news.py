@@ -2,8 +2,8 @@
 
     python -m kforcing_jax.main --config=configs/news.py --workdir=runs/news
 
-Hardware: about an hour on 2 idle CPU cores, 1:49 on one beside other work (2026-11-30). Result to expect: docs/results.md.
-Needs the network once, for the articles (10.5 MB).
+Hardware: about an hour on 2 idle CPU cores, 1:49 on one beside other work (2026-11-30). Result to expect:
+docs/results.md. Needs the network once, for the articles (10.5 MB).
 
 `--config=configs/news.py:gpu` is the same on one GPU: 12 layers of 512, batches of 256 rows. It has not been run yet.
 """
