@@ -6,7 +6,7 @@ A token is found by descending a tree whose leaves are the tokens in the run's o
 of its own decides between the two halves. The noise of a token stays one number; the uniforms of the levels are a fixed
 hash of it. Samples of the teacher have the same law; the map that a student learns is another one. The students of a
 finished run (line) are compared with students of the same AR teacher, recipe and number of steps (tree): agreement,
-teacher's NLL and entropy side by side. What came out: docs/design_notes.md.
+teacher's NLL and entropy side by side. What came out: docs/results.md.
 
 `--scale=0.5` trains both kinds at half the steps, where there is no time for the whole.
 """

@@ -1,5 +1,6 @@
 """Names of tables, and one's own in their place."""
 
+import importlib.util
 import sys
 
 import pytest
@@ -7,6 +8,10 @@ import pytest
 from kforcing_jax import registry
 from kforcing_jax.errors import ConfigError
 from kforcing_jax.registry import Table, check_module, imported, is_own
+
+
+# What a tracker needs, an extra.
+PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
 
 
 @pytest.fixture
@@ -21,7 +26,13 @@ def own_module(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("table", [v for v in vars(registry).values() if isinstance(v, Table)], ids=lambda t: t._kind)
 def test_every_entry_of_every_table_is_there(table):
-    assert len(table) and all(callable(table.find(name)) for name in table)
+    assert len(table)
+    for name in table:
+        if table is registry.TRACKERS and importlib.util.find_spec(PACKAGES[name]) is None:
+            with pytest.raises(ConfigError, match=rf"needs the package {PACKAGES[name]}; pip install"):
+                table.find(name)
+        else:
+            assert callable(table.find(name))
 
 
 def test_what_goes_wrong_while_a_module_is_imported_is_told_from_what_it_lacks(own_module):
