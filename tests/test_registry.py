@@ -9,7 +9,6 @@ from kforcing_jax import registry
 from kforcing_jax.errors import ConfigError
 from kforcing_jax.registry import Table, check_module, imported, is_own
 
-
 # What a tracker needs, an extra.
 PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
 
