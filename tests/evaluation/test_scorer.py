@@ -280,7 +280,7 @@ def test_a_folder_that_cannot_score_is_told_in_one_line(folder, tmp_path, capfd,
 @pytest.mark.parametrize("package", ["torch", "transformers"])
 def test_a_missing_extra_is_told_with_what_to_install(folder, monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(DataError, match=r'needs torch and transformers.*pip install -e "\.\[scorer\]"'):
+    with pytest.raises(DataError, match=r"needs torch and transformers.*pip install 'kforcing-jax\[scorer\]'"):
         Scorer.load(folder)
 
 
