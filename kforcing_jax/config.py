@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 
 import ml_collections
 
+from kforcing_jax.architecture import Architecture
 from kforcing_jax.data.choices import KNOWN_TOKENIZERS, PACKINGS, STATE_NAMES, TRAINED_TOKENIZERS, check_source, source
 from kforcing_jax.errors import ConfigError
 from kforcing_jax.registry import LOSSES, OBJECTIVES, OPTIMIZERS, SCHEDULES, TRACKERS, check_module, is_own
@@ -120,34 +121,31 @@ ATTENTIONS = ("auto", "dense", "blockwise", "splash", "cudnn")
 # Of products of f32 numbers. TPUs and GPUs have faster ones (one bfloat16 pass, TF32), too coarse for this map.
 PRECISIONS = ("highest", "high", "default")
 CDF_ORDERS = ("vocabulary", "shuffled")
+# An adapter rank: deltas are whole matrices.
+FULL_RANK = -1
 
 
 @dataclasses.dataclass(frozen=True)
-class BackboneConfig:
-    """Shape of the backbone that teacher and students share, and the arithmetic of all of them."""
+class BackboneConfig(Architecture):
+    """The backbone that teacher and students share, and the arithmetic of all of them."""
 
     num_layers: int = 4
     d_model: int = 128
     num_heads: int = 4
+    adapter_rank: int = 0  # of what noise rows add to every matrix of the teacher; -1: full rank; 0: ordinary students
     remat: str = "blocks"  # blocks | attention | matmuls | nothing: what is kept for the backward pass, least first
     attention: str = "auto"  # over a text: auto (by platform and size) | dense | blockwise | splash (TPU) | cudnn (GPU)
     precision: str = "highest"  # highest | high | default: of f32 products, in training, decoding and evaluation
     cdf_order: str = "vocabulary"  # vocabulary (the paper) | shuffled: how tokens lie on [0, 1); kept with the weights
 
     def __post_init__(self):
+        if problems := self.problems():
+            raise ConfigError("; ".join(problems))
         _one_of("model.remat", self.remat, REMATS)
         _one_of("model.attention", self.attention, ATTENTIONS)
         _one_of("model.precision", self.precision, PRECISIONS)
         _one_of("model.cdf_order", self.cdf_order, CDF_ORDERS)
-        for name in ("num_layers", "d_model", "num_heads"):
-            _at_least(f"model.{name}", getattr(self, name), 1)
-        if self.d_model % self.num_heads:
-            raise ConfigError(f"model.d_model = {self.d_model} is not divisible by model.num_heads = {self.num_heads}")
-        if self.d_model // self.num_heads % 2:
-            raise ConfigError(
-                f"model.d_model / model.num_heads = {self.d_model // self.num_heads} is odd; "
-                "rotary positions need an even head width"
-            )
+        _at_least("model.adapter_rank", self.adapter_rank, FULL_RANK)
 
 
 @dataclasses.dataclass(frozen=True)
