@@ -39,6 +39,12 @@ def check_tau(name: str, tau: float) -> None:
         raise ConfigError(f"{name} = {tau} is not in [1e-6, 1000]")
 
 
+def check_top_p(name: str, top_p: float) -> None:
+    """Raises ConfigError unless top_p is in (0, 1]; at 1 every token can be drawn."""
+    if not 0 < top_p <= 1:
+        raise ConfigError(f"{name} = {top_p} is not in (0, 1]")
+
+
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     """Where text comes from and how it becomes rows of `seq_len` tokens."""
@@ -175,6 +181,7 @@ class StageConfig:
     ema_decay: float = 0.999
     tau_min: float = 1.0  # temperature of each sequence is uniform in [tau_min, tau_max]
     tau_max: float = 1.0
+    top_p: float = 1.0  # students: of the AR teacher's draws, at that temperature; 1 draws from all tokens
     skip_after_eos: bool = True  # offsets after the teacher's first EOS in a window carry no loss
     bfloat16_fraction: float = 0.0  # of the steps; the rest run in f32 at the highest matmul precision
 
@@ -218,6 +225,11 @@ class StageConfig:
         check_tau(f"{prefix}.tau_max", self.tau_max)
         if self.tau_min > self.tau_max:
             raise ConfigError(f"{prefix}.tau_min = {self.tau_min} is above {prefix}.tau_max = {self.tau_max}")
+        check_top_p(f"{prefix}.top_p", self.top_p)
+        if self.top_p < 1 and not self.window:
+            raise ConfigError(
+                f"{prefix}.top_p = {self.top_p} has no effect: it truncates what students are taught; set it there"
+            )
 
     def _check_objective(self, prefix):
         usual, other = ("distillation", "language_modelling") if self.window else ("language_modelling", "distillation")
@@ -337,6 +349,7 @@ class Config:
         for name in self.students:
             self._check_teachers_temperatures(name)
         self._check_evaluations_temperature()
+        self._check_one_top_p()
         if self.evaluation.prompt_length + self.evaluation.new_tokens > self.data.seq_len:
             raise ConfigError(
                 f"evaluation.prompt_length + evaluation.new_tokens = "
@@ -356,6 +369,21 @@ class Config:
         least = max((stage.tau_min for stage in self.students.values()), default=1.0)
         most = min((stage.tau_max for stage in self.students.values()), default=1.0)
         return self.evaluation.tau or min(max(1.0, least), most)
+
+    @property
+    def top_p(self) -> float:
+        """Of the AR teacher's draws that students are taught and compared with."""
+        return next((stage.top_p for stage in self.students.values()), 1.0)
+
+    def _check_one_top_p(self):
+        """A student can neither unlearn its teacher's, nor be compared with one of another."""
+        for name, stage in self.students.items():
+            if stage.top_p != self.top_p:
+                key, first = (f"stages.{n.replace('-', '_')}" for n in (name, next(iter(self.students))))
+                raise ConfigError(
+                    f"{key}.top_p = {stage.top_p:g} should be that of {first}, {self.top_p:g}: students are taught and "
+                    "compared at one"
+                )
 
     def _check_evaluations_temperature(self):
         tau = self.evaluation_tau

@@ -180,6 +180,16 @@ REFUSED = [
         "stages.k2.tau_min, tau_max = 0.4, 1.0 should be within those of its teacher, "
         "stages.k1.tau_min, tau_max = 0.5, 1.0",
     ),
+    ({"stages__k1__top_p": 0.0}, "stages.k1.top_p = 0.0 is not in (0, 1]"),
+    ({"stages__k1__top_p": 1.1}, "stages.k1.top_p = 1.1 is not in (0, 1]"),
+    (
+        {"stages__ar__top_p": 0.9},
+        "stages.ar.top_p = 0.9 has no effect: it truncates what students are taught; set it there",
+    ),
+    (
+        {"stages__k1__top_p": 0.9},
+        "stages.k2.top_p = 1 should be that of stages.k1, 0.9: students are taught and compared at one",
+    ),
     ({"mesh__data": 0}, "mesh.data = 0 should be at least 1"),
     ({"mesh__fsdp": -2}, "mesh.fsdp = -2 should be at least 1"),
     ({"mesh__tensor": 0}, "mesh.tensor = 0 should be at least 1"),

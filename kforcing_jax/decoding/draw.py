@@ -7,8 +7,8 @@ import jax.numpy as jnp
 
 from kforcing_jax import noise
 from kforcing_jax.decoding.slots import Slots, generated_counts
-from kforcing_jax.decoding.truncation import truncated
 from kforcing_jax.models import CausalLM, PushForwardLM
+from kforcing_jax.models.truncation import truncated
 
 
 def draw(

@@ -16,6 +16,7 @@ from kforcing_jax.decoding.requests import (
     check_mode,
     check_noise,
     check_penalty,
+    check_truncation,
     whole_numbers,
 )
 from kforcing_jax.errors import DataError
@@ -64,6 +65,7 @@ def generate(
     confidence: float = 0.0,
     dtype: str | None = None,
     slots: int | None = None,
+    top_p: float = 1.0,
 ) -> Generation:
     """Continues every prompt by up to `max_new_tokens` tokens.
 
@@ -90,6 +92,8 @@ def generate(
       confidence: in mode "student", how likely the kept part of a window has to be (`strides.confident`); 0 keeps all.
       dtype: compute dtype of the blocks instead of the model's own.
       slots: requests at a time; by default all, up to 64.
+      top_p: in modes "ar" and "exact", draw from the fewest likeliest tokens that have this probability together. A
+        student's tokens are from the nucleus that it was trained with.
 
     Raises:
       DataError: an empty prompt, an id outside the vocabulary, seeds or ids that are not integers, noise outside
@@ -102,6 +106,7 @@ def generate(
     check_count("max_new_tokens", max_new_tokens)
     tau_B = _checked_tau(tau, len(checked))
     check_penalty("frequency_penalty", frequency_penalty)
+    check_truncation(0, top_p)
     sources = _seeds(seeds, len(checked)) if noise_BxT is None else _noise(noise_BxT, (len(checked), max_new_tokens))
     longest = max(map(len, checked)) + max_new_tokens
     sizes = len(checked), longest
@@ -112,6 +117,7 @@ def generate(
         "end_ids": () if eos_id is None else (eos_id,),
         "confidence": float(confidence),
         "frequency_penalty": float(frequency_penalty),
+        "top_p": float(top_p),
     }
     rows = zip(checked, tau_B, sources, strict=True)
     requests = [Request(prompt, max_new_tokens, tau=float(tau), **source, **shared) for prompt, tau, source in rows]
@@ -268,7 +274,8 @@ def _checked_prompts(prompts, vocab_size) -> list[np.ndarray]:
 def _assemble(requests: list[Request], updates: list[Update], eos_id, mask_id) -> Generation:
     """Every request's new tokens right after its prompt, and padding after its end."""
     width = max(request.end for request in requests)
-    tokens = np.full((len(requests), width), mask_id if eos_id is None else eos_id, np.int32)
+    filling = next((token for token in (eos_id, mask_id) if token is not None), 0)
+    tokens = np.full((len(requests), width), filling, np.int32)
     texts = [[*request.prompt, *update.tokens] for request, update in zip(requests, updates, strict=True)]
     for row, text in enumerate(texts):
         tokens[row, : len(text)] = text

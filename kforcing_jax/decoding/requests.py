@@ -87,17 +87,11 @@ class Request:
         check_penalty("frequency_penalty", self.frequency_penalty)
         if self.noise is not None:
             check_noise(self.noise, (self.max_new_tokens,))
-        self._check_truncation()
+        check_truncation(self.top_k, self.top_p)
         check_bias(self.logit_bias, vocab_size)
         self._check_logprobs()
         if self.mode == "student":
             self._check_student()
-
-    def _check_truncation(self):
-        if not is_whole_number(self.top_k) or self.top_k < 0:
-            raise DataError(f"top_k = {self.top_k!r} should be a whole number, at least 1, or 0 for all tokens")
-        if not is_finite_number(self.top_p) or not 0 < self.top_p <= 1:
-            raise DataError(f"top_p = {self.top_p!r} is not in (0, 1]")
 
     def _check_logprobs(self):
         if self.logprobs is not None and not (is_whole_number(self.logprobs) and 0 <= self.logprobs <= MOST_LOGPROBS):
@@ -128,6 +122,14 @@ def check_penalty(name: str, penalty: float) -> None:
     """Raises DataError for a penalty that is no number, or as good as infinite in f32."""
     if not is_finite_number(penalty) or abs(penalty) > MOST_PENALTY:
         raise DataError(f"{name} = {penalty!r} should be a finite number, of at most {MOST_PENALTY:g} either way")
+
+
+def check_truncation(top_k: int, top_p: float) -> None:
+    """Raises DataError for what is no number of tokens, or no probability to keep."""
+    if not is_whole_number(top_k) or top_k < 0:
+        raise DataError(f"top_k = {top_k!r} should be a whole number, at least 1, or 0 for all tokens")
+    if not is_finite_number(top_p) or not 0 < top_p <= 1:
+        raise DataError(f"top_p = {top_p!r} is not in (0, 1]")
 
 
 def check_bias(bias: Mapping[int, float], vocab_size: int) -> None:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from kforcing_jax.config import Config
 from kforcing_jax.errors import ConfigError, RunError
 from kforcing_jax.evaluation.history import read_history
-from kforcing_jax.evaluation.tables import in_order, is_number, stages_of
+from kforcing_jax.evaluation.tables import drawn_at, in_order, is_number, stages_of
 from kforcing_jax.training.records import stage_progress
 from kforcing_jax.workdir import Workdir
 
@@ -158,7 +158,7 @@ def as_json(runs: Sequence[Run]) -> dict:
         "runs": [
             {"name": run.name, "path": str(run.path), "steps": {name: run.step(name) for name in run.config.stages}}
             | {"digests": run.digests}
-            | {key: run.summary.get(key) for key in ("device", "date", "revision", "command", "tau")}
+            | {key: run.summary.get(key) for key in ("device", "date", "revision", "command", "tau", "top_p")}
             for run in runs
         ],
         "settings": {
@@ -274,10 +274,10 @@ def _about_losses(runs):
 
 def _about_evaluation(runs):
     measured = [run for run in runs if any("sample_nll" in stage for stage in run.stages.values())]
-    taus = {run.name: run.summary.get("tau") or 1.0 for run in measured}
-    if len(set(taus.values())) > 1:
-        told = ", ".join(f"{name} at {tau:g}" for name, tau in taus.items())
-        yield Remark(f"Samples were drawn at different temperatures ({told}): their figures are not comparable.", True)
+    drawn = {run.name: drawn_at(run.summary) for run in measured}
+    if len(set(drawn.values())) > 1:
+        told = "; ".join(f"{name} at {how}" for name, how in drawn.items())
+        yield Remark(f"Samples were drawn differently ({told}): their figures are not comparable.", True)
     fields = [f for f in _OF_SAMPLES if len({getattr(run.config.evaluation, f) for run in measured}) > 1]
     if fields:
         names = ", ".join(f"evaluation.{field}" for field in fields)

@@ -13,6 +13,7 @@ from kforcing_jax.evaluation.intervals import mean_interval
 from kforcing_jax.models import CausalLM, PushForwardLM
 from kforcing_jax.models.keys import Known, UpTo
 from kforcing_jax.models.lm import consecutive
+from kforcing_jax.models.truncation import nucleus
 from kforcing_jax.noise import sample_uniform
 from kforcing_jax.sharding import to_host
 from kforcing_jax.training.agreement import agreement_by_row
@@ -34,10 +35,11 @@ def agreement(
     window: int,
     tau: float,
     eos_id: int | None,
+    top_p: float = 1.0,
 ) -> dict:
     """Agreement with the AR teacher under the same noise and the student's own prefix, at every position.
 
-    `batches` has leaves (I, B, N).
+    `batches` has leaves (I, B, N); `top_p` is that of the teacher's draws, with which the student was trained.
 
     Returns:
       agreement: per offset, P(student's token = the token that the teacher draws for the same uniform).
@@ -47,7 +49,7 @@ def agreement(
 
     Neither what follows a window's first EOS is counted, nor what lies beyond the longest text (`window_weights`).
     """
-    settings: dict = {"window": window, "tau": tau, "eos_id": eos_id}
+    settings: dict = {"window": window, "tau": tau, "eos_id": eos_id, "top_p": top_p}
     sums = agreement_by_row(teacher, teacher_params, student, params, batches, key, **settings)
     return {
         "agreement": sums.agreement_K.tolist(),
@@ -57,17 +59,19 @@ def agreement(
     }
 
 
-def exact_joint(teacher: CausalLM, params: dict, contexts_CxN: jax.Array, window: int, tau: float = 1.0) -> np.ndarray:
-    """The teacher's joint distribution at `tau` over all blocks of `window` tokens after each context, f64.
+def exact_joint(
+    teacher: CausalLM, params: dict, contexts_CxN: jax.Array, window: int, tau: float = 1.0, top_p: float = 1.0
+) -> np.ndarray:
+    """The teacher's joint distribution at `tau` and `top_p` over all blocks of `window` tokens after each context, f64.
 
     Shape (contexts, states, ..., states) with one axis per offset; states are all ids but the mask, which is last.
     """
     contexts, states = len(contexts_CxN), teacher.cfg.vocab_size - 1
     if window == 1:
         logits_CxV = jax.jit(teacher.apply)({"params": params}, contexts_CxN)[:, -1, :states]
-        return to_host(jax.nn.softmax(logits_CxV / tau)).astype(np.float64)
+        return to_host(_probabilities(logits_CxV, tau, top_p)).astype(np.float64)
     blocks_AxT = np.indices((states,) * (window - 1)).reshape(window - 1, -1).T
-    first_CxE, later_CxAxTxE = _conditionals(teacher, params, contexts_CxN, blocks_AxT, tau)
+    first_CxE, later_CxAxTxE = _conditionals(teacher, params, contexts_CxN, blocks_AxT, tau, top_p)
     joint = to_host(first_CxE).astype(np.float64)
     by_block = to_host(later_CxAxTxE).reshape(contexts, *(states,) * (window - 1), window - 1, states)
     for offset in range(1, window):
@@ -78,13 +82,19 @@ def exact_joint(teacher: CausalLM, params: dict, contexts_CxN: jax.Array, window
     return joint
 
 
+def _probabilities(logits_xE, tau, top_p):
+    tempered_xE = (logits_xE - jnp.max(logits_xE, axis=-1, keepdims=True)) / tau
+    return jax.nn.softmax(nucleus(tempered_xE, jnp.full(tempered_xE.shape[:-1], top_p)))
+
+
 @functools.partial(jax.jit, static_argnames="teacher")
-def _conditionals(teacher, params, contexts_CxN, blocks_AxT, tau=1.0):
+def _conditionals(teacher, params, contexts_CxN, blocks_AxT, tau=1.0, top_p=1.0):
     """P(next token) after each context (C, E), and after every token of every block there (C, A, T, E)."""
     states, (contexts, length) = teacher.cfg.vocab_size - 1, contexts_CxN.shape
 
     def probabilities(hidden):
-        return jax.nn.softmax(teacher.apply({"params": params}, hidden, method="logits")[..., :states] / tau)
+        logits = teacher.apply({"params": params}, hidden, method="logits")[..., :states]
+        return _probabilities(logits, tau, top_p)
 
     text = teacher.apply({"params": params}, contexts_CxN, method="begin")
     blocks_CxAxT = jnp.broadcast_to(blocks_AxT, (contexts, *blocks_AxT.shape))

@@ -19,6 +19,7 @@ from kforcing_jax.evaluation.tables import (
     STRIDE_COLUMNS,
     STRIDES,
     WHY_LITTLE_GAIN,
+    drawn_at,
     is_number,
     legend,
     quality_columns,
@@ -77,7 +78,7 @@ def _facts(summary, stages):
     if is_number(summary.get("evaluation_seconds")):
         seconds.append(summary["evaluation_seconds"])
         facts["time"] = f"{clock(sum(seconds))}: training {clock(seconds[0])}, evaluation {clock(seconds[1])}"
-        facts["temperature"] = f"all stages are sampled at tau = {summary.get('tau', 1.0):g}"
+        facts["temperature"] = f"all stages are sampled at {drawn_at(summary)}"
     return [(name, str(fact)) for name, fact in facts.items() if fact not in (None, "")]
 
 

@@ -51,11 +51,16 @@ def first_word(tokenizer: Tokenizer, tokens_N: np.ndarray, least: int, most: int
 
 
 def speeds(
-    stages: Mapping[str, tuple], prompts_RxP: np.ndarray, batches: Iterable[int], rounds: int, **settings: Any
+    stages: Mapping[str, tuple],
+    prompts_RxP: np.ndarray,
+    batches: Iterable[int],
+    rounds: int,
+    top_p: float = 1.0,
+    **settings: Any,
 ) -> dict[str, dict[str, dict]]:
     """How fast `stages` (name to model, parameters, tokens per pass) decode, taking turns, every text at full length.
 
-    `settings` are further ones of `generate`, `max_new_tokens` among them.
+    `top_p` is that of an AR teacher's draws; `settings` are further ones of `generate`, `max_new_tokens` among them.
 
     Returns:
       By stage and by number of requests (text, as JSON wants it): raw tokens_per_second, from the median; of students
@@ -65,7 +70,9 @@ def speeds(
     for batch in batches:
         rows = prompts_RxP[np.arange(batch) % len(prompts_RxP)]
         programs = {
-            name: functools.partial(generate, model, params, rows, k=k, seeds=np.arange(batch), **settings)
+            name: functools.partial(
+                generate, model, params, rows, k=k, seeds=np.arange(batch), **_top_p_of(model, top_p), **settings
+            )
             for name, (model, params, k) in stages.items()
         }
         times = in_turns(programs, rounds)
@@ -74,6 +81,10 @@ def speeds(
             versus = {} if name == "ar" else {"vs_ar": times.ratio("ar", name)}
             found[name][str(batch)] = {"tokens_per_second": round(rate, 1)} | versus
     return found
+
+
+def _top_p_of(model, top_p) -> dict:
+    return {"top_p": top_p} if isinstance(model, CausalLM) else {}
 
 
 def measure(

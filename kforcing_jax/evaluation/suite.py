@@ -77,6 +77,7 @@ def evaluate(workdir: Workdir, corpus: Corpus, mesh: Mesh, scorer: Scorer | None
         "data": f"{workdir.config.data.source}, {corpus.describe()}",
         "seed": workdir.config.seed,
         "tau": run.tau,
+        "top_p": workdir.config.top_p,
         "evaluation_seconds": round(time.perf_counter() - start, 1),
         "samples": run.samples(continuations),
     }
@@ -118,6 +119,10 @@ class _Run:
     def tau(self) -> float:
         return self.workdir.config.evaluation_tau
 
+    def top_p(self, name) -> float:
+        """Of the AR teacher's draws, which students are compared with; they have theirs from training."""
+        return 1.0 if self.window(name) else self.workdir.config.top_p
+
     def window(self, name) -> int:
         return self.workdir.config.stages[name].window
 
@@ -140,6 +145,7 @@ class _Run:
             seeds=seeds,
             eos_id=self.corpus.eos_id,
             confidence=confidence,
+            top_p=self.top_p(name),
         )
 
     def confident(self, name, decoded) -> list[dict]:
@@ -177,6 +183,7 @@ class _Run:
             window=self.window(name),
             tau=self.tau,
             eos_id=self.corpus.eos_id,
+            top_p=self.workdir.config.top_p,
         )
 
     def _joint(self, name):
@@ -188,7 +195,7 @@ class _Run:
         # Half a row leaves room for the window inside the positions that were trained.
         rows_RxN = self.corpus.validation_rows(settings.joint_contexts).tokens
         contexts_CxN = jnp.asarray(rows_RxN[:, : rows_RxN.shape[1] // 2])
-        joint = exact_joint(*self.models["ar"], contexts_CxN, window, tau=self.tau)
+        joint = exact_joint(*self.models["ar"], contexts_CxN, window, tau=self.tau, top_p=self.workdir.config.top_p)
         counts = student_counts(
             *self.models[name], contexts_CxN, window, settings.joint_samples, self.key, tau=self.tau
         )
@@ -199,7 +206,7 @@ class _Run:
         sizes = ", ".join(map(str, settings.speed_batches))
         _LOG.info(f"{'speed':<11} all stages in turns, {sizes} requests at a time")
         stages = {name: (*model, max(self.window(name), 1)) for name, model in self.models.items()}
-        shared = dict(max_new_tokens=settings.new_tokens, tau=self.tau)
+        shared = dict(max_new_tokens=settings.new_tokens, tau=self.tau, top_p=self.workdir.config.top_p)
         return speeds(stages, self.prompts_BxP, settings.speed_batches, settings.speed_rounds, **shared)
 
     def useful_share(self, new_tokens: int) -> float:

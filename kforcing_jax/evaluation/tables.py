@@ -190,7 +190,7 @@ def table(summary: dict) -> str:
     stages = stages_of(summary)
     quality = [column for column in quality_columns(stages) if column.terminal]
     origin = " - ".join(str(summary[key]) for key in ("device", "date") if summary.get(key))
-    tau = [f"all sampled at tau = {summary['tau']:g}"] if is_number(summary.get("tau")) else []
+    tau = [f"all sampled at {drawn_at(summary)}"] if is_number(summary.get("tau")) else []
     parts = ["\n".join(filter(None, [origin, *tau, _plain(stages, quality)]))]
     if speed_columns(stages):
         parts.append(f"{_plain(stages, speed_columns(stages))}\n{textwrap.fill(WHY_LITTLE_GAIN, 118)}")
@@ -233,6 +233,12 @@ def legend(columns: list[Column]) -> list[tuple[str, str]]:
     for column in columns:
         names.setdefault(column.meaning, column.name.split(",")[0])
     return [(name, meaning) for meaning, name in names.items()]
+
+
+def drawn_at(summary: dict) -> str:
+    """Temperature and truncation of the samples of a summary."""
+    top_p = summary.get("top_p") or 1.0
+    return f"tau = {summary.get('tau', 1.0):g}" + (f", top_p = {top_p:g}" if top_p < 1 else "")
 
 
 def table_rows(stages: dict, columns: list[Column]) -> list[list[str]]:

@@ -15,6 +15,7 @@ few positions at a time, so that nobody ever holds the logits of a whole batch. 
 tokens lie on [0, 1) (`ModelConfig.cdf_order`); those of `logits` and of calling a model are in vocabulary order.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -26,6 +27,7 @@ from kforcing_jax import noise
 from kforcing_jax.models.backbone import Backbone, ModelConfig
 from kforcing_jax.models.keys import KeyValue, Known, Past, Text
 from kforcing_jax.models.layers import NoiseEncoder
+from kforcing_jax.models.truncation import nucleus
 
 
 class Rows(NamedTuple):
@@ -128,14 +130,21 @@ class LanguageModel(nn.Module):
         """function(ordered logits, *arrays) of every token, in chunks; see `Output.per_token`."""
         return self.backbone.output.per_token(function, hidden_BxAxGxD, *arrays_BxAxG)
 
-    def draw(self, hidden_BxAxGxD: jax.Array, u_BxAxG: jax.Array, tau_Bx1x1: jax.Array) -> jax.Array:
-        """tokens_BxAxG, int32, at temperature tau (broadcastable to u)."""
-        return self.per_token(self.pick, hidden_BxAxGxD, u_BxAxG, tau_Bx1x1)
+    def draw(
+        self, hidden_BxAxGxD: jax.Array, u_BxAxG: jax.Array, tau_Bx1x1: jax.Array, top_p: float = 1.0
+    ) -> jax.Array:
+        """tokens_BxAxG, int32, at temperature tau (broadcastable to u) and `top_p`, see `pick`."""
+        pick = self.pick if top_p == 1 else functools.partial(self.pick, top_p=top_p)
+        return self.per_token(pick, hidden_BxAxGxD, u_BxAxG, tau_Bx1x1)
 
-    def tempered(self, ordered_xV: jax.Array, tau_x: jax.Array) -> jax.Array:
-        """logits_xV at temperature tau, f32: their maximum at 0 and the mask at -inf, however hot or cold."""
+    def tempered(self, ordered_xV: jax.Array, tau_x: jax.Array, top_p: float = 1.0) -> jax.Array:
+        """logits_xV at temperature tau, f32: their maximum at 0 and the mask at -inf, however hot or cold.
+
+        With `top_p` below 1 also what is outside the nucleus is at -inf, see `truncation.nucleus`.
+        """
         possible_xV = self._possible(ordered_xV)
-        return (possible_xV - jnp.max(possible_xV, axis=-1, keepdims=True)) / tau_x[..., None]
+        tempered_xV = (possible_xV - jnp.max(possible_xV, axis=-1, keepdims=True)) / tau_x[..., None]
+        return tempered_xV if top_p == 1 else nucleus(tempered_xV, top_p)
 
     def _possible(self, ordered_xV):
         """At tau = 1000, or next to others as low, a logit of -1000 is not impossible."""
@@ -163,9 +172,12 @@ class CausalLM(LanguageModel):
         """hidden_BxAx1xD of the last known token, which predicts the next one."""
         return result.known.hidden[:, :, -1:]
 
-    def pick(self, ordered_xV: jax.Array, u_x: jax.Array, tau_x: jax.Array) -> jax.Array:
-        """tokens_x by inverse CDF at temperature tau (broadcastable to u); the mask is never drawn at any tau."""
-        return self.cfg.token_at(noise.inverse_cdf(self.tempered(ordered_xV, tau_x), u_x))
+    def pick(self, ordered_xV: jax.Array, u_x: jax.Array, tau_x: jax.Array, top_p: float = 1.0) -> jax.Array:
+        """tokens_x by inverse CDF at temperature tau (broadcastable to u); the mask is never drawn at any tau.
+
+        Out of the fewest of the likeliest tokens that have the probability `top_p` together at that temperature.
+        """
+        return self.cfg.token_at(noise.inverse_cdf(self.tempered(ordered_xV, tau_x, top_p), u_x))
 
     def invert_noise(self, logits_BxNxV: jax.Array, tokens_BxN: jax.Array, key: jax.Array) -> jax.Array:
         """u_BxN-1 of `noise.invert_noise` in the order of this model; the logits are in vocabulary order."""
@@ -206,9 +218,9 @@ class PushForwardLM(LanguageModel):
         """hidden_BxAxKxD of the noise tokens."""
         return result.noise.hidden
 
-    def pick(self, ordered_xV: jax.Array, u_x: jax.Array, tau_x: jax.Array) -> jax.Array:
-        """tokens_x by argmax, never the mask: the randomness is in the input; noise and tau complete the interface."""
-        del u_x, tau_x
+    def pick(self, ordered_xV: jax.Array, u_x: jax.Array, tau_x: jax.Array, top_p: float = 1.0) -> jax.Array:
+        """tokens_x by argmax, never the mask: the randomness is in the input, the rest completes the interface."""
+        del u_x, tau_x, top_p
         return self.cfg.token_at(noise.argmax(self._possible(ordered_xV)))
 
     def probability(self, ordered_xV: jax.Array) -> jax.Array:

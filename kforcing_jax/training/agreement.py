@@ -74,8 +74,11 @@ def agreement_by_row(
     window: int,
     tau: float,
     eos_id: int | None,
+    top_p: float = 1.0,
 ) -> RowSums:
     """Sums of every row of batches with leaves (I, B, N), each batch with noise of its own.
+
+    `top_p` is that of the teacher's draws, with which the student was trained.
 
     All processes of a run have to call this together. One program for all batches of a size, also of other callers.
     """
@@ -85,13 +88,13 @@ def agreement_by_row(
         noise_BxNxK = sample_uniform(jax.random.fold_in(key, index), (*tokens_BxN.shape, window))
         tau_B = jnp.full(len(tokens_BxN), tau)
         sums = agreement_sums(
-            teacher, teacher_params, student, params, tokens_BxN, segments_BxN, noise_BxNxK, tau_B, eos_id
+            teacher, teacher_params, student, params, tokens_BxN, segments_BxN, noise_BxNxK, tau_B, eos_id, top_p
         )
         of_batches.append([to_host(x).astype(np.float64) for x in sums])
     return RowSums(*map(np.concatenate, zip(*of_batches, strict=True)))
 
 
-@functools.partial(jax.jit, static_argnames=("teacher", "student", "eos_id"))
+@functools.partial(jax.jit, static_argnames=("teacher", "student", "eos_id", "top_p"))
 def agreement_sums(
     teacher: CausalLM,
     teacher_params: dict,
@@ -102,6 +105,7 @@ def agreement_sums(
     noise_BxNxK: jax.Array,
     tau_B: jax.Array,
     eos_id: int | None,
+    top_p: float = 1.0,
 ) -> tuple[jax.Array, ...]:
     """Of each row of a batch: agreements, collision probabilities and counts per offset, all (B, K); agreeing blocks,
     and all blocks, both (B,).
@@ -115,8 +119,8 @@ def agreement_sums(
     drawn_BxNxK = call(student, params, "draw", student.drawable(result), noise_BxNxK, tau_Bx1x1)
 
     def compare(logits, u, tau, drawn):
-        collision = jnp.square(jax.nn.softmax(teacher.tempered(logits, tau), axis=-1)).sum(-1)
-        return teacher.pick(logits, u, tau) == drawn, collision
+        collision = jnp.square(jax.nn.softmax(teacher.tempered(logits, tau, top_p), axis=-1)).sum(-1)
+        return teacher.pick(logits, u, tau, top_p) == drawn, collision
 
     hidden = window_hidden(teacher, teacher_params, tokens_BxN, drawn_BxNxK, segments_BxN)
     agrees, collision = call(teacher, teacher_params, "per_token", compare, hidden, noise_BxNxK, tau_Bx1x1, drawn_BxNxK)

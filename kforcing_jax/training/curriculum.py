@@ -192,7 +192,7 @@ def _validation(
         ar_params = teacher_params if teacher == "ar" else _finished(workdir, corpus, "ar", mesh)
         ar = _model(workdir, corpus, "ar")
         key = _stage_key(config, name)
-        comparison = Comparison(ar, ar_params, model, window, config.evaluation_tau, corpus.eos_id, key)
+        comparison = Comparison(ar, ar_params, model, window, config.evaluation_tau, corpus.eos_id, key, config.top_p)
     return Validation(loss, rows, mesh, comparison, sample_of(config, name, model, corpus))
 
 

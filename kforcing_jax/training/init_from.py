@@ -86,6 +86,11 @@ def _check_window(said, settings: StageConfig, there: StageConfig, stage):
             f"{said}: {stage} was trained with tau_min, tau_max = {there.tau_min:g}, {there.tau_max:g}, and here it is "
             f"{settings.tau_min:g}, {settings.tau_max:g} without training"
         )
+    if settings.window and settings.top_p != there.top_p:
+        raise RunError(
+            f"{said}: {stage} was trained with top_p = {there.top_p:g}, and here it is {settings.top_p:g} without "
+            "training"
+        )
 
 
 def _check_vocabulary(said, workdir, corpus, run, stage):

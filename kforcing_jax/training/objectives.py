@@ -93,8 +93,8 @@ def distillation(
 
     def losses(params, teacher_params, inputs):
         (tokens_BxN, segments_BxN), noise_BxNxK, tau_B = inputs
-        targets_BxNxK = rollout(teacher, teacher_params, tokens_BxN, noise_BxNxK, tau_B, chunk, segments_BxN)
-        targets_BxNxK = jax.lax.stop_gradient(targets_BxNxK)
+        given = tokens_BxN, noise_BxNxK, tau_B, chunk, segments_BxN, stage.top_p
+        targets_BxNxK = jax.lax.stop_gradient(rollout(teacher, teacher_params, *given))
         weights_BxNxK = window_weights(targets_BxNxK, tokens_BxN, segments_BxN, eos_id, stage.skip_after_eos)
         variables = {"params": params}
         result: Any = student.apply(variables, tokens_BxN, noise_BxNxK, tau_B, segments_BxN, method="begin")

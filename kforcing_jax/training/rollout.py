@@ -16,6 +16,7 @@ def rollout(
     tau_B: jax.Array,
     chunk: int,
     segments_BxN: jax.Array | None = None,
+    top_p: float = 1.0,
 ) -> jax.Array:
     """The K tokens that a teacher generates after every position, for the given noise: tokens_BxNxK, int32.
 
@@ -30,6 +31,7 @@ def rollout(
       tau_B: temperature of each sequence.
       chunk: tokens per teacher pass; divides K.
       segments_BxN: segment ids of the text, where rows hold several documents.
+      top_p: of a CausalLM's draws, see `CausalLM.pick`; a PushForwardLM has its own from training.
 
     Raises:
       ValueError: the chunk does not divide K.
@@ -44,7 +46,7 @@ def rollout(
         return model.apply({"params": params}, *args, method=method)
 
     def draw(result, noise_BxNxC):
-        return call("draw", model.drawable(result), noise_BxNxC, tau_Bx1x1)
+        return call("draw", model.drawable(result), noise_BxNxC, tau_Bx1x1, top_p)
 
     text = call("begin", tokens_BxN, noise_IxBxNxC[0], tau_B, segments_BxN)
     first_chunk = draw(text, noise_IxBxNxC[0])

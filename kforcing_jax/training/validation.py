@@ -38,10 +38,11 @@ class Comparison:
     tau: float
     eos_id: int | None
     key: jax.Array
+    top_p: float = 1.0
 
     def sums(self, params: dict, batches: Batch) -> RowSums:
         """By row, under the same noise every time; the program is that of the evaluation."""
-        settings: dict = {"window": self.window, "tau": self.tau, "eos_id": self.eos_id}
+        settings: dict = {"window": self.window, "tau": self.tau, "eos_id": self.eos_id, "top_p": self.top_p}
         return agreement_by_row(self.teacher, self.teacher_params, self.student, params, batches, self.key, **settings)
 
 
@@ -57,6 +58,7 @@ class Sample:
     seed: int
     eos_id: int | None
     decode: Callable[[Sequence[int] | np.ndarray], str]
+    top_p: float = 1.0  # of an AR teacher
 
     def compile(self, params: dict) -> None:
         """All that `text` needs."""
@@ -80,6 +82,7 @@ class Sample:
             tau=self.tau,
             seeds=[self.seed],
             eos_id=self.eos_id,
+            top_p=self.top_p,
         )
         return self.decode(done.tokens[0, : done.lengths[0]])
 
@@ -186,6 +189,7 @@ def sample_of(config: Config, name: str, model: CausalLM | PushForwardLM, corpus
         seed=config.seed,
         eos_id=corpus.eos_id,
         decode=corpus.tokenizer.decode,
+        top_p=1.0 if config.stages[name].window else config.top_p,
     )
 
 

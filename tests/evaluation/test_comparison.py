@@ -166,7 +166,11 @@ def test_other_ways_of_measuring_are_warned_of(tmp_path, pair):
     config = dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, samples=7))
     other = write_run(tmp_path / "other", figures() | {"tau": 0.5, "device": "8 x tpu"}, config=config)
     said = "\n".join(remark.text for remark in remarks(open_runs([pair[0], other])) if remark.is_warning)
-    assert "a at 1, other at 0.5" in said and "evaluation.samples differ" in said and "different devices" in said
+    assert (
+        "a at tau = 1; other at tau = 0.5" in said
+        and "evaluation.samples differ" in said
+        and "different devices" in said
+    )
 
 
 def test_a_run_that_trains_is_shown_as_far_as_it_goes(tmp_path, pair):

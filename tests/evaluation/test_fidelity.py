@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from step_by_step import softmax, truncated
 
 from kforcing_jax.data.packing import Batch
 from kforcing_jax.evaluation.fidelity import agreement, compare_with_joint, exact_joint, student_counts
@@ -64,6 +65,19 @@ def test_the_exact_joint_is_the_chain_rule_over_every_block(teacher):
         assert joint[(c, *block)] == pytest.approx(float(expected), rel=1e-4)
 
 
+def test_the_joint_of_a_nucleus_is_the_chain_rule_over_truncated_conditionals(teacher):
+    model, params = teacher
+    contexts = jnp.array([[0, 1, 2, 0]])
+    joint = exact_joint(model, params, contexts, 2, tau=0.8, top_p=0.7)
+    for block in itertools.product(range(STATES), repeat=2):
+        text = jnp.concatenate([contexts[0], jnp.array(block)])[None]
+        scaled = np.asarray(model.apply({"params": params}, text)[0, 3:5, :STATES], np.float64) / 0.8
+        p = [softmax(truncated(row - row.max(), 0, 0.7))[token] for row, token in zip(scaled, block, strict=True)]
+        assert joint[(0, *block)] == pytest.approx(np.prod(p), rel=1e-4)
+    assert (joint == 0).any()
+    np.testing.assert_allclose(exact_joint(model, params, contexts, 1, tau=0.8, top_p=0.7), joint.sum(2), atol=1e-6)
+
+
 def test_the_joint_of_one_token_is_the_next_token_distribution(teacher):
     model, params = teacher
     contexts = jnp.array([[0, 1, 2, 0], [2, 2, 1, 0]])
@@ -94,6 +108,18 @@ def test_a_map_that_is_the_teachers_agrees_everywhere_and_chance_is_its_collisio
     p = jax.nn.softmax(jnp.stack([model.apply({"params": params}, b) for b in batches]))[:, :, :-1]
     assert got["agreement"] == [1.0] and got["block_agreement"] == 1.0
     assert got["chance"][0] == pytest.approx(float((p**2).sum(-1).mean()), rel=1e-5)
+
+
+def test_agreement_and_chance_are_of_the_nucleus_that_a_student_was_taught(teacher, student):
+    tokens = jax.random.randint(jax.random.key(0), (1, 2, 4), 0, STATES)
+    got = agreement(*teacher, *student, Batch(tokens), jax.random.key(1), window=1, tau=0.9, eos_id=None, top_p=0.6)
+    noise = sample_uniform(jax.random.fold_in(jax.random.key(1), 0), (2, 4, 1))
+    drawn = student[0].apply({"params": student[1]}, tokens[0], noise, jnp.full(2, 0.9)).argmax(-1)[:, :3]
+    scaled = np.asarray(teacher[0].apply({"params": teacher[1]}, tokens[0]), np.float64)[:, :3, :STATES] / 0.9
+    p = np.array([[softmax(truncated(row - row.max(), 0, 0.6)) for row in rows] for rows in scaled])
+    taught = (p.cumsum(-1) > np.asarray(noise)[:, :3]).argmax(-1)
+    assert got["agreement"] == [pytest.approx(np.mean(taught == np.asarray(drawn)[..., 0]))]
+    assert got["chance"] == [pytest.approx((p**2).sum(-1).mean(), rel=1e-5)]
 
 
 def test_agreement_counts_by_hand(teacher, student):

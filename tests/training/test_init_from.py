@@ -75,6 +75,9 @@ def test_what_cannot_be_without_training_is_refused(tmp_path):
     check_sources(starting(tmp_path, "k1", "other/k2", steps=0))
     with pytest.raises(RunError, match=r"k1 was trained with tau_min, tau_max = 1, 1, and here it is 0\.5, 1"):
         check_sources(starting(tmp_path, "k1", steps=0, tau_min=0.5))
+    with pytest.raises(RunError, match=r"k2 was trained with top_p = 1, and here it is 0\.9 without training"):
+        fields = {"k1": {"top_p": 0.9}, "k2": {"top_p": 0.9, "steps": 0, "init_from": str(tmp_path / "other")}}
+        check_sources(Workdir.at(tmp_path / "run", config(**fields)))
     with pytest.raises(RunError, match=r"k2 is a student, and the teacher starts from an AR model"):
         check_sources(starting(tmp_path, "ar", "other/k2"))
 

@@ -5,6 +5,7 @@ import functools
 import jax
 import numpy as np
 import pytest
+from step_by_step import truncated
 
 from kforcing_jax.training.rollout import rollout
 
@@ -22,12 +23,12 @@ def uniforms(rng, window):
     return rng.random((2, LENGTH, window), np.float32)
 
 
-_rollout = jax.jit(rollout, static_argnames=("model", "chunk"))
+_rollout = jax.jit(rollout, static_argnames=("model", "chunk", "top_p"))
 
 
-def rolled_out(model_and_params, text, noise, tau, chunk):
+def rolled_out(model_and_params, text, noise, tau, chunk, **settings):
     model, params = model_and_params
-    return np.asarray(_rollout(model, params, text, noise, tau, chunk))
+    return np.asarray(_rollout(model, params, text, noise, tau, chunk, **settings))
 
 
 @functools.partial(jax.jit, static_argnames="model")
@@ -41,9 +42,9 @@ def logits_after(model_and_params, context, *noise_and_tau):
     return np.asarray(_logits(*model_and_params, padded, *noise_and_tau))[0, len(context) - 1]
 
 
-def inverse_cdf_oracle(logits_V, u, tau, mask_id):
+def inverse_cdf_oracle(logits_V, u, tau, mask_id, top_p=1.0):
     scaled = np.where(np.arange(len(logits_V)) == mask_id, -np.inf, logits_V.astype(np.float64) / tau)
-    weights = np.exp(scaled - scaled.max())
+    weights = np.exp(truncated(scaled - scaled.max(), 0, top_p))
     return np.searchsorted(weights.cumsum() / weights.sum(), u, side="right")
 
 
@@ -61,16 +62,23 @@ def looped(next_tokens, text, noise, chunk):
     return out
 
 
-@pytest.mark.parametrize("window", [1, 4])
-def test_a_causal_lm_rolls_out_its_own_samples(rng, causal_lm, text, window):
+@pytest.mark.parametrize("window, top_p", [(1, 1.0), (4, 1.0), (4, 0.6)])
+def test_a_causal_lm_rolls_out_its_own_samples(rng, causal_lm, text, window, top_p):
     noise, mask_id = uniforms(rng, window), causal_lm[0].cfg.mask_id
 
     def next_tokens(row, context, u):
-        return [inverse_cdf_oracle(logits_after(causal_lm, context), u[0], TAU[row], mask_id)]
+        return [inverse_cdf_oracle(logits_after(causal_lm, context), u[0], TAU[row], mask_id, top_p)]
 
     expected = looped(next_tokens, text, noise, 1)
     assert len(np.unique(expected)) > 3
-    np.testing.assert_array_equal(rolled_out(causal_lm, text, noise, TAU, chunk=1), expected)
+    np.testing.assert_array_equal(rolled_out(causal_lm, text, noise, TAU, chunk=1, top_p=top_p), expected)
+
+
+def test_a_nucleus_changes_what_a_teacher_draws_and_not_what_a_student_does(rng, causal_lm, push_forward_lm, text):
+    noise = uniforms(rng, 4)
+    for teacher, changes in ((causal_lm, True), (push_forward_lm, False)):
+        whole, nucleus = (rolled_out(teacher, text, noise, TAU, chunk=1, top_p=top_p) for top_p in (1.0, 0.5))
+        assert (whole != nucleus).any() == changes
 
 
 @pytest.mark.parametrize("chunk, window", [(1, 1), (1, 4), (2, 6), (4, 4), (4, 8)])

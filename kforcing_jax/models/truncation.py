@@ -17,15 +17,33 @@ def truncated(logits_xV: jax.Array, top_k_x: jax.Array, top_p_x: jax.Array) -> j
     Args:
       logits_xV: their maximum is 0.
       top_k_x: so many of the likeliest stay, and those as likely as the last of them; 0 keeps all.
-      top_p_x: of these the fewest that together have at least this much of their probability, and those as likely as
-        the last of them; 1 keeps all.
+      top_p_x: of what these leave, as `nucleus`.
     """
-    keys_xV = jax.lax.bitcast_convert_type(jnp.abs(logits_xV), jnp.int32)
+    keys_xV = _keys(logits_xV)
     count_x = jnp.where(top_k_x > 0, jnp.minimum(top_k_x, logits_xV.shape[-1]), logits_xV.shape[-1])
     last_x = _least_key(keys_xV, jnp.ones_like(logits_xV), count_x.astype(jnp.float32))
-    weights_xV = jnp.where(keys_xV <= last_x[..., None], jnp.exp(logits_xV), 0)
+    return nucleus(_up_to(last_x, keys_xV, logits_xV), top_p_x)
+
+
+def nucleus(logits_xV: jax.Array, top_p_x: jax.Array | float) -> jax.Array:
+    """Logits without the tokens outside the nucleus: -inf, and the others as they were.
+
+    Args:
+      logits_xV: their maximum is 0.
+      top_p_x: the fewest tokens stay that together have at least this much of the probability, and those as likely as
+        the last of them; 1 keeps all.
+    """
+    keys_xV, weights_xV = _keys(logits_xV), jnp.exp(logits_xV)
     reached_x = _least_key(keys_xV, weights_xV, top_p_x * jnp.sum(weights_xV, axis=-1))
-    last_x = jnp.where(top_p_x < 1, jnp.minimum(last_x, reached_x), last_x)
+    return _up_to(jnp.where(jnp.asarray(top_p_x) < 1, reached_x, _LAST), keys_xV, logits_xV)
+
+
+def _keys(logits_xV):
+    """The likelier, the less."""
+    return jax.lax.bitcast_convert_type(jnp.abs(logits_xV), jnp.int32)
+
+
+def _up_to(last_x, keys_xV, logits_xV):
     return jnp.where(keys_xV <= last_x[..., None], logits_xV, -jnp.inf)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from step_by_step import truncated as by_sorting
 
-from kforcing_jax.decoding.truncation import truncated
+from kforcing_jax.models.truncation import truncated
 
 
 def cut(logits_xV, top_k_x, top_p_x):
