@@ -28,12 +28,22 @@ _MODEL = ("fsdp", "tensor")
 # are what loss and inverse CDF need): embedding and output layer are split along the model's width.
 RULES = (
     (r"blocks/attn_qkv/kernel$", (None, "fsdp", None, "tensor", None)),  # L, D, 3, H, C
+    (r"blocks/attn_qkv/bias$", (None, None, "tensor", None)),  # L, 3, H, C
+    (r"blocks/attn_q/kernel$", (None, "fsdp", "tensor", None)),  # L, D, H, C
+    (r"blocks/attn_q/bias$", (None, "tensor", None)),  # L, H, C
+    (r"blocks/attn_kv/kernel$", (None, "fsdp", None, "tensor", None)),  # L, D, 2, KV, C
+    (r"blocks/attn_kv/bias$", (None, None, "tensor", None)),  # L, 2, KV, C
     (r"blocks/attn_out/kernel$", (None, "tensor", None, "fsdp")),  # L, H, C, D
-    (r"blocks/mlp_in/kernel$", (None, "fsdp", "tensor")),  # L, D, F
-    (r"blocks/mlp_in/bias$", (None, "tensor")),  # L, F
+    (r"blocks/mlp_(in|gate)/kernel$", (None, "fsdp", "tensor")),  # L, D, F
+    (r"blocks/mlp_(in|gate)/bias$", (None, "tensor")),  # L, F
     (r"blocks/mlp_out/kernel$", (None, "tensor", "fsdp")),  # L, F, D
     (r"embedding/embedding$", (None, _MODEL)),  # V, D
     (r"output/kernel$", (_MODEL, None)),  # D, V
+    # Of deltas of low rank what lies along the model or its columns is split over `fsdp`: they are small, their
+    # averages and moments three times as much.
+    (r"blocks/\w+_delta/(down|full)$", (None, "fsdp", None, None)),  # L, inputs, parts, rank or columns
+    (r"blocks/\w+_delta/up$", (None, None, None, "fsdp")),  # L, parts, rank, columns
+    (r"output_delta/(down|full)$", ("fsdp", None, None)),  # D, 1, rank or V
     (r"noise_encoder/project/kernel$", (None, _MODEL)),  # 2D, D
     (r"noise_encoder/mlp_(in|out)/kernel$", (_MODEL, None)),  # D, 4D and 4D, D
 )
@@ -90,8 +100,11 @@ def make_mesh_that_fits(config: Config) -> Mesh:
 def check_divisible(config: Config, mesh: Mesh) -> None:
     """Raises ConfigError when a batch or the model cannot be split evenly over the mesh."""
     rows, fsdp, tensor = mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["fsdp"], mesh.shape["tensor"]
-    if config.model.num_heads % tensor:
-        raise ConfigError(f"model.num_heads = {config.model.num_heads} is not divisible by mesh.tensor = {tensor}")
+    heads = "num_kv_heads" if config.model.num_kv_heads else "num_heads"
+    if config.model.kv_heads % tensor:
+        raise ConfigError(f"model.{heads} = {config.model.kv_heads} is not divisible by mesh.tensor = {tensor}")
+    if config.model.mlp_width % tensor:
+        raise ConfigError(f"model.d_mlp = {config.model.mlp_width} is not divisible by mesh.tensor = {tensor}")
     if config.model.d_model % (fsdp * tensor):
         raise ConfigError(
             f"model.d_model = {config.model.d_model} is not divisible by mesh.fsdp * mesh.tensor = {fsdp * tensor}"

@@ -179,7 +179,10 @@ def _draft(models, live, weights, state, active_B, known):
     noise_BxKxD = call(model, weights, "embed_noise", u_BxK, slots.of_tau_BxD)
     x_BxGxD = _joined(text_BxNxD, noise_BxKxD, unread_B)
     rows_BxK = unread_B[:, None] + jnp.arange(k)
-    hidden_BxKxD, caches = append(model, weights, x_BxGxD, state.caches["student"], read_B, live, rows_BxK)
+    is_noise_BxG = jnp.arange(known + k) >= unread_B[:, None] if model.cfg.is_gated else None
+    hidden_BxKxD, caches = append(
+        model, weights, x_BxGxD, state.caches["student"], read_B, live, rows_BxK, is_noise_BxG
+    )
     state = _after_a_pass(state, "student", caches, active_B)
     return _drawn(model, slots, active_B, ordered_logits(model, weights, hidden_BxKxD), u_BxK), state
 

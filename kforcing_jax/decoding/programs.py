@@ -143,7 +143,7 @@ class Programs:
         caches = {}
         for name in self.models.names:
             cfg = getattr(self.models, name).cfg
-            shape = self.slots, cfg.num_heads, self.positions, cfg.head_width
+            shape = self.slots, cfg.kv_heads, self.positions, cfg.head_width
             caches[name] = tuple(allocate(*shape, cfg.dtype) for _ in range(cfg.num_layers))
         student, teacher = self.models.student, self.models.teacher
         width = student.cfg.d_model if student else 0

@@ -17,10 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from kforcing_jax.architecture import Rope
 from kforcing_jax.interop import tensor_files
 from kforcing_jax.interop.torch_zip import CheckpointFormatError, StoredTensor, describe
 from kforcing_jax.models import CausalLM, ModelConfig, PushForwardLM
-from kforcing_jax.models.layers import ROPE_BASE, rotary_frequencies
+from kforcing_jax.models.rotary import rotary_frequencies
 from kforcing_jax.noise import CdfOrder
 
 _WEIGHTS = ("state_dict", "ema")
@@ -268,10 +269,10 @@ def _head_width(tensors, d_model):
         raise CheckpointFormatError(
             f"{_FREQUENCIES} has {pairs} entries, which is not half a head width that divides {d_model}"
         )
-    expected = rotary_frequencies(2 * pairs)
+    expected = rotary_frequencies(Rope(), 2 * pairs)
     # As far as bfloat16 holds them.
     if not np.allclose(tensors.get(_FREQUENCIES, (pairs,)), expected, rtol=2**-7):
-        raise CheckpointFormatError(f"{_FREQUENCIES} is not that of base {ROPE_BASE:g}")
+        raise CheckpointFormatError(f"{_FREQUENCIES} is not that of base {Rope().base:g}")
     return 2 * pairs
 
 
@@ -281,7 +282,7 @@ def _torch_frequencies(head_width):
     XLA's and numpy's own f32 powers differ in that bit, and so does any other order of the operations.
     """
     exponents = np.arange(0, head_width, 2, dtype=np.float32) / np.float32(head_width)
-    return np.float32(1) / (ROPE_BASE ** exponents.astype(np.float64)).astype(np.float32)
+    return np.float32(1) / (Rope().base ** exponents.astype(np.float64)).astype(np.float32)
 
 
 def _count_layers(tensors):

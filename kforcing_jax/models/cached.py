@@ -14,10 +14,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from kforcing_jax.models.backbone import Block, ModelConfig
-from kforcing_jax.models.cache import Cache
-from kforcing_jax.models.layers import MASK_LOGIT, rotary_angles
+from kforcing_jax.models.backbone import Appended, Block, ModelConfig
+from kforcing_jax.models.cache import Cache, Seen
+from kforcing_jax.models.layers import MASK_LOGIT, Delta, masked
 from kforcing_jax.models.lm import CausalLM, PushForwardLM
+from kforcing_jax.models.rotary import rotary_angles
 from kforcing_jax.sharding import parameter_shardings
 
 
@@ -57,8 +58,9 @@ def _placed(made, mesh):
 def split(cfg: ModelConfig, params: dict) -> Weights:
     """`weights`, of arrays that may be abstract."""
     backbone = dict(params["backbone"])
-    stacked, output = backbone.pop("blocks"), dict(backbone.pop("output"))
-    head_VxD = jnp.swapaxes(output.pop("kernel"), 0, 1)
+    stacked, output = backbone.pop("blocks"), dict(backbone.pop("output", {}))
+    kernel = output.pop("kernel", None)
+    head_VxD = cfg.ordered_rows(backbone["embedding"]["embedding"]) if kernel is None else jnp.swapaxes(kernel, 0, 1)
 
     def one(layer):
         return jax.tree_util.tree_map_with_path(lambda path, x: _cast(cfg, path, x[layer]), stacked)
@@ -91,6 +93,8 @@ def append(
     start_B: jax.Array,
     live: int,
     rows_BxR: jax.Array | None = None,
+    is_noise_BxG: jax.Array | None = None,
+    windows: "Windows | None" = None,
 ) -> tuple[jax.Array, tuple[Cache, ...]]:
     """Runs the blocks over a chunk of embedded tokens.
 
@@ -100,28 +104,63 @@ def append(
       live: no row holds anything beyond this slot, the chunk included.
       rows_BxR: the tokens of the chunk whose hidden states are wanted, by default all. In the last layer the others
         give keys and values only.
+      is_noise_BxG: which tokens are noise; None where that makes no difference to the weights, or none of them is.
+      windows: where the chunk ends with windows that hang off tokens in it; by default it is one text.
 
     Returns:
       hidden_BxRxD after the final normalisation, f32, and the caches.
     """
-    block, written = Block(model.cfg), []
-    positions_BxG = start_B[:, None] + jnp.arange(x_BxGxD.shape[1])
-    angles = rotary_angles(positions_BxG[:, None], model.cfg.head_width)
+    cfg, written = model.cfg, []
+    block = Block(cfg)
+    positions_BxG, seen = _places(cfg, start_B, x_BxGxD.shape[1], windows)
+    angles = rotary_angles(positions_BxG[:, None], cfg.rope, cfg.head_width)
     for layer, (block_params, cache) in enumerate(zip(params.blocks, caches, strict=True)):
         wanted = rows_BxR if layer == len(caches) - 1 else None
-        result: Any = block.apply(
-            {"params": block_params}, x_BxGxD, angles, cache, start_B, live, wanted, method="append"
-        )
+        where = Appended(angles, seen, is_noise_BxG, wanted)
+        result: Any = block.apply({"params": block_params}, x_BxGxD, cache, start_B, live, where, method="append")
         x_BxGxD, cache = result
         written.append(cache)
     return call(model, params, "normalise", x_BxGxD), tuple(written)
 
 
+class Windows(NamedTuple):
+    """Windows of `width` tokens each, one after the other at the end of a chunk, after tokens of the chunk itself."""
+
+    after_BxW: jax.Array  # the token that each of them hangs off, counted from the beginning of the chunk
+    width: int
+
+
+def _places(cfg, start_B, size, windows) -> tuple[jax.Array, Seen]:
+    """positions_BxG of a chunk, and what its tokens see."""
+    slots_BxG = start_B[:, None] + jnp.arange(size)
+    if windows is None:
+        first = slots_BxG - cfg.sliding_window + 1 if cfg.sliding_window else None
+        return slots_BxG, Seen(slots_BxG, first)
+    count = windows.after_BxW.shape[1]
+    known = size - count * windows.width
+    offset_W = jnp.tile(jnp.arange(windows.width), count)
+    last_BxW = start_B[:, None] + jnp.repeat(windows.after_BxW, windows.width, axis=1)
+    positions_BxG = jnp.concatenate([slots_BxG[:, :known], last_BxW + 1 + offset_W], axis=1)
+    last_BxG = jnp.concatenate([slots_BxG[:, :known], last_BxW], axis=1)
+    # Of a known token its own slot, which it sees anyhow.
+    begins_BxG = slots_BxG - jnp.concatenate([jnp.zeros(known, jnp.int32), offset_W])
+    if not cfg.sliding_window:
+        return positions_BxG, Seen(last_BxG, None, begins_BxG, slots_BxG)
+    nearest = jnp.maximum(begins_BxG, slots_BxG - cfg.sliding_window + 1)
+    return positions_BxG, Seen(last_BxG, positions_BxG - cfg.sliding_window + 1, nearest, slots_BxG)
+
+
 def ordered_logits(model: CausalLM | PushForwardLM, params: Weights, hidden_xD: jax.Array) -> jax.Array:
-    """f32 logits_xV in the order of the CDF."""
-    cfg, bias_V = model.cfg, params.rest["backbone"]["output"]["bias"]
-    logits_xV = jnp.einsum("...D,VD->...V", hidden_xD, params.head_VxD, precision=cfg.precision) + bias_V
-    return logits_xV.at[..., cfg.column_of(cfg.mask_id)].set(MASK_LOGIT)
+    """f32 logits_xV in the order of the CDF; of a gated student those of noise rows."""
+    cfg, backbone = model.cfg, params.rest["backbone"]
+    logits_xV = jnp.einsum("...D,VD->...V", hidden_xD, params.head_VxD, precision=cfg.precision)
+    if cfg.output_bias:
+        logits_xV += backbone["output"]["bias"]
+    if cfg.is_gated:
+        delta = Delta((cfg.d_model,), (cfg.vocab_size,), cfg.adapter_rank, cfg.precision)
+        added: Any = delta.apply({"params": backbone["output_delta"]}, hidden_xD)
+        logits_xV += added
+    return masked(cfg, logits_xV, MASK_LOGIT)
 
 
 def call(model: CausalLM | PushForwardLM, params: Weights, method: str, *args: Any) -> Any:

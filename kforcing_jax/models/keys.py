@@ -9,7 +9,7 @@ ATTENDED = "attended"
 
 
 class KeyValue(NamedTuple):
-    """Keys and values of some tokens, both of shape (..., H, C)."""
+    """Keys and values of some tokens, both of shape (..., H, C); H are the heads of keys and values."""
 
     key: jax.Array
     value: jax.Array
@@ -20,6 +20,13 @@ class Past(NamedTuple):
 
     tokens: KeyValue
     length: jax.Array
+
+
+class Sliding(NamedTuple):
+    """A token sees `width` tokens, itself included. Query g of a group sits `ahead_G` positions after its anchor."""
+
+    width: int
+    ahead_G: jax.Array
 
 
 class Causal(NamedTuple):

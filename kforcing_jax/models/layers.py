@@ -1,4 +1,4 @@
-"""The pieces of the models: rotary positions, the noise encoder, the output layer."""
+"""The pieces of the models: normalisation, the noise encoder, what noise rows add to a matrix, the output layer."""
 
 import functools
 import math
@@ -8,11 +8,13 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
+from kforcing_jax.architecture import Architecture
+from kforcing_jax.config import FULL_RANK
 from kforcing_jax.sharding import ROWS, constrain, row_shards
 
 LAYER_NORM_EPSILON = 1e-5
-ROPE_BASE = 10_000.0
 NOISE_BASE = 10_000.0
 MASK_LOGIT = -1000.0
 
@@ -20,22 +22,10 @@ MASK_LOGIT = -1000.0
 _MOST_LOGITS = 2**25
 
 
-def rotary_frequencies(head_width: int) -> jax.Array:
-    """Radians per position of each of the C / 2 channel pairs, f32."""
-    return ROPE_BASE ** (-jnp.arange(0, head_width, 2, dtype=jnp.float32) / head_width)
-
-
-def rotary_angles(positions: jax.Array, head_width: int) -> tuple[jax.Array, jax.Array]:
-    """(cos, sin) of shape (*positions.shape, 1, C / 2), f32; the 1 broadcasts over heads."""
-    angles = positions[..., None, None].astype(jnp.float32) * rotary_frequencies(head_width)
-    return jnp.cos(angles), jnp.sin(angles)
-
-
-def rotate(x_xHxC: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotated x_xHxC of the same dtype, cos and sin as of `rotary_angles`: channel c pairs with channel c + C/2."""
-    first, second = jnp.split(x_xHxC.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x_xHxC.dtype)
+def norm(architecture: Architecture) -> nn.Module:
+    """The normalisation before a product, with a scale and no bias; f32."""
+    layer = {"layer_norm": functools.partial(nn.LayerNorm, use_bias=False), "rms_norm": nn.RMSNorm}[architecture.norm]
+    return layer(epsilon=architecture.norm_epsilon)
 
 
 class NoiseEncoder(nn.Module):
@@ -97,50 +87,121 @@ def fourier_features(value_x: jax.Array, width: int) -> jax.Array:
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
-class Output(nn.Module):
-    """The output layer: hidden states to f32 logits, a few positions at a time. One column is the mask's."""
+class Delta(nn.Module):
+    """What noise rows add to the product with a matrix of the teacher: a product of low rank, zero at first.
 
-    d_model: int
-    vocab_size: int
-    mask_column: int
+    Attributes:
+      inputs, outputs: axes of the matrix.
+      rank: inner width, of each part; -1 for whole matrices.
+      parts: how many matrices with a delta each there are, along the first axis of the outputs: queries, keys, ...
+    """
+
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    rank: int
     precision: str
+    dtype: DTypeLike = jnp.float32
+    parts: int = 1
 
     def setup(self) -> None:
-        shape = (self.d_model, self.vocab_size)
-        self.kernel = self.param("kernel", nn.initializers.lecun_normal(), shape, jnp.float32)
-        self.bias = self.param("bias", nn.initializers.zeros_init(), (self.vocab_size,), jnp.float32)
+        inputs, columns = math.prod(self.inputs), math.prod(self.outputs) // self.parts
+        zeros = nn.initializers.zeros_init()
+        if self.rank == FULL_RANK:
+            self.full = self.param("full", zeros, (inputs, self.parts, columns), jnp.float32)
+        else:
+            spread = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=0, out_axis=2, batch_axis=1)
+            self.down = self.param("down", spread, (inputs, self.parts, self.rank), jnp.float32)
+            self.up = self.param("up", zeros, (self.parts, self.rank, columns), jnp.float32)
 
-    def __call__(self, x_xD: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """(..., *outputs) of x (..., *inputs)."""
+        return self.function()(x)
+
+    def function(self) -> Callable[[jax.Array], jax.Array]:
+        """What calling does, as a function of arrays: for use inside JAX's transformations."""
+        dot = functools.partial(jnp.einsum, precision=self.precision)
+        matrices = [self.full] if self.rank == FULL_RANK else [self.down, self.up]
+        first, *rest = (matrix.astype(self.dtype) for matrix in matrices)
+
+        def added(x):
+            x_xI = x.reshape(*x.shape[: x.ndim - len(self.inputs)], -1).astype(self.dtype)
+            y = dot("...I,IPO->...PO", x_xI, first)
+            for up_PxRxO in rest:
+                y = dot("...PR,PRO->...PO", y, up_PxRxO)
+            return y.reshape(*x_xI.shape[:-1], *self.outputs)
+
+        return added
+
+
+class Output(nn.Module):
+    """The output layer: hidden states to f32 logits, a few positions at a time, in the order of the CDF.
+
+    Of a model with tied embeddings its matrix is the embedding, which methods are given: `embedding_VxD`.
+    """
+
+    cfg: Any  # ModelConfig
+
+    def setup(self) -> None:
+        cfg = self.cfg
+        if not cfg.tied_embeddings:
+            shape = (cfg.d_model, cfg.vocab_size)
+            self.kernel = self.param("kernel", nn.initializers.lecun_normal(), shape, jnp.float32)
+        if cfg.output_bias:
+            self.bias = self.param("bias", nn.initializers.zeros_init(), (cfg.vocab_size,), jnp.float32)
+
+    def __call__(self, x_xD: jax.Array, embedding_VxD: jax.Array) -> jax.Array:
         """logits_xV, the mask at -1000."""
-        return self._logits(x_xD, self.kernel, self.bias)
+        return self._logits(x_xD, self._matrix(embedding_VxD), self._bias)
 
-    def per_token(self, function: Callable[..., Any], x_BxAxGxD: jax.Array, *arrays_BxAxG: jax.Array) -> Any:
+    def per_token(
+        self,
+        function: Callable[..., Any],
+        added: Callable[[jax.Array], jax.Array] | None,
+        embedding_VxD: jax.Array,
+        x_BxAxGxD: jax.Array,
+        *arrays_BxAxG: jax.Array,
+    ) -> Any:
         """function(logits_BxAxGxV, *arrays_BxAxG), which works on every token by itself, over chunks of anchors.
 
         The logits of one chunk are alive at a time, in the backward pass too: memory does not depend on A * V.
         Arrays, and what the function returns (one or a tree of them), have shape (B, A, G); an axis of size 1 is
-        repeated.
+        repeated. `added` gives what is added to the logits of hidden states.
         """
         # Gathered and summed once, not once a chunk, where the parameters are spread over devices.
-        kernel_DxV, bias_V = constrain(self.kernel), constrain(self.bias)
+        kernel_DxV = constrain(self._matrix(embedding_VxD))
+        bias_V = None if self._bias is None else constrain(self._bias)
 
         def one_chunk(x_and_arrays):
             x_BxAxGxD, *arrays_BxAxG = x_and_arrays
             # The vocabulary is never split: a tensor axis takes positions here.
             x_BxAxGxD = constrain(x_BxAxGxD, ROWS, "tensor")
-            return function(self._logits(x_BxAxGxD, kernel_DxV, bias_V), *arrays_BxAxG)
+            return function(self._logits(x_BxAxGxD, kernel_DxV, bias_V, added), *arrays_BxAxG)
 
         shape = x_BxAxGxD.shape[:3]
         inputs = (x_BxAxGxD, *(jnp.broadcast_to(array, shape) for array in arrays_BxAxG))
-        size = chunk_size(shape, self.vocab_size)
+        size = chunk_size(shape, self.cfg.vocab_size)
         if size == shape[1]:
             return one_chunk(inputs)
         outputs = jax.lax.map(jax.checkpoint(one_chunk, prevent_cse=False), _split_anchors(inputs, size))
         return jax.tree.map(lambda out: _join_anchors(out, shape[1]), outputs)
 
-    def _logits(self, x_xD, kernel_DxV, bias_V):
-        logits_xV = jnp.dot(x_xD, kernel_DxV, precision=self.precision) + bias_V
-        return logits_xV.at[..., self.mask_column].set(MASK_LOGIT)
+    @property
+    def _bias(self):
+        return self.bias if self.cfg.output_bias else None
+
+    def _matrix(self, embedding_VxD):
+        """kernel_DxV, its columns in the order of the CDF."""
+        return self.cfg.ordered_rows(embedding_VxD).T if self.cfg.tied_embeddings else self.kernel
+
+    def _logits(self, x_xD, kernel_DxV, bias_V, added=None):
+        logits_xV = jnp.dot(x_xD, kernel_DxV, precision=self.cfg.precision, preferred_element_type=jnp.float32)
+        logits_xV = logits_xV if bias_V is None else logits_xV + bias_V
+        return masked(self.cfg, logits_xV if added is None else logits_xV + added(x_xD), MASK_LOGIT)
+
+
+def masked(cfg: Any, ordered_xV: jax.Array, value: float) -> jax.Array:
+    """Logits in the order of the CDF with the mask's at a value, where there is a mask."""
+    return ordered_xV if cfg.mask_column is None else ordered_xV.at[..., cfg.mask_column].set(value)
 
 
 def chunk_size(shape_BxAxG: tuple[int, ...], vocab_size: int) -> int:

@@ -15,6 +15,7 @@ few positions at a time, so that nobody ever holds the logits of a whole batch. 
 tokens lie on [0, 1) (`ModelConfig.cdf_order`); those of `logits` and of calling a model are in vocabulary order.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -25,8 +26,8 @@ import jax.numpy as jnp
 
 from kforcing_jax import noise
 from kforcing_jax.models.backbone import Backbone, ModelConfig
-from kforcing_jax.models.keys import KeyValue, Known, Past, Text
-from kforcing_jax.models.layers import NoiseEncoder
+from kforcing_jax.models.keys import Causal, KeyValue, Known, Past, Text
+from kforcing_jax.models.layers import NoiseEncoder, masked
 from kforcing_jax.models.truncation import nucleus
 
 
@@ -102,7 +103,10 @@ class LanguageModel(nn.Module):
         return self._pass(x_BxAxGxD, positions_BxAxG, tokens_BxAxT.shape[2], prefix, past)
 
     def _pass(self, x_BxAxGxD, positions_BxAxG, known, prefix, past=None):
-        hidden, keys = self.backbone(x_BxAxGxD, positions_BxAxG, prefix, past)
+        """The first `known` tokens of every group are known, the rest is noise."""
+        group = x_BxAxGxD.shape[2]
+        is_noise_G = jnp.arange(group) >= known if self.cfg.is_gated and group > known else None
+        hidden, keys = self.backbone(x_BxAxGxD, positions_BxAxG, prefix, past, is_noise_G)
 
         def rows(part):
             return Rows(hidden[:, :, part], jax.tree.map(lambda kv: kv[:, :, :, part], keys))
@@ -116,7 +120,7 @@ class LanguageModel(nn.Module):
 
     def ordered_logits(self, hidden_xD: jax.Array) -> jax.Array:
         """f32 logits_xV in the order of the CDF."""
-        return self.backbone.output(hidden_xD)
+        return self.backbone.logits(hidden_xD)
 
     def embed(self, tokens_x: jax.Array) -> jax.Array:
         """Embedded tokens (x, D)."""
@@ -124,11 +128,11 @@ class LanguageModel(nn.Module):
 
     def normalise(self, x_xD: jax.Array) -> jax.Array:
         """hidden_xD that the output layer takes, f32, from what the blocks give."""
-        return self.backbone.final_norm(x_xD.astype(jnp.float32))
+        return self.backbone.normalise(x_xD)
 
     def per_token(self, function: Callable[..., Any], hidden_BxAxGxD: jax.Array, *arrays_BxAxG: jax.Array) -> Any:
         """function(ordered logits, *arrays) of every token, in chunks; see `Output.per_token`."""
-        return self.backbone.output.per_token(function, hidden_BxAxGxD, *arrays_BxAxG)
+        return self.backbone.per_token(function, hidden_BxAxGxD, *arrays_BxAxG)
 
     def draw(
         self, hidden_BxAxGxD: jax.Array, u_BxAxG: jax.Array, tau_Bx1x1: jax.Array, top_p: float = 1.0
@@ -148,7 +152,7 @@ class LanguageModel(nn.Module):
 
     def _possible(self, ordered_xV):
         """At tau = 1000, or next to others as low, a logit of -1000 is not impossible."""
-        return ordered_xV.at[..., self.cfg.column_of(self.cfg.mask_id)].set(-jnp.inf)
+        return masked(self.cfg, ordered_xV, -jnp.inf)
 
 
 class CausalLM(LanguageModel):
@@ -190,11 +194,42 @@ class PushForwardLM(LanguageModel):
     """Student: context tokens and k uniforms in, logits of k tokens out of one pass (paper, section 3.2).
 
     The weights do not depend on k; the window of a pass is the last axis of the noise that it is given.
+
+    A gated student (`cfg.adapter_rank`) has its teacher's weights, and `models/gated.py` for what noise rows add to
+    them: its known tokens are computed as the teacher's, whatever is added, and `text_model` is that teacher.
     """
 
     def setup(self) -> None:
         self.backbone = Backbone(self.cfg)
         self.noise_encoder = NoiseEncoder(self.cfg.d_model, self.cfg.precision)
+
+    @property
+    def text_model(self) -> CausalLM:
+        """The teacher that a gated student contains: it takes the student's parameters."""
+        return CausalLM(dataclasses.replace(self.cfg, adapter_rank=0))
+
+    def begin(
+        self,
+        tokens_BxN: jax.Array,
+        noise_BxNxK: jax.Array,
+        tau_B: jax.Array,
+        segments_BxN: jax.Array | None = None,
+    ) -> Pass:
+        """As of any model. In a gated student the text has a pass of its own, that of the teacher."""
+        if not self.cfg.is_gated:
+            return super().begin(tokens_BxN, noise_BxNxK, tau_B, segments_BxN)
+        positions_BxNx1 = text_positions(tokens_BxN.shape, segments_BxN)[..., None]
+        text = self._pass(self.backbone.embed(tokens_BxN)[:, :, None], positions_BxNx1, 1, Text(segments_BxN))
+        return Pass(text.known, self.windows(text.text_keys, noise_BxNxK, tau_B, segments_BxN))
+
+    def windows(
+        self, text_keys: KeyValue, noise_BxNxK: jax.Array, tau_B: jax.Array, segments_BxN: jax.Array | None = None
+    ) -> Rows:
+        """The noise rows of a pass over text, from the keys (L, B, N, KV, C) that its known tokens gave."""
+        shape_BxN, no_tokens = noise_BxNxK.shape[:2], jnp.zeros((*noise_BxNxK.shape[:2], 0), jnp.int32)
+        positions_BxNxK = consecutive(text_positions(shape_BxN, segments_BxN) + 1, noise_BxNxK.shape[2])
+        prefix = Known(text_keys, Causal(segments_BxN))
+        return self.extend(no_tokens, noise_BxNxK, tau_B, positions_BxNxK, prefix).noise
 
     def __call__(self, tokens_BxN: jax.Array, noise_BxNxK: jax.Array, tau_B: jax.Array) -> jax.Array:
         """logits_BxNxKxV of one window after every position; window j of position n is token n + 1 + j."""

@@ -58,9 +58,14 @@ def group_attention(
     segments_BxN: jax.Array | None,
     past: Past | None,
     precision: str,
+    sharing: int = 1,
 ) -> jax.Array:
-    """out_BxNxGxHxC: `attention.group_attention` over a text, with a `Causal` reach."""
-    beside, seen_GxM = _beside(q_BxNxGxHxC.shape[2], own, past)
+    """out_BxNxGxHxC: `attention.group_attention` over a text, with a `Causal` reach.
+
+    Each token of a group is `sharing` rows, one for each query head that sees the same keys.
+    """
+    beside, seen_GxM = _beside(q_BxNxGxHxC.shape[2] // sharing, own, past)
+    seen_GxM = jnp.repeat(seen_GxM, sharing, axis=0)
     return _merged_attention(
         precision, q_BxNxGxHxC * q_BxNxGxHxC.shape[-1] ** -0.5, text, beside, seen_GxM, segments_BxN
     )

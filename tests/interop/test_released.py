@@ -26,7 +26,9 @@ from kforcing_jax.workdir import Workdir
 
 
 def write_released(path, vocab_size, mask_id, student, num_layers=2, d_model=16, num_heads=2, **note):
-    cfg = ModelConfig(vocab_size, mask_id, num_layers, d_model, num_heads)
+    cfg = ModelConfig(
+        vocab_size=vocab_size, mask_id=mask_id, num_layers=num_layers, d_model=d_model, num_heads=num_heads
+    )
     model = (PushForwardLM if student else CausalLM)(cfg)
     shapes, rng = jax.eval_shape(lambda: init_params(model, jax.random.key(0))), np.random.default_rng(1)
     params = jax.tree.map(lambda leaf: (0.3 * rng.normal(size=leaf.shape)).astype(np.float32), shapes)

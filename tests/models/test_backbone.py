@@ -9,15 +9,16 @@ import numpy as np
 import pytest
 from compiling import OPTIMISED
 
+from kforcing_jax.architecture import Rope
 from kforcing_jax.models import CausalLM, PushForwardLM, backbone, init_params, layers
 from kforcing_jax.models.backbone import Backbone, ModelConfig
 from kforcing_jax.models.keys import Text
-from kforcing_jax.models.layers import rotary_angles, rotate
+from kforcing_jax.models.rotary import rotary_angles, rotate
 from kforcing_jax.training.losses import loss_and_agreement
 
 
 def rotated(x_HxC, position):
-    return rotate(jnp.asarray(x_HxC), *rotary_angles(jnp.asarray(position), x_HxC.shape[-1]))
+    return rotate(jnp.asarray(x_HxC), *rotary_angles(jnp.asarray(position), Rope(), x_HxC.shape[-1]))
 
 
 def test_a_rotated_product_depends_only_on_the_distance(rng):
