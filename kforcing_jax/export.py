@@ -58,6 +58,7 @@ def note_of(config: Config, stage: str, tokenizer: "Tokenizer") -> dict:
     settings = config.stages[stage]
     if settings.window:
         note |= {"window": settings.window, "tau_min": float(settings.tau_min), "tau_max": float(settings.tau_max)}
+        note["top_p"] = float(settings.top_p)
     return note
 
 

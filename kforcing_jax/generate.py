@@ -29,7 +29,7 @@ from kforcing_jax.cli.checkpoints import (
     check_readable,
 )
 from kforcing_jax.cli.stages import choose_stage, choose_tau
-from kforcing_jax.config import check_tau
+from kforcing_jax.config import check_tau, check_top_p
 from kforcing_jax.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -63,6 +63,9 @@ _SEED = flags.DEFINE_integer("seed", 0, "Noise seed of the first sample; the oth
 _TAU = flags.DEFINE_float(
     "tau", None, "Temperature, in [1e-6, 1000]; by default 1, or the nearest that the stage was trained with."
 )
+_TOP_P = flags.DEFINE_float(
+    "top_p", None, "Draw from the fewest likeliest tokens of this probability; a student has that of its training."
+)
 _FREQUENCY_PENALTY = flags.DEFINE_float("frequency_penalty", 0.0, "Logit penalty per earlier use of a token.")
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the blocks and their caches.")
 _SLOTS = flags.DEFINE_integer("slots", None, "Texts at a time; by default all, up to 64.", lower_bound=1)
@@ -86,6 +89,7 @@ class Decoder(NamedTuple):
     seq_len: int | None
     prefix_length: int | None
     tau: float
+    top_p: float
 
     @property
     def settings(self) -> dict:
@@ -93,6 +97,7 @@ class Decoder(NamedTuple):
         return {
             "k": self.k,
             "tau": self.tau,
+            "top_p": self.top_p,
             "frequency_penalty": _FREQUENCY_PENALTY.value,
             "mode": _MODE.value,
             "confidence": _CONFIDENCE.value,
@@ -115,6 +120,8 @@ def _check_flags():
     """Raises ConfigError for flags that are wrong, do not fit each other, or would have no effect."""
     if _TAU.value is not None:
         check_tau("--tau", _TAU.value)
+    if _TOP_P.value is not None:
+        check_top_p("--top_p", _TOP_P.value)
     if not math.isfinite(_FREQUENCY_PENALTY.value):
         raise ConfigError(f"--frequency_penalty={_FREQUENCY_PENALTY.value} is not finite")
     if abs(_FREQUENCY_PENALTY.value) > _MOST_PENALTY:
@@ -175,13 +182,27 @@ def _from_run(path: str) -> Decoder:
     stage, k = choose_stage(workdir.config, stages[0], _MODE.value, K.value, _STAGE.value, stages[1])
     data, evaluation = workdir.config.data, workdir.config.evaluation
     settings = workdir.config.stages[stage]
-    is_weighed = settings.window and _MODE.value == "student"  # the teacher takes any temperature
-    tau = choose_tau(_TAU.value, (settings.tau_min, settings.tau_max) if is_weighed else None)
+    # The teacher takes any temperature and nucleus.
+    trained = (settings.tau_min, settings.tau_max) if settings.window else None
+    tau = choose_tau(_TAU.value, trained, _MODE.value)
+    top_p = _top_p(settings.top_p if settings.window else None)
     if not PREFIX_FILE.value:
         _prompts(tokenizer, tokenizer.vocab_size, data.seq_len)  # before weights are loaded
     loaded = load_checkpoint(workdir, stage, tokenizer, step=_STEP.value)[:2]
     teacher = load_stage(workdir, "ar", tokenizer) if _MODE.value == "exact" else None
-    return Decoder(stage, *loaded, teacher, tokenizer, tokenizer.eos_id, k, data.seq_len, evaluation.prompt_length, tau)
+    known = tokenizer, tokenizer.eos_id, k, data.seq_len, evaluation.prompt_length
+    return Decoder(stage, *loaded, teacher, *known, tau, top_p)
+
+
+def _top_p(trained: float | None) -> float:
+    """That of the requests; `trained` is that of the student, None without one."""
+    from kforcing_jax.decoding.requests import top_p_for
+
+    try:
+        mode = "ar" if trained is None else _MODE.value
+        return top_p_for(mode, _TOP_P.value, 1.0 if trained is None else trained)
+    except DataError as error:
+        raise ConfigError(f"--{str(error).replace(' = ', '=', 1)}; modes ar and exact take any") from None
 
 
 def _from_checkpoint() -> Decoder:
@@ -204,11 +225,12 @@ def _from_checkpoint() -> Decoder:
     if release and not tokenizer:
         print(f"the tokenizer {release.tokenizer} is not here: ids in, ids out", file=sys.stderr)
     k = released.tokens_per_pass(K.value)
-    tau = choose_tau(_TAU.value, released.tau_range if _MODE.value == "student" else None)
+    is_student = _MODE.value != "ar" and not isinstance(model, CausalLM)
+    tau = choose_tau(_TAU.value, released.tau_range if is_student else None, _MODE.value)
+    top_p = _top_p(released.top_p if is_student else None)
     name = _TEACHER.value if _MODE.value == "ar" and _TEACHER.value else path
-    return Decoder(
-        name, model, params, teacher, tokenizer, released.eos_id, k, released.seq_len, released.prefix_length, tau
-    )
+    known = tokenizer, released.eos_id, k, released.seq_len, released.prefix_length
+    return Decoder(name, model, params, teacher, *known, tau, top_p)
 
 
 def _continue_prompts(decoder: Decoder):

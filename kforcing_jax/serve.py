@@ -70,6 +70,7 @@ class Loaded(NamedTuple):
     k: int
     seq_len: int | None
     tau_range: tuple[float, float] | None
+    top_p: float  # of the nucleus that a student's tokens are from
 
 
 def main(_: Sequence[str]) -> None:
@@ -128,15 +129,14 @@ def _from_run(path: str) -> Loaded:
     name = _NAME.value or workdir.path.absolute().name
     mesh = _mesh(config.model.num_heads)
     teacher = load_stage(workdir, "ar", tokenizer, mesh) if "ar" in begun else None
-    student, k, tau_range = None, 1, None
+    student, k, tau_range, top_p = None, 1, None, 1.0
     if _STAGE.value != "ar" and (_STAGE.value or begun != ["ar"]):
         finished, unfinished = finished_stages(workdir), unfinished_stages(workdir)
         stage, k = choose_stage(config, finished, "student", K.value, _STAGE.value, unfinished)
         student = load_stage(workdir, stage, tokenizer, mesh)
-        tau_range = config.stages[stage].tau_min, config.stages[stage].tau_max
-    return Loaded(
-        name, student, teacher, tokenizer, workdir.data_path, tokenizer.eos_id, k, config.data.seq_len, tau_range
-    )
+        tau_range, top_p = (config.stages[stage].tau_min, config.stages[stage].tau_max), config.stages[stage].top_p
+    known = tokenizer, workdir.data_path, tokenizer.eos_id, k, config.data.seq_len
+    return Loaded(name, student, teacher, *known, tau_range, top_p)
 
 
 def _from_checkpoint(path: str) -> Loaded:
@@ -165,6 +165,7 @@ def _from_checkpoint(path: str) -> Loaded:
         released.tokens_per_pass(K.value),
         released.seq_len,
         released.tau_range,
+        released.top_p,
     )
 
 
@@ -198,6 +199,7 @@ def _app(loaded: Loaded):
         mode=mode,
         confidence=_CONFIDENCE.value,
         tau_range=loaded.tau_range,
+        top_p=loaded.top_p,
         most_texts=max(_QUEUE.value // _CALLERS, 1),
         chat_template=template,
     )

@@ -38,7 +38,8 @@ class Request:
       frequency_penalty: subtracted from a token's logit for every time it was generated.
       end_ids: tokens that end the text.
       top_k: draw from the so many likeliest tokens only, and those as likely as the last of them; 0 is all.
-      top_p: then from the fewest likeliest that have this probability together, in (0, 1].
+      top_p: then from the fewest likeliest that have this probability together, in (0, 1]. In mode `student` 1: its
+        tokens are from the nucleus of its training already, see `top_p_for`.
       logit_bias: added to the logits of tokens, by id.
       logprobs: report the log-probability of every new token, and of so many alternatives. They are the teacher's own:
         at temperature 1, before bias, penalty and truncation.
@@ -110,6 +111,25 @@ class Request:
 
 
 _OF_TEACHERS = {"top_k": 0, "top_p": 1.0, "logit_bias": {}, "logprobs": None, "prompt_logprobs": False}
+
+
+def top_p_for(mode: str, wanted: float | None, trained: float = 1.0) -> float:
+    """The `top_p` of a request, from what is wanted and what the student was trained with.
+
+    A student's tokens are from that nucleus, so nothing is left to cut from them. Modes `ar` and `exact` take any. By
+    default it is 1 in `ar`, and the student's in `exact`: a draft from a nucleus stands where the teacher draws from it.
+
+    Raises:
+      DataError: in mode `student`, another one than the student was trained with.
+    """
+    if mode == "student":
+        if wanted not in (None, trained):
+            raise DataError(
+                f"top_p = {wanted:g} is none that the student was trained with ({trained:g}), and its tokens are "
+                "settled by the noise that goes in"
+            )
+        return 1.0
+    return {"ar": 1.0, "exact": trained}[mode] if wanted is None else wanted
 
 
 def check_count(name: str, value: int) -> None:

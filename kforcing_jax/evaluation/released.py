@@ -58,6 +58,7 @@ def _agreement(released, completions, teacher, tau):
         batch_size=throughput["batch_size"],
         tau=tau,
         eos_id=released.tokenizer.eos_id,
+        top_p=released.top_p,
     )
     return agreement(
         teacher.model,
@@ -69,6 +70,7 @@ def _agreement(released, completions, teacher, tau):
         window=throughput["K_per_step"],
         tau=tau,
         eos_id=released.tokenizer.eos_id,
+        top_p=released.top_p,
     )
 
 

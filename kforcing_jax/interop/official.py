@@ -60,6 +60,10 @@ def _is_temperature(value) -> bool:
     return type(value) is float and 0 < value < math.inf
 
 
+def _is_share(value) -> bool:
+    return type(value) is float and 0 < value <= 1
+
+
 def _is_order(value) -> bool:
     return isinstance(value, list) and all(map(_is_count, value)) and sorted(value) == list(range(len(value)))
 
@@ -74,6 +78,7 @@ NOTES: dict[str, tuple[Callable[[object], bool], str]] = {
     "window": (_is_count, "the tokens of a pass"),
     "tau_min": (_is_temperature, "a temperature"),
     "tau_max": (_is_temperature, "a temperature"),
+    "top_p": (_is_share, "a probability above 0"),
     "cdf_order": (_is_order, "every id once, in the order in which they lie on [0, 1)"),
 }
 
@@ -122,9 +127,10 @@ def in_order(
     tokens_V = np.arange(model.cfg.vocab_size) if order is None else order.tokens_V
     columns_V = model.cfg.column_of(tokens_V)
     backbone = params["backbone"]
-    output = jax.tree.map(lambda leaf: leaf[..., columns_V], backbone["output"])
+    # Nothing where embeddings are tied: these are in vocabulary order in any case.
+    output = jax.tree.map(lambda leaf: leaf[..., columns_V], {"output": backbone.get("output", {})})
     model = type(model)(dataclasses.replace(model.cfg, cdf_order=order))
-    return model, params | {"backbone": backbone | {"output": output}}
+    return model, params | {"backbone": backbone | (output if output["output"] else {})}
 
 
 def from_state_dict(

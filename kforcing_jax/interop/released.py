@@ -48,6 +48,11 @@ class Released(NamedTuple):
         return (self.note["tau_min"], self.note["tau_max"]) if {"tau_min", "tau_max"} <= self.note.keys() else None
 
     @property
+    def top_p(self) -> float:
+        """Of the nucleus that a student's tokens are from; 1 where nothing says so."""
+        return self.note.get("top_p", 1.0)
+
+    @property
     def usual_tau(self) -> float:
         """1, or the temperature nearest to it that a student knows."""
         low, high = self.tau_range or (1.0, 1.0)

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from kforcing_jax.config import check_tau
 from kforcing_jax.data.tokenizers import Tokenizer
-from kforcing_jax.decoding.requests import Request
+from kforcing_jax.decoding.requests import Request, top_p_for
 from kforcing_jax.errors import UserError
 from kforcing_jax.serving.chat import ChatTemplate
 from kforcing_jax.serving.errors import ApiError
@@ -42,6 +42,7 @@ class Served:
       mode: of requests that do not say.
       confidence: of the student's requests that do not say.
       tau_range: temperatures that the student was trained with; None where nothing says so.
+      top_p: of the nucleus that the student's tokens are from; 1 where nothing says so.
       most_texts: that one request may ask for.
       chat_template: None where the tokenizer has none.
     """
@@ -55,6 +56,7 @@ class Served:
     tau_range: tuple[float, float] | None
     most_texts: int
     chat_template: ChatTemplate | None
+    top_p: float = 1.0
 
     @property
     def ids(self) -> dict[str, str]:
@@ -164,7 +166,7 @@ def _texts(request: Sampling, served: Served, prompt: Sequence[int], **more) -> 
         confidence=_confidence(request, served, mode),
         frequency_penalty=request.frequency_penalty or 0.0,
         end_ids=tuple(dict.fromkeys((*ends, *(request.stop_token_ids or ())))),
-        top_p=1.0 if request.top_p is None else request.top_p,
+        top_p=_top_p(request, served, mode),
         top_k=_top_k(request),
         logit_bias=_bias(request),
         logprobs=alternatives,
@@ -200,7 +202,6 @@ def _check_mode(request, served, mode):
     able = [other for other in served.engine.modes if other != "student"]
     can = f"mode {_listed(able)} can" if able else "an AR teacher could, and this server has none"
     asked = {
-        "top_p": request.top_p not in (None, 1),
         "top_k": request.top_k not in (None, 0, -1),
         "logit_bias": bool(request.logit_bias),
         "logprobs": request.alternatives is not None,
@@ -219,8 +220,20 @@ def _check_mode(request, served, mode):
         raise ApiError(400, f"k = {request.k} has no effect in mode ar, which draws one token a pass", "k")
 
 
+def _top_p(request, served, mode) -> float:
+    try:
+        return top_p_for(mode, request.top_p, served.top_p)
+    except UserError as error:
+        raise ApiError(400, f"{error}{_others_take_any(served)}", "top_p") from None
+
+
+def _others_take_any(served) -> str:
+    others = [mode for mode in served.engine.modes if mode != "student"]
+    return f"; mode {_listed(others)} takes any" if others else ""
+
+
 def _tau(request, served, mode) -> float:
-    wanted, trained = request.temperature, served.tau_range if mode == "student" else None
+    wanted, trained = request.temperature, None if mode == "ar" else served.tau_range
     if wanted is None:
         return min(max(1.0, trained[0]), trained[1]) if trained else 1.0
     if mode == "student" and (wanted == 0 or (trained and not trained[0] <= wanted <= trained[1])):
@@ -236,9 +249,7 @@ def _tau(request, served, mode) -> float:
 
 def _untrained(wanted, trained, served) -> str:
     known = " (" + " to ".join(f"{tau:g}" for tau in dict.fromkeys(trained)) + ")" if trained else ""
-    others = [mode for mode in served.engine.modes if mode != "student"]
-    hint = f"; mode {_listed(others)} takes any" if others else ""
-    return f"temperature = {wanted:g} is none that the student was trained with{known}{hint}"
+    return f"temperature = {wanted:g} is none that the student was trained with{known}{_others_take_any(served)}"
 
 
 def _top_k(request) -> int:

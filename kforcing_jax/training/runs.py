@@ -11,6 +11,7 @@ import numpy as np
 from kforcing_jax.config import Config, stage_name
 from kforcing_jax.data.tokenizers import Tokenizer
 from kforcing_jax.decoding import Generation, generate
+from kforcing_jax.decoding.requests import check_mode, top_p_for
 from kforcing_jax.errors import DataError, RunError
 from kforcing_jax.models import CausalLM, PushForwardLM
 from kforcing_jax.training.checkpoints import load_checkpoint, load_stage
@@ -26,7 +27,8 @@ class Run:
 
     `params` are the averaged weights, f32, whole on this process's first device. `window` is the number of tokens per
     pass that the stage was trained with, 1 for the AR teacher; `tau_range` are the least and the largest temperature
-    that it knows, None where it takes any. Texts end with `eos_id`, None where nothing ends them.
+    that it knows, None where it takes any; `top_p` is that of the AR teacher's draws that it was taught. Texts end with
+    `eos_id`, None where nothing ends them.
     """
 
     workdir: Workdir
@@ -51,6 +53,11 @@ class Run:
         """(least, largest) temperature of a student, None for the AR teacher, which has logits."""
         settings = self.config.stages[self.stage]
         return (settings.tau_min, settings.tau_max) if settings.window else None
+
+    @property
+    def top_p(self) -> float:
+        """Of the nucleus that a student's tokens are from; 1 of the AR teacher."""
+        return self.config.stages[self.stage].top_p
 
     @property
     def eos_id(self) -> int | None:
@@ -92,22 +99,25 @@ class Run:
         frequency_penalty: float = 0.0,
         dtype: str | None = None,
         slots: int | None = None,
+        top_p: float | None = None,
     ) -> Generation:
         """Continues every prompt by up to `max_new_tokens` tokens, see `kforcing_jax.decoding.generate`.
 
-        What is not given is the stage's own: `k` its window, `tau` 1 or what is nearest to it of `tau_range`; `seeds`
-        count up from 0. The teacher of modes "ar" and "exact" is the run's.
+        What is not given is the stage's own: `k` its window, `tau` 1 or what is nearest to it of `tau_range`, `top_p`
+        that of a student; `seeds` count up from 0. The teacher of modes "ar" and "exact" is the run's; it takes any
+        `tau` and `top_p`.
 
         Args:
           prompts: texts, or ids as `encode` gives them.
 
         Raises:
-          DataError: as `kforcing_jax.decoding.generate`; `k` or `tau` that the stage was not trained with; a character
-            outside the vocabulary.
+          DataError: as `kforcing_jax.decoding.generate`; `k`, `tau` or `top_p` that the stage was not trained with; a
+            character outside the vocabulary.
           RunError: the teacher is needed and cannot be loaded.
         """
         if isinstance(prompts, str):
             raise DataError(f"prompts = {prompts!r} should be a list of texts, or of ids")
+        check_mode(mode)
         ids = [self.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
         self._warn_of_length(ids, max_new_tokens)
         return generate(
@@ -126,6 +136,7 @@ class Run:
             eos_id=self.eos_id,
             dtype=dtype,
             slots=slots,
+            top_p=top_p_for("ar" if self.stage == "ar" else mode, top_p, self.top_p),
         )
 
     def _known_k(self, k):
@@ -135,11 +146,13 @@ class Run:
 
     def _known_tau(self, tau, mode):
         """A teacher's logits take any temperature; a student has to have been trained with it."""
-        if mode != "student" or self.tau_range is None:
+        if mode == "ar" or self.tau_range is None:
             return 1.0 if tau is None else tau
         least, most = self.tau_range
         if tau is None:
             return min(max(1.0, least), most)
+        if mode == "exact":
+            return tau
         wrong = [value for value in np.ravel(tau) if not least <= value <= most]
         if wrong:
             known = f"{least}" if least == most else f"{least} to {most}"

@@ -332,6 +332,7 @@ NOTE = dict(
     window=2,
     tau_min=0.5,
     tau_max=1.0,
+    top_p=0.9,
 )
 
 
@@ -371,7 +372,9 @@ def test_an_order_of_another_vocabulary_is_refused(path):
         official.load(path)
 
 
-@pytest.mark.parametrize(("name", "value"), [("window", "2"), ("tau_min", 0.0), ("seq_len", -1), ("size", 3)])
+@pytest.mark.parametrize(
+    ("name", "value"), [("window", "2"), ("tau_min", 0.0), ("top_p", 1.5), ("seq_len", -1), ("size", 3)]
+)
 def test_a_note_that_is_not_what_it_should_be_is_neither_written_nor_believed(path, name, value):
     model, params = our_model(CausalLM)
     with pytest.raises(ValueError, match=name):

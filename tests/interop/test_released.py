@@ -204,8 +204,30 @@ def test_an_exported_student_keeps_to_what_its_file_says(tmp_path, monkeypatch):
     assert json.loads(run_command("generate", *flags, "--max_new_tokens=6").out)["passes"] == [3]
     refused(run_command("generate", *flags, "--k=3"), "k = 3 exceeds the window", "trained with, 2")
     refused(run_command("generate", *flags, "--max_new_tokens=11"), "2 tokens and 11 new ones", "of 12 positions")
+    refused(run_command("generate", *flags, "--top_p=0.9"), "--top_p=0.9 is none", "trained with (1)")
     released = open_released(tmp_path / "k2.safetensors")
     assert (released.window, released.seq_len, released.eos_id, released.tau_range) == (2, 12, 3, None)
+    assert released.top_p == 1
+
+
+def test_a_student_of_a_nucleus_decodes_from_that_one_alone(tmp_path):
+    trained = dict(window=2, seq_len=12, eos_id=3, tau_min=0.7, tau_max=0.7, top_p=0.9)
+    student = write_released(tmp_path / "k2.safetensors", 13, 12, student=True, **trained)
+    teacher = write_released(tmp_path / "ar.safetensors", 13, 12, student=False)
+
+    def text(*flags, mode="student"):
+        given = [f"--teacher={teacher}"] if mode != "student" else []
+        flags = [f"--checkpoint={student}", "--prompt_ids=1,2", "--json", f"--mode={mode}", *given, *flags]
+        return run_command("generate", *flags, "--max_new_tokens=8")
+
+    assert text().out == text("--top_p=0.9", "--tau=0.7").out
+    refused(text("--top_p=1"), "--top_p=1 is none that the student was trained with (0.9)", "exact take any")
+    assert (
+        json.loads(text(mode="exact").out)["tokens"]
+        == json.loads(text("--tau=0.7", "--top_p=0.9", mode="ar").out)["tokens"]
+    )
+    whole = text("--top_p=1", "--tau=1", mode="exact"), text(mode="ar")
+    assert json.loads(whole[0].out)["tokens"] == json.loads(whole[1].out)["tokens"]
 
 
 def test_a_file_knows_its_vocabulary(tmp_path):

@@ -28,6 +28,7 @@ class Running:
             "mode": "student",
             "confidence": 0.0,
             "tau_range": (1.0, 1.0),
+            "top_p": 1.0,
             "most_texts": 64,
             "chat_template": None,
         }

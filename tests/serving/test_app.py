@@ -157,6 +157,30 @@ def test_temperature_0_is_the_likeliest_token_of_the_teacher(running):
     assert running.engine.inserted[-1].top_k == 1
 
 
+def test_a_student_of_a_nucleus_takes_that_one_and_drafts_from_it_by_default(start):
+    running = start(top_p=0.9, tau_range=(0.7, 0.7))
+    # (mode, what is given, tau and top_p that the engine is asked for)
+    for mode, given, expected in (
+        ("student", {}, (0.7, 1.0)),  # its tokens are from the nucleus
+        ("student", {"top_p": 0.9, "temperature": 0.7}, (0.7, 1.0)),
+        ("exact", {}, (0.7, 0.9)),
+        ("exact", {"top_p": 1, "temperature": 1}, (1.0, 1.0)),
+        ("ar", {}, (1.0, 1.0)),
+        ("ar", {"top_p": 0.5}, (1.0, 0.5)),
+    ):
+        assert running.post(prompt="a", max_tokens=3, mode=mode, **given).status_code == 200
+        asked = running.engine.inserted[-1]
+        assert (asked.tau, asked.top_p) == expected, (mode, given)
+    for top_p in (1, 0.8):
+        error = running.post(prompt="a", max_tokens=3, top_p=top_p)
+        assert error.status_code == 400 and error.json()["error"]["param"] == "top_p"
+        message = f"top_p = {top_p} is none that the student was trained with (0.9), and its tokens are settled"
+        assert error.json()["error"]["message"].startswith(message)
+        assert error.json()["error"]["message"].endswith("mode ar or exact takes any")
+    (model,) = (m for m in running.http.get(running.url + "/v1/models").json()["data"] if m["id"] == "fake")
+    assert (model["tau"], model["top_p"]) == ([0.7, 0.7], 0.9)
+
+
 def test_neutral_fields_of_other_servers_are_taken(running):
     fields = dict(
         repetition_penalty=1.0, best_of=1, min_p=0.0, presence_penalty=0, logit_bias=None, logprobs=None, user="me"
@@ -192,7 +216,7 @@ REFUSED = {
     "an unknown mode": (dict(mode="fast"), "mode", "'student', 'ar' or 'exact'"),
     "a confidence that is none": (dict(confidence=1.5), "confidence", "1"),
     "a confidence of a teacher": (dict(confidence=0.5, mode="exact"), "confidence", "no effect"),
-    "top_p of a student": (dict(top_p=0.9), "top_p", "mode ar or exact can"),
+    "top_p of a student": (dict(top_p=0.9), "top_p", "trained with (1)"),
     "top_k of a student": (dict(top_k=5), "top_k", "mode ar or exact can"),
     "logprobs of a student": (dict(logprobs=1), "logprobs", "mode ar or exact can"),
     "logit_bias of a student": (dict(logit_bias={"5": 1}), "logit_bias", "mode ar or exact can"),

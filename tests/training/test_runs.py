@@ -98,6 +98,7 @@ def test_the_teacher_of_the_run_draws_and_checks(folder, run):
         ({"k": 3}, "k = 3 is above the window that stage k2 was trained with, 2"),
         ({"tau": 0.5}, "tau = 0.5 is not a temperature that stage k2 was trained with: 1.0"),
         ({"tau": [1.0, 2.0], "prompts": ["0", "1"]}, "tau = 2.0 is not a temperature"),
+        ({"top_p": 0.9}, r"top_p = 0\.9 is none that the student was trained with \(1\)"),
     ],
 )
 def test_what_the_stage_was_not_trained_for_is_refused(run, given, says):
@@ -114,6 +115,25 @@ def test_the_usual_temperature_is_the_nearest_that_is_known(run):
     np.testing.assert_array_equal(usual, same)
     with pytest.raises(DataError, match=r"trained with: 0\.2 to 0\.7"):
         cool.generate(["0"], max_new_tokens=4, tau=1.0)
+
+
+def test_exact_text_is_from_the_nucleus_of_the_student_by_default(run):
+    stages = {
+        name: dataclasses.replace(run.config.stages[name], top_p=0.6, tau_min=0.7, tau_max=0.7) for name in ("k1", "k2")
+    }
+    config = dataclasses.replace(run.config, stages=run.config.stages | stages)
+    narrow = dataclasses.replace(run, workdir=Workdir(run.workdir.path, config))
+    assert narrow.top_p == 0.6 and run.top_p == 1
+    prompts = ["0", "1", "2", "3"]
+    exact = narrow.generate(prompts, max_new_tokens=4, mode="exact").tokens
+    nucleus, whole = (
+        narrow.generate(prompts, max_new_tokens=4, mode="ar", tau=0.7, top_p=p).tokens for p in (0.6, 1.0)
+    )
+    np.testing.assert_array_equal(exact, nucleus)
+    assert (exact != whole).any()
+    np.testing.assert_array_equal(
+        *(narrow.generate(prompts, max_new_tokens=4, **given).tokens for given in ({}, {"top_p": 0.6}))
+    )
 
 
 def test_texts_longer_than_those_of_training_are_said(run, caplog):
