@@ -88,7 +88,7 @@ def _read(path, size, changed) -> GgufFile:
     reader = gguf.GGUFReader(path)
     if reader.byte_order != "I":
         raise DataError(f"{path} is in another byte order than this machine's")
-    values = {name: field.contents() for name, field in reader.fields.items()}
+    values = {name: _value(field) for name, field in reader.fields.items()}
     if values.get("split.count", 1) > 1:
         raise DataError(f"{path} is one of {values['split.count']} parts; join them with llama-gguf-split --merge")
     tensors = {
@@ -96,3 +96,9 @@ def _read(path, size, changed) -> GgufFile:
         for tensor in reader.tensors
     }
     return GgufFile(values, tensors)
+
+
+def _value(field):
+    """What a field holds; an f32 as the shortest number that it stands for, 1e-05 and not 9.999999747e-06."""
+    value = field.contents()
+    return float(str(np.float32(value))) if [kind.name for kind in field.types] == ["FLOAT32"] else value

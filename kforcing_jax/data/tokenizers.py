@@ -1,7 +1,7 @@
 """Tokenizers, all of them one `tokenizer.json` of the HF library: our own, and pre-trained ones (`pretrained.py`).
 
 A mask id stands for "no token" in the models, which never draw it. It is the last id, unless the vocabulary has a mask
-of its own.
+of its own. Vocabularies that come along with a model have none (`model_tokenizers.py`).
 """
 
 import dataclasses
@@ -13,6 +13,7 @@ import operator
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import tokenizers as hf
@@ -38,11 +39,54 @@ _CUTS_TO_TRY, _CHARACTERS_AROUND = 8, 64
 _PIECES_PER_BATCH = 64
 
 
+# Beside a tokenizer.json: which tokens mean something.
+SETTINGS = "tokenizer_config.json"
+SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
+_OURS = "kforcing_jax"
+
+
+class ModelTokens(NamedTuple):
+    """What is said of the tokenizer that comes along with a model, where names are not guessed from a list.
+
+    Attributes:
+      vocab_size: ids of the model. There may be more than tokens: rows of its embedding that stand for nothing.
+      tokens: what tokenizers call their special tokens (bos_token, eos_token, ...), and which these are.
+      adds_bos: whether texts begin with bos_token.
+      chat_template: how messages become text (Jinja), where the model has such a template.
+    """
+
+    vocab_size: int
+    tokens: tuple[tuple[str, str], ...] = ()
+    adds_bos: bool = False
+    chat_template: str | None = None
+
+    @classmethod
+    def of_settings(cls, settings: dict[str, Any]) -> "ModelTokens":
+        """From the content of a tokenizer_config.json that `settings` has given."""
+        tokens = tuple((name, settings[name]) for name in SPECIAL if name in settings)
+        own = settings[_OURS]
+        return cls(own["vocab_size"], tokens, own["adds_bos"], settings.get("chat_template"))
+
+    def settings(self) -> dict[str, Any]:
+        """The content of a tokenizer_config.json."""
+        template = {"chat_template": self.chat_template} if self.chat_template else {}
+        own = {"vocab_size": self.vocab_size, "adds_bos": self.adds_bos}
+        return {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            **dict(self.tokens),
+            "add_bos_token": self.adds_bos,
+            "clean_up_tokenization_spaces": False,
+            **template,
+            _OURS: own,
+        }
+
+
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
-    """Text to token ids and back."""
+    """Text to token ids and back. `of_model` is there where it came along with a model."""
 
     backend: hf.Tokenizer
+    of_model: ModelTokens | None = None
 
     def __post_init__(self):
         # Otherwise a text that spells <mask> or <eos> would turn into them; `_spelled_out` sees to the rest.
@@ -51,22 +95,27 @@ class Tokenizer:
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
         """Reads the tokenizer.json of prepared data. Raises RunError when it is damaged, or has no mask."""
+        settings = Path(path).with_name(SETTINGS)
         try:
-            tokenizer = cls(hf.Tokenizer.from_str(Path(path).read_text(encoding="utf-8")))
+            said = json.loads(settings.read_text(encoding="utf-8")) if settings.exists() else {}
+            of_model = ModelTokens.of_settings(said) if _OURS in said else None
+            tokenizer = cls(hf.Tokenizer.from_str(Path(path).read_text(encoding="utf-8")), of_model)
         except Exception as error:  # the library raises bare Exception for a damaged file
             raise RunError(f"{path} cannot be read ({error}); delete its folder and prepare the data again") from None
-        if tokenizer.mask_id is None:
+        if tokenizer.mask_id is None and of_model is None:
             raise RunError(f"{path} has no {MASK}; it was not written by this library")
         return tokenizer
 
     def save(self, path: str | Path) -> None:
-        """Writes a tokenizer.json, whole or not at all. Raises OSError."""
+        """Writes a tokenizer.json, and tokenizer_config.json where there is more to say; whole. Raises OSError."""
+        if self.of_model:
+            write_text(Path(path).with_name(SETTINGS), json.dumps(self.of_model.settings(), indent=2))
         write_text(Path(path), self.backend.to_str(pretty=True))
 
     @functools.cached_property
     def vocab_size(self) -> int:
-        """Number of ids, special ones included: the largest, and one."""
-        return max(_ids_of(self.backend).values()) + 1
+        """Number of ids, special ones included: the largest, and one; those of the model that this came along with."""
+        return self.of_model.vocab_size if self.of_model else max(_ids_of(self.backend).values()) + 1
 
     @property
     def dtype(self) -> np.dtype:
@@ -74,18 +123,20 @@ class Tokenizer:
         return np.min_scalar_type(self.vocab_size - 1)
 
     @property
-    def mask_id(self) -> int:
-        """The id that stands for no token, and is never drawn."""
-        return self._first_id(_MASKS)
+    def mask_id(self) -> int | None:
+        """The id that stands for no token, and is never drawn; None where the vocabulary came along with a model."""
+        return None if self.of_model else self._first_id(_MASKS)
 
     @property
     def eos_id(self) -> int | None:
         """The id that ends a document; None for a Markov chain, which does not end."""
-        return self._first_id(_ENDS)
+        return self._id_of("eos_token") if self.of_model else self._first_id(_ENDS)
 
     @property
     def bos_id(self) -> int | None:
         """The id that begins a row or document, where the vocabulary has one."""
+        if self.of_model:
+            return self._id_of("bos_token") if self.of_model.adds_bos else None
         return self._first_id(_BEGINNINGS)
 
     @property
@@ -106,6 +157,10 @@ class Tokenizer:
         tokens = sorted(_ids_of(self.backend).items(), key=lambda item: item[::-1])
         described = [tokens, self.bos_id, self.eos_id, self.mask_id]
         return hashlib.sha256(json.dumps(described).encode()).hexdigest()
+
+    def _id_of(self, name):
+        token = dict(self.of_model.tokens).get(name) if self.of_model else None
+        return None if token is None else self.backend.token_to_id(token)
 
     def _first_id(self, names):
         ids = map(self.backend.token_to_id, names)

@@ -21,7 +21,10 @@ from jax.sharding import Mesh, SingleDeviceSharding
 
 from kforcing_jax.architecture import Architecture
 from kforcing_jax.data.gguf_files import is_gguf
+from kforcing_jax.data.model_tokenizers import chat_template, load_model_tokenizer
+from kforcing_jax.data.models import is_known, located
 from kforcing_jax.data.places import expanded
+from kforcing_jax.data.tokenizers import Tokenizer
 from kforcing_jax.interop.config_json import CONFIG, Described, read_config
 from kforcing_jax.interop.gguf_models import GgufModel, describe_gguf
 from kforcing_jax.interop.llama_weights import EMBEDDING, OUTPUT, Weight, weights_of
@@ -30,6 +33,8 @@ from kforcing_jax.interop.torch_zip import CheckpointFormatError
 from kforcing_jax.models import CausalLM, ModelConfig
 from kforcing_jax.noise import CdfOrder
 from kforcing_jax.sharding import parameter_shardings
+
+__all__ = ["architecture", "chat_template", "describe", "is_model", "load", "load_params", "tokenizer"]
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 _PREFIX = "model."
@@ -63,7 +68,7 @@ class _Folder:
 def is_model(path: str | Path) -> bool:
     """Whether a path is a folder or file that this module reads, and not a checkpoint of another kind."""
     file = expanded(path)
-    return is_gguf(file) or file.is_dir()
+    return is_known(path) or is_gguf(file) or file.is_dir()
 
 
 def architecture(path: str | Path) -> tuple[Architecture, int]:
@@ -74,7 +79,7 @@ def architecture(path: str | Path) -> tuple[Architecture, int]:
 
 def describe(path: str | Path) -> Described:
     """Architecture, number of ids and longest text of a folder or GGUF file. Raises like `load`."""
-    file = expanded(path)
+    file = located(path)
     with _reported(path):
         if is_gguf(file):
             return describe_gguf(file)
@@ -113,10 +118,15 @@ def load(
 
 def load_params(path: str | Path, cfg: ModelConfig, *, dtype: str | None = None, mesh: Mesh | None = None) -> dict:
     """The weights of a folder or GGUF file as those of a model of that configuration. Raises like `load`."""
-    file = expanded(path)
+    file = located(path)
     with _reported(path):
         source: Source = GgufModel(file) if is_gguf(file) else _Folder(file)
         return read_params(source, cfg, DTYPES[dtype or "float32"], mesh)
+
+
+def tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer that comes along with a model, which has no mask. Raises DataError as `load_model_tokenizer`."""
+    return load_model_tokenizer(path)
 
 
 def read_params(source: Source, cfg: ModelConfig, dtype: np.dtype, mesh: Mesh | None) -> dict:

