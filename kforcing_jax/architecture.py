@@ -91,12 +91,8 @@ class Architecture:
     def matrix_sizes(self) -> tuple[int, ...]:
         """Entries of the matrices of one block: queries, keys and values, attention's output, MLP."""
         heads = self.d_model * self.head_width
-        mlp = self.d_model * self.mlp_width
-        return heads * self.num_heads, 2 * heads * self.kv_heads, heads * self.num_heads, *[mlp] * self._mlp_matrices
-
-    @property
-    def _mlp_matrices(self):
-        return 3 if self.mlp == "swiglu" else 2
+        mlp = [self.d_model * self.mlp_width] * (3 if self.mlp == "swiglu" else 2)
+        return heads * self.num_heads, 2 * heads * self.kv_heads, heads * self.num_heads, *mlp
 
     def problems(self) -> list[str]:
         """Everything that is wrong with the fields, one line each; none for one that can be built."""

@@ -159,9 +159,11 @@ class StageConfig:
     """One stage of the curriculum. Optimiser defaults are the paper's (appendix, training details)."""
 
     window: int = 0  # tokens per pass; 0 for the AR teacher
-    checkpoint: str = ""  # stages.ar only: a released .ckpt that is the teacher; nothing is trained then
+    # stages.ar only: the teacher, a released .ckpt, a Llama-family folder or GGUF file; nothing is trained then
+    checkpoint: str = ""
     init_from: str = ""  # first weights from another run: RUN (its stage of this name) or RUN/STAGE
     teacher: str = "previous"  # previous (the paper) | ar; ignored by the AR stage
+    windows: int = 1  # after every position, each with its own noise; more than one share a gated student's text pass
     steps: int = 1000  # 0 with init_from: the stage is what it was given, untrained
     batch_size: int = 32  # rows per step, over all devices
     accumulation: int = 1  # parts that a step works its batch off in; more parts take less memory
@@ -208,7 +210,7 @@ class StageConfig:
         if self.checkpoint and self.init_from:
             raise ConfigError(f"{prefix}.checkpoint and {prefix}.init_from are both given; give one of them")
         _at_least(f"{prefix}.steps", self.steps, 0 if self.init_from else 1)
-        for field in ("batch_size", "accumulation"):
+        for field in ("batch_size", "accumulation", "windows"):
             _at_least(f"{prefix}.{field}", getattr(self, field), 1)
         _at_least(f"{prefix}.warmup_steps", self.warmup_steps, 0)
         for field in ("learning_rate", "rest_rate", "epsilon", "clip_norm"):
@@ -346,6 +348,12 @@ class Config:
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"seed = {self.seed} is not in [0, 2^32)")
         _check_stages(self.stages, self.data.seq_len)
+        for name, stage in self.stages.items():
+            if stage.windows > 1 and not (stage.window and self.model.adapter_rank):
+                raise ConfigError(
+                    f"stages.{name.replace('-', '_')}.windows = {stage.windows} should be 1: only gated students "
+                    "(model.adapter_rank) share a pass over the text"
+                )
         for name in self.students:
             self._check_teachers_temperatures(name)
         self._check_evaluations_temperature()

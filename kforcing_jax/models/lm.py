@@ -5,7 +5,8 @@
 
 Rollout and evaluation use only the interface that both have (decoding: `models/cached.py`):
 
-- `begin(tokens, noise, tau)`: a pass over text, with one window of fresh noise after every position;
+- `begin(tokens, noise, tau)`: a pass over text, with one window of fresh noise after every position; `resume` is the
+  same from known rows that were computed before;
 - `extend(tokens, noise, tau, ...)`: a pass over groups of tokens (then noise) that hang off a known prefix;
 - `drawable(pass)`: the hidden states from which the next tokens are drawn;
 - `draw(hidden, u, tau)`: hidden states and uniforms to tokens.
@@ -172,6 +173,13 @@ class CausalLM(LanguageModel):
         del noise_BxAxK, tau_B
         return self.backbone.embed(tokens_BxAxT)
 
+    def resume(
+        self, text: Rows, noise_BxNxK: jax.Array | None, tau_B: jax.Array | None, segments_BxN: jax.Array | None = None
+    ) -> Pass:
+        """What `begin` gives, from the known rows that it gave before."""
+        del noise_BxNxK, tau_B, segments_BxN
+        return Pass(text, jax.tree.map(lambda x: x[..., :0, :, :] if x.ndim > 4 else x[:, :, :0], text))
+
     def drawable(self, result: Pass) -> jax.Array:
         """hidden_BxAx1xD of the last known token, which predicts the next one."""
         return result.known.hidden[:, :, -1:]
@@ -220,16 +228,17 @@ class PushForwardLM(LanguageModel):
             return super().begin(tokens_BxN, noise_BxNxK, tau_B, segments_BxN)
         positions_BxNx1 = text_positions(tokens_BxN.shape, segments_BxN)[..., None]
         text = self._pass(self.backbone.embed(tokens_BxN)[:, :, None], positions_BxNx1, 1, Text(segments_BxN))
-        return Pass(text.known, self.windows(text.text_keys, noise_BxNxK, tau_B, segments_BxN))
+        return self.resume(text.known, noise_BxNxK, tau_B, segments_BxN)
 
-    def windows(
-        self, text_keys: KeyValue, noise_BxNxK: jax.Array, tau_B: jax.Array, segments_BxN: jax.Array | None = None
-    ) -> Rows:
-        """The noise rows of a pass over text, from the keys (L, B, N, KV, C) that its known tokens gave."""
+    def resume(
+        self, text: Rows, noise_BxNxK: jax.Array, tau_B: jax.Array, segments_BxN: jax.Array | None = None
+    ) -> Pass:
+        """What `begin` of a gated student gives, from known rows: its own, or its teacher's, which are the same."""
         shape_BxN, no_tokens = noise_BxNxK.shape[:2], jnp.zeros((*noise_BxNxK.shape[:2], 0), jnp.int32)
         positions_BxNxK = consecutive(text_positions(shape_BxN, segments_BxN) + 1, noise_BxNxK.shape[2])
-        prefix = Known(text_keys, Causal(segments_BxN))
-        return self.extend(no_tokens, noise_BxNxK, tau_B, positions_BxNxK, prefix).noise
+        text_keys = jax.tree.map(lambda kv: kv[:, :, :, 0], text.keys)
+        windows = self.extend(no_tokens, noise_BxNxK, tau_B, positions_BxNxK, Known(text_keys, Causal(segments_BxN)))
+        return Pass(text, windows.noise)
 
     def __call__(self, tokens_BxN: jax.Array, noise_BxNxK: jax.Array, tau_B: jax.Array) -> jax.Array:
         """logits_BxNxKxV of one window after every position; window j of position n is token n + 1 + j."""

@@ -26,8 +26,9 @@ from kforcing_jax.data.pipeline import Corpus
 from kforcing_jax.data.tokenizers import Tokenizer
 from kforcing_jax.errors import RunError
 from kforcing_jax.models import CausalLM, PushForwardLM, init_params
+from kforcing_jax.models.gated import with_own
 from kforcing_jax.sharding import abstract_on, parameter_shardings, replicated
-from kforcing_jax.training.recipes import stage_model
+from kforcing_jax.training.recipes import stage_model, trained_part
 from kforcing_jax.training.records import (
     begun_stages,
     check_made_from,
@@ -331,20 +332,25 @@ class LoadedStage(NamedTuple):
 
 
 def load_stage(
-    workdir: Workdir, stage: str, tokens: Corpus | Tokenizer, mesh: Mesh | None = None
+    workdir: Workdir, stage: str, tokens: Corpus | Tokenizer, mesh: Mesh | None = None, base: dict | None = None
 ) -> tuple[CausalLM | PushForwardLM, dict]:
     """(model, averaged weights) of a stage at its newest checkpoint, see `load_checkpoint`."""
-    return load_checkpoint(workdir, stage, tokens, mesh)[:2]
+    return load_checkpoint(workdir, stage, tokens, mesh, base=base)[:2]
 
 
 def load_checkpoint(
-    workdir: Workdir, stage: str, tokens: Corpus | Tokenizer, mesh: Mesh | None = None, step: int | None = None
+    workdir: Workdir,
+    stage: str,
+    tokens: Corpus | Tokenizer,
+    mesh: Mesh | None = None,
+    step: int | None = None,
+    base: dict | None = None,
 ) -> LoadedStage:
     """A stage at its newest checkpoint or at a step, spread over a mesh or whole on this process's first device.
 
     All processes of a run have to call this together. The stage need not be finished, and another process may train it
     meanwhile; the step of one that is not is said. Where a checkpoint is damaged, the one before it is taken, and that
-    is said.
+    is said. A gated student comes with the weights of its AR teacher: `base`, where these were loaded before.
 
     Raises:
       RunError: the stage has no checkpoint (of that step), does not fit the model, or was made from something else than
@@ -364,12 +370,15 @@ def load_checkpoint(
         _LOG.info(f"{stage} at step {step:,} of {last_step:,}, not finished")
     elif step != last_step:
         _LOG.info(f"{stage} at step {step:,}, not its last, {last_step:,}")
-    return LoadedStage(model, params if mesh else jax.tree.map(lambda x: x.addressable_data(0), params), step)
+    params = params if mesh else jax.tree.map(lambda x: x.addressable_data(0), params)
+    if model.cfg.is_gated:
+        params = with_own(load_stage(workdir, "ar", tokens, mesh)[1] if base is None else base, params)
+    return LoadedStage(model, params, step)
 
 
 def abstract_params(model: CausalLM | PushForwardLM, mesh: Mesh | None = None) -> dict:
-    """Shapes and shardings of a model's parameters: over a mesh, or one whole copy for every process."""
-    shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+    """Shapes and shardings of what is kept of a model's parameters: over a mesh, or whole for every process."""
+    shapes = jax.eval_shape(lambda: trained_part(model, init_params(model, jax.random.key(0))))
     return abstract_on(shapes, parameter_shardings(shapes, mesh) if mesh else _whole_everywhere())
 
 

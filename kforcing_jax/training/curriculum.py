@@ -14,6 +14,7 @@ from kforcing_jax.data.pipeline import Corpus
 from kforcing_jax.errors import RunError
 from kforcing_jax.interop import released
 from kforcing_jax.models import init_params
+from kforcing_jax.models.gated import base_params, own_params
 from kforcing_jax.registry import is_own
 from kforcing_jax.sharding import (
     check_divisible,
@@ -28,7 +29,7 @@ from kforcing_jax.training.flops import step_flops
 from kforcing_jax.training.init_from import check_source, load_source
 from kforcing_jax.training.profiling import ProfiledSteps
 from kforcing_jax.training.progress import clock, drop_later
-from kforcing_jax.training.recipes import check_own_parts, predecessors, stage_model, stage_objective
+from kforcing_jax.training.recipes import check_own_parts, predecessors, stage_model, stage_objective, trained_part
 from kforcing_jax.training.records import (
     check_made_from,
     checkpoint_steps,
@@ -134,7 +135,8 @@ def _end_here(workdir: Workdir, corpus: Corpus, name: str, mesh: Mesh):
     if "made_from" not in progress or "weights" in progress:
         return
     say_what_changed(name, settings, progress, settings.last_step)
-    progress["weights"] = weights_digest(_finished(workdir, corpus, name, mesh))
+    params = trained_part(_model(workdir, corpus, name), _finished(workdir, corpus, name, mesh))
+    progress["weights"] = weights_digest(params)
     progress["lengths"] = lengths_from(progress.get("lengths"), settings.last_step, settings.last_step)
     write_progress(workdir, name, settings.last_step, progress)
 
@@ -145,7 +147,8 @@ def _train_stage(workdir: Workdir, corpus: Corpus, name: str, mesh: Mesh, tracke
     share = process_share(mesh, settings.batch_size)
     teacher_params = _teacher_params(workdir, corpus, name, mesh)
     loss = _mean_loss(workdir, corpus, name, mesh, teacher_params)
-    initial_params, source = _initial_params(workdir, corpus, name, mesh)
+    base = base_params(teacher_params) if _is_gated(workdir, name) else None
+    initial_params, source = _initial_params(workdir, corpus, name, mesh, base)
     stage = Stage(
         name=name,
         config=settings,
@@ -157,7 +160,7 @@ def _train_stage(workdir: Workdir, corpus: Corpus, name: str, mesh: Mesh, tracke
         key=_stage_key(config, name),
         made_from=made_from(workdir, name, corpus) | source,
         flops_per_step=None if is_own(settings.objective) else step_flops(config, name, corpus.vocab_size),
-        validation=_validation(workdir, corpus, name, mesh, teacher_params, loss),
+        validation=_validation(workdir, corpus, name, mesh, teacher_params, base, loss),
     )
     profiled = profile and (profile, workdir.path / "profile" / name)
     with StageCheckpoints.of(workdir, name) as checkpoints:
@@ -182,27 +185,37 @@ def _mean_loss(workdir: Workdir, corpus: Corpus, name: str, mesh: Mesh, teacher_
 
 
 def _validation(
-    workdir: Workdir, corpus: Corpus, name: str, mesh: Mesh, teacher_params: dict, loss: MeanLoss
+    workdir: Workdir,
+    corpus: Corpus,
+    name: str,
+    mesh: Mesh,
+    teacher_params: dict,
+    base: dict | None,
+    loss: MeanLoss,
 ) -> Validation:
+    """`base` are the weights of the AR teacher that a gated student's own ones belong to."""
     config = workdir.config
     rows = corpus.validation_batches(config.logging.validation_rows, config.evaluation.batch_size)
     model, comparison, window = _model(workdir, corpus, name), None, config.stages[name].window
     if window:
-        teacher, _ = predecessors(config, name)
-        ar_params = teacher_params if teacher == "ar" else _finished(workdir, corpus, "ar", mesh)
+        if base is not None:
+            ar_params = base
+        elif predecessors(config, name)[0] == "ar":
+            ar_params = teacher_params
+        else:
+            ar_params = _finished(workdir, corpus, "ar", mesh)
         ar = _model(workdir, corpus, "ar")
         key = _stage_key(config, name)
         comparison = Comparison(ar, ar_params, model, window, config.evaluation_tau, corpus.eos_id, key, config.top_p)
-    return Validation(loss, rows, mesh, comparison, sample_of(config, name, model, corpus))
+    return Validation(loss, rows, mesh, comparison, sample_of(config, name, model, corpus), base)
 
 
 def _import_stage(workdir: Workdir, corpus: Corpus, name: str, mesh: Mesh):
-    """Takes the stage's weights from a released file, or from another run."""
+    """Takes the stage's weights from a released file or model folder, or from another run."""
     settings = workdir.config.stages[name]
     source: dict = {}
     if settings.checkpoint:
-        params = released.load_for(settings.checkpoint, _model(workdir, corpus, name), corpus.tokenizer)
-        params = jax.device_put(params, parameter_shardings(params, mesh))
+        params = released.load_for(settings.checkpoint, _model(workdir, corpus, name), corpus.tokenizer, mesh)
     else:
         params, source = load_source(workdir, name, corpus, mesh)
     _LOG.info(f"{name:<11} taken from {settings.checkpoint or settings.init_from}, not trained")
@@ -242,9 +255,13 @@ def _teacher_params(workdir: Workdir, corpus: Corpus, name: str, mesh: Mesh) -> 
 
 def _finished(workdir: Workdir, corpus: Corpus, name: str, mesh: Mesh) -> dict:
     """The averaged weights of a finished stage. Raises RunError when it is not."""
+    _check_finished(workdir, name)
+    return load_stage(workdir, name, corpus, mesh)[1]
+
+
+def _check_finished(workdir: Workdir, name: str):
     if not is_finished(workdir, name):
         raise RunError(f"stage {name} of {workdir.path} is not finished; run kforcing_jax.main on it again")
-    return load_stage(workdir, name, corpus, mesh)[1]
 
 
 def _model(workdir: Workdir, corpus: Corpus, name: str):
@@ -256,25 +273,40 @@ def _stage_key(config: Config, name: str) -> jax.Array:
     return jax.random.fold_in(jax.random.key(config.seed), zlib.crc32(name.encode()))
 
 
-def _initial_params(workdir, corpus, name, mesh) -> tuple[dict, dict]:
+def _is_gated(workdir: Workdir, name: str) -> bool:
+    return bool(workdir.config.model.adapter_rank and workdir.config.stages[name].window)
+
+
+def _initial_params(workdir, corpus, name, mesh, base) -> tuple[dict, dict]:
     """(fresh weights, over which come all weights of where the stage starts, what `made_from` says of another run).
 
-    A student starts from its teacher, unless `init_from` says otherwise. Every device makes its own part of them.
+    A student starts from its teacher, unless `init_from` says otherwise; of a gated one, whose teacher's weights are
+    there (`base`), only what is its own is meant. Every device makes its own part of them.
     """
     model = _model(workdir, corpus, name)
-    init = functools.partial(init_params, model)
+
+    def init(key):
+        return trained_part(model, init_params(model, key))
+
     shardings = parameter_shardings(jax.eval_shape(init, jax.random.key(0)), mesh)
     key = jax.device_put(_stage_key(workdir.config, name), replicated(mesh))
     fresh = jax.jit(init, out_shardings=shardings)(key)
+
+    def of_stage(stage):
+        """What another stage of this run has of the same kind."""
+        params = load_stage(workdir, stage, corpus, mesh, base)[1]
+        return own_params(params) if base is not None else params
+
     _, origin = predecessors(workdir.config, name)
     if origin:
-        return fresh | _finished(workdir, corpus, origin, mesh), {}
+        _check_finished(workdir, origin)
+        return fresh | of_stage(origin), {}
     if not workdir.config.stages[name].init_from:
         return fresh, {}
     if steps := checkpoint_steps(workdir, name):  # it needs the other run no longer
         kept = stage_progress(workdir, name).get("made_from", {})
         source = {key: kept[key] for key in ("init_from",) if key in kept}
         # Where it was not to be trained before, it starts from what was taken then.
-        return (fresh | load_stage(workdir, name, corpus, mesh)[1] if steps == [0] else fresh), source
+        return (fresh | of_stage(name) if steps == [0] else fresh), source
     params, source = load_source(workdir, name, corpus, mesh)
     return fresh | params, source

@@ -3,10 +3,12 @@
 And what a device can do, so that a share of it can be told.
 """
 
-from kforcing_jax.config import Config, predecessors
+from kforcing_jax.config import FULL_RANK, BackboneConfig, Config, predecessors
 
 # A backward pass costs twice the forward pass: gradients of activations and of weights.
 _FORWARD_AND_BACKWARD = 3
+# Where only the gradients of activations are wanted.
+_FORWARD_AND_INPUTS = 2
 
 # Dense bfloat16 operations per second of a device in TFLOP/s, by the beginning of its `device_kind`, the first that
 # fits. TPUs: docs.cloud.google.com/tpu/docs, the page of each version; GPUs: NVIDIA's data sheets, without sparsity.
@@ -30,14 +32,40 @@ def peak_teraflops(device_kind: str) -> float | None:
 
 
 def step_flops(config: Config, name: str, vocab_size: int) -> float:
-    """FLOPs of one training step over all devices: student forward and backward, and the teacher's rollout."""
+    """FLOPs of one training step over all devices: student forward and backward, and the teacher's rollout.
+
+    A gated student shares one pass over the text with the rollout; its noise rows alone have a backward pass, which
+    has no gradients of the matrices to compute, but those of its deltas.
+    """
     stage, length = config.stages[name], config.data.seq_len
-    student = _pass_flops(config, vocab_size, group=1 + stage.window, past=0, drawn=max(stage.window, 1))
     teacher, _ = predecessors(config, name)
-    rollout = (
-        0.0 if teacher is None else _rollout_flops(config, vocab_size, stage.window, config.stages[teacher].window)
-    )
+    teacher_window = config.stages[teacher].window if teacher else 0
+    rollout = 0.0 if teacher is None else _rollout_flops(config, vocab_size, stage.window, teacher_window)
+    if config.model.adapter_rank and stage.window:
+        text = _pass_flops(config, vocab_size, group=1, past=0, drawn=0)
+        noise = _noise_flops(config, vocab_size, stage.window)
+        return stage.batch_size * length * (text + stage.windows * (rollout - text + noise))
+    student = _pass_flops(config, vocab_size, group=1 + stage.window, past=0, drawn=max(stage.window, 1))
     return stage.batch_size * length * (_FORWARD_AND_BACKWARD * student + rollout)
+
+
+def _noise_flops(config, vocab_size, window):
+    """Forward and backward FLOPs per position of a gated student's noise rows."""
+    rows = _pass_flops(config, vocab_size, group=1 + window, past=0, drawn=window)
+    rows -= _pass_flops(config, vocab_size, group=1, past=0, drawn=0)
+    return _FORWARD_AND_INPUTS * rows + _FORWARD_AND_BACKWARD * 2 * window * delta_entries(config.model, vocab_size)
+
+
+def delta_entries(model: BackboneConfig, vocab_size: int) -> int:
+    """Entries of all deltas of a gated student: of every matrix of its blocks, and of the output layer."""
+    width, heads = model.d_model, model.num_heads * model.head_width
+    key_heads = model.kv_heads * model.head_width
+    of_block = [(width, heads), *[(width, key_heads)] * 2, (heads, width)]
+    of_block += [(width, model.mlp_width)] * (2 if model.mlp == "swiglu" else 1) + [(model.mlp_width, width)]
+    matrices = [*of_block * model.num_layers, (width, vocab_size)]
+    if model.adapter_rank == FULL_RANK:
+        return sum(inputs * outputs for inputs, outputs in matrices)
+    return model.adapter_rank * sum(inputs + outputs for inputs, outputs in matrices)
 
 
 def attended_pairs(length: int, group: int) -> float:
@@ -61,7 +89,7 @@ def _rollout_flops(config, vocab_size, window, teacher_window):
 
 def _pass_flops(config, vocab_size, group, past, drawn):
     """Forward FLOPs per position: `group` tokens that see half the text, `past` tokens of their anchor, each other."""
-    layers, width = config.model.num_layers, config.model.d_model
+    model = config.model
     pairs = attended_pairs(config.data.seq_len, group) / config.data.seq_len + group * past
-    weights = 12 * width**2  # 4 for queries, keys, values and output; 8 for the MLP
-    return 2 * layers * (group * weights + 2 * width * pairs) + 2 * drawn * width * vocab_size
+    weights, width = sum(model.matrix_sizes), model.num_heads * model.head_width
+    return 2 * model.num_layers * (group * weights + 2 * width * pairs) + 2 * drawn * model.d_model * vocab_size

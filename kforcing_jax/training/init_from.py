@@ -9,8 +9,10 @@ from kforcing_jax.config import StageConfig
 from kforcing_jax.data.pipeline import Corpus
 from kforcing_jax.errors import RunError
 from kforcing_jax.interop import official
+from kforcing_jax.models.gated import own_params
 from kforcing_jax.sharding import parameter_shardings
 from kforcing_jax.training.checkpoints import load_checkpoint
+from kforcing_jax.training.recipes import stage_model, trained_part
 from kforcing_jax.training.records import (
     begun_stages,
     checkpoint_steps,
@@ -65,7 +67,7 @@ def _check_stage(said, run, stage):
 def _check_model(said, workdir, run, is_student):
     """An AR model is bound to no order of tokens on [0, 1)."""
     here, there = dataclasses.asdict(workdir.config.model), dataclasses.asdict(run.config.model)
-    may_differ = _ARITHMETIC if is_student else (*_ARITHMETIC, "cdf_order")
+    may_differ = _ARITHMETIC if is_student else (*_ARITHMETIC, "cdf_order", "adapter_rank")
     for field, value in there.items():
         if field not in may_differ and here.get(field) != value:
             raise RunError(f"{said}: model.{field} = {value!r} there, {here.get(field)!r} here; set it to that")
@@ -109,8 +111,22 @@ def _check_vocabulary(said, workdir, corpus, run, stage):
         )
 
 
+def _check_base(workdir, name, run, stage):
+    """What a gated student adds to its AR teacher's weights is of no use beside others."""
+    there = stage_progress(run, stage).get("made_from", {}).get("base", {}).get("weights")
+    here = stage_progress(workdir, "ar").get("weights")
+    if run.config.stages[stage].window and there != here:
+        raise RunError(
+            f"stages.{name.replace('-', '_')}.init_from = {workdir.config.stages[name].init_from!r}: {stage} was "
+            f"trained on another AR teacher ({str(there)[:8]}; here it is {str(here)[:8]}); take that one too "
+            "(stages.ar.init_from, stages.ar.steps = 0)"
+        )
+
+
 def load_source(workdir: Workdir, name: str, corpus: Corpus, mesh: Mesh) -> tuple[dict, dict]:
     """(averaged weights on the mesh, in this run's order of tokens, what `made_from` says of them).
+
+    Of a gated student its own ones.
 
     All processes of a run have to call this together. Of a stage that is not finished, those of its newest checkpoint.
 
@@ -122,6 +138,16 @@ def load_source(workdir: Workdir, name: str, corpus: Corpus, mesh: Mesh) -> tupl
     assert source is not None  # only stages with `init_from` come here
     run, stage = source
     model, params, step = load_checkpoint(run, stage, corpus.tokenizer, mesh)
-    origin = {"run": str(run.path.absolute()), "stage": stage, "step": step, "weights": weights_digest(params)}
-    _, params = official.in_order(model, params, run_vocabulary(workdir, corpus).cdf_order)
+    origin = {
+        "run": str(run.path.absolute()),
+        "stage": stage,
+        "step": step,
+        "weights": weights_digest(trained_part(model, params)),
+    }
+    here = stage_model(workdir.config, name, run_vocabulary(workdir, corpus))
+    if here.cfg.is_gated:
+        _check_base(workdir, name, run, stage)
+        params = own_params(params)  # in this run's order: a student is bound to it
+    else:
+        _, params = official.in_order(model, params, here.cfg.cdf_order)
     return jax.device_put(params, parameter_shardings(params, mesh)), {"init_from": origin}

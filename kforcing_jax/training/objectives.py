@@ -16,6 +16,8 @@ import jax.numpy as jnp
 from kforcing_jax.config import StageConfig
 from kforcing_jax.data.packing import Batch
 from kforcing_jax.models import CausalLM, PushForwardLM
+from kforcing_jax.models.gated import with_own
+from kforcing_jax.models.lm import Rows
 from kforcing_jax.noise import sample_uniform
 from kforcing_jax.registry import LOSSES
 from kforcing_jax.training.losses import (
@@ -75,9 +77,11 @@ def language_modelling(
 def distillation(
     student: PushForwardLM, teacher: CausalLM | PushForwardLM, stage: StageConfig, eos_id: int | None
 ) -> Objective:
-    """The stage's loss (cross entropy) on the teacher's own tokens for the same noise, a window after every position.
+    """The stage's loss (cross entropy) on the teacher's own tokens for the same noise, windows after every position.
 
-    A CausalLM teacher rolls out token by token; a student teacher half a window at a time (self-forcing).
+    A CausalLM teacher rolls out token by token; a student teacher half a window at a time (self-forcing). Of a gated
+    student only what is its own is trained: `params` are that, and the rest is in `teacher_params`. Its text rows are
+    the teacher's, so one pass over the text, without a gradient, serves the rollout, the student, and all windows.
 
     Raises:
       ConfigError: a loss of one's own cannot be imported.
@@ -87,24 +91,44 @@ def distillation(
 
     def draw_inputs(batch, key):
         noise_key, tau_key = jax.random.split(key)
-        noise_BxNxK = sample_uniform(noise_key, (*batch.tokens.shape, stage.window))
+        noise_BxNxK = sample_uniform(noise_key, (*batch.tokens.shape, stage.windows * stage.window))
         tau_B = jax.random.uniform(tau_key, batch.tokens.shape[:1], minval=stage.tau_min, maxval=stage.tau_max)
         return Inputs(batch, noise_BxNxK, tau_B)
 
-    def losses(params, teacher_params, inputs):
+    def of_windows(params, teacher_params, inputs, text):
         (tokens_BxN, segments_BxN), noise_BxNxK, tau_B = inputs
-        given = tokens_BxN, noise_BxNxK, tau_B, chunk, segments_BxN, stage.top_p
+        given = tokens_BxN, noise_BxNxK, tau_B, chunk, segments_BxN, stage.top_p, text
         targets_BxNxK = jax.lax.stop_gradient(rollout(teacher, teacher_params, *given))
         weights_BxNxK = window_weights(targets_BxNxK, tokens_BxN, segments_BxN, eos_id, stage.skip_after_eos)
         variables = {"params": params}
-        result: Any = student.apply(variables, tokens_BxN, noise_BxNxK, tau_B, segments_BxN, method="begin")
+        method, first = ("begin", tokens_BxN) if text is None else ("resume", text)
+        result: Any = student.apply(variables, first, noise_BxNxK, tau_B, segments_BxN, method=method)
         columns_BxNxK = student.cfg.column_of(targets_BxNxK)
         per_token: Any = student.apply(variables, scored, result.noise.hidden, columns_BxNxK, method="per_token")
         loss_BxNxK, agrees_BxNxK = per_token
         blocks_BxN = block_weights(weights_BxNxK, segments_BxN)
         return window_metrics(loss_BxNxK, agrees_BxNxK, weights_BxNxK, blocks_BxN)
 
+    def losses(params, teacher_params, inputs):
+        if not student.cfg.is_gated:
+            return of_windows(params, teacher_params, inputs, None)
+        params, text = with_own(teacher_params, params), _text_rows(student, teacher_params, inputs.batch)
+        if stage.windows == 1:
+            return of_windows(params, teacher_params, inputs, text)
+        noise_MxBxNxK = jnp.stack(jnp.split(inputs.noise_BxNxK, stage.windows, axis=2))
+        means = jax.lax.map(
+            lambda noise_BxNxK: of_windows(params, teacher_params, inputs._replace(noise_BxNxK=noise_BxNxK), text),
+            noise_MxBxNxK,
+        )
+        return jax.tree.map(lambda x_M: x_M.sum(0), means)
+
     return Objective(draw_inputs, losses)
+
+
+def _text_rows(student, params, batch) -> Rows:
+    """The known rows of a pass over the text, which nothing that is trained has a part in."""
+    text: Any = student.text_model.apply({"params": params}, batch.tokens, segments_BxN=batch.segments, method="begin")
+    return jax.lax.stop_gradient(text.known)
 
 
 def batch_loss(

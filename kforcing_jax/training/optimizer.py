@@ -79,13 +79,18 @@ def muon(stage: StageConfig) -> optax.GradientTransformation:
 # as the layers of the stacked blocks, and queries, keys and values.
 _MATRICES = {
     ("blocks", "attn_qkv"): ((1,), (3, 4)),
+    ("blocks", "attn_q"): ((1,), (2, 3)),
+    ("blocks", "attn_kv"): ((1,), (3, 4)),
     ("blocks", "attn_out"): ((1, 2), (3,)),
     ("blocks", "mlp_in"): ((1,), (2,)),
+    ("blocks", "mlp_gate"): ((1,), (2,)),
     ("blocks", "mlp_out"): ((1,), (2,)),
     ("noise_encoder", "project"): ((0,), (1,)),
     ("noise_encoder", "mlp_in"): ((0,), (1,)),
     ("noise_encoder", "mlp_out"): ((0,), (1,)),
 }
+# The same of the deltas of blocks, by the matrix's name; their parts hold a matrix each.
+_DELTAS = {"down": ((1,), (3,)), "up": ((2,), (3,)), "full": ((1,), (3,))}
 
 
 def _dimension_numbers(params):
@@ -94,6 +99,8 @@ def _dimension_numbers(params):
     def of_leaf(path, leaf):
         names = tuple(key.key for key in path)
         axes = _MATRICES.get(names[-3:-1]) if names[-1] == "kernel" else None
+        if names[-3:-2] == ("blocks",) and names[-2].endswith("_delta"):
+            axes = _DELTAS[names[-1]]
         return axes and optax.contrib.MuonDimensionNumbers(*axes)
 
     return jax.tree_util.tree_map_with_path(of_leaf, params)

@@ -113,7 +113,9 @@ def made_from(workdir: Workdir, stage: str, corpus: Corpus) -> dict:
 
     Digests of the vocabulary, the data and its predecessors' weights, and the order of its tokens on [0, 1).
     """
-    parents = zip(("teacher", "origin"), predecessors(workdir.config, stage), strict=True)
+    parents = [*zip(("teacher", "origin"), predecessors(workdir.config, stage), strict=True)]
+    if workdir.config.model.adapter_rank and workdir.config.stages[stage].window:
+        parents.append(("base", "ar"))
     order = run_vocabulary(workdir, corpus).cdf_order
     return (
         _digests(corpus)
@@ -140,7 +142,7 @@ def check_made_from(workdir: Workdir, stage: str, vocabulary: Corpus | Tokenizer
                 f"{workdir.data_path} is {now[:8]}); put back that data, or delete {folder}"
             )
     _check_source(workdir, stage, before.get("init_from"))
-    for parent in filter(None, map(before.get, ("teacher", "origin"))):
+    for parent in filter(None, map(before.get, ("teacher", "origin", "base"))):
         there = stage_progress(workdir, parent["stage"]).get("weights")
         if there is not None and parent["weights"] not in (None, there):
             raise RunError(

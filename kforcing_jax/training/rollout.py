@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from kforcing_jax.models import CausalLM, PushForwardLM
 from kforcing_jax.models.keys import Causal, KeyValue, Known, Past
-from kforcing_jax.models.lm import consecutive, text_positions
+from kforcing_jax.models.lm import Rows, consecutive, text_positions
 
 
 def rollout(
@@ -17,6 +17,7 @@ def rollout(
     chunk: int,
     segments_BxN: jax.Array | None = None,
     top_p: float = 1.0,
+    text: Rows | None = None,
 ) -> jax.Array:
     """The K tokens that a teacher generates after every position, for the given noise: tokens_BxNxK, int32.
 
@@ -32,6 +33,7 @@ def rollout(
       chunk: tokens per teacher pass; divides K.
       segments_BxN: segment ids of the text, where rows hold several documents.
       top_p: of a CausalLM's draws, see `CausalLM.pick`; a PushForwardLM has its own from training.
+      text: the known rows of the teacher's pass over the text, where there was one; of a CausalLM or a gated student.
 
     Raises:
       ValueError: the chunk does not divide K.
@@ -48,12 +50,15 @@ def rollout(
     def draw(result, noise_BxNxC):
         return call("draw", model.drawable(result), noise_BxNxC, tau_Bx1x1, top_p)
 
-    text = call("begin", tokens_BxN, noise_IxBxNxC[0], tau_B, segments_BxN)
-    first_chunk = draw(text, noise_IxBxNxC[0])
+    if text is None:
+        read = call("begin", tokens_BxN, noise_IxBxNxC[0], tau_B, segments_BxN)
+    else:
+        read = call("resume", text, noise_IxBxNxC[0], tau_B, segments_BxN)
+    first_chunk = draw(read, noise_IxBxNxC[0])
     if window == chunk:
         return first_chunk
 
-    prefix = Known(text.text_keys, Causal(segments_BxN))
+    prefix = Known(read.text_keys, Causal(segments_BxN))
     next_position_BxN = text_positions((batch, length), segments_BxN) + 1
     group = chunk if isinstance(model, CausalLM) else 2 * chunk
 

@@ -20,6 +20,7 @@ from kforcing_jax.data.pipeline import Corpus
 from kforcing_jax.decoding.generate import engine_for, generate
 from kforcing_jax.errors import ConfigError, UserError
 from kforcing_jax.models import CausalLM, PushForwardLM
+from kforcing_jax.models.gated import with_own
 from kforcing_jax.sharding import put_validation, replicated
 from kforcing_jax.training.agreement import RowSums, agreement_by_row
 from kforcing_jax.training.objectives import Objective, batch_loss
@@ -118,6 +119,7 @@ class Validation:
       batches: rows to look at, leaves (I, B, N), that every process has whole.
       comparison: of a student with the AR teacher, None for the AR stage itself.
       sample: None for none.
+      base: what the weights that are looked at lie beside, of a gated student: its AR teacher's.
     """
 
     def __init__(
@@ -127,7 +129,9 @@ class Validation:
         mesh: Mesh,
         comparison: Comparison | None = None,
         sample: Sample | None = None,
+        base: dict | None = None,
     ):
+        self._base = base
         self._loss, self._comparison, self._sample = loss, comparison, sample
         self._batches, self._batches_on_mesh = batches, put_validation(batches, mesh)
         self.is_compiled = False  # whether nothing compiles any more
@@ -135,7 +139,7 @@ class Validation:
     def compile(self, params: dict) -> None:
         """Compiles for averaged weights that lie as these do: it looks at them once, for nothing."""
         self._figures(params)
-        compiled = self._sampled(lambda sample: sample.compile(params) or True)
+        compiled = self._sampled(lambda sample: sample.compile(self._whole(params)) or True)
         if _fails_somewhere(self._sample is not None and not compiled):
             self._sample = None  # in all processes, which decode together
         self.is_compiled = True
@@ -145,16 +149,20 @@ class Validation:
 
         All processes of a run have to call this together.
         """
-        text = self._sampled(lambda sample: sample.text(params))
+        text = self._sampled(lambda sample: sample.text(self._whole(params)))
         return self._figures(params) | ({} if text is None else {"sample": text})
 
     def _figures(self, params) -> dict[str, float | str]:
         figures: dict[str, float | str] = {"validation_loss": self._loss(params, self._batches_on_mesh)}
         if self._comparison:
-            sums = self._comparison.sums(params, self._batches)
+            sums = self._comparison.sums(self._whole(params), self._batches)
             figures |= {f"validation_agreement_{j + 1}": float(x) for j, x in enumerate(sums.agreement_K)}
             figures["validation_block_agreement"] = sums.block_agreement
         return figures
+
+    def _whole(self, params):
+        """All weights of the model."""
+        return params if self._base is None else with_own(self._base, params)
 
     def _sampled(self, action):
         """What an action on the sample gives, None without one. A sample that fails is said, and no reason to stop."""

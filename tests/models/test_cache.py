@@ -23,7 +23,7 @@ def written_and_attended(monkeypatch, platform, width):
     cache = caches.write(cache, KeyValue(chunk(20), chunk(20)), jnp.zeros(B, jnp.int32))
     start_B = jnp.array([20, 3, 9])
     cache = caches.write(cache, KeyValue(chunk(G), chunk(G)), start_B)
-    out = caches.attention(chunk(G), cache, start_B[:, None] + jnp.arange(G), 64, "highest")
+    out = caches.attention(chunk(G), cache, caches.Seen(start_B[:, None] + jnp.arange(G)), 64, "highest")
     return cache.key.shape, out
 
 
