@@ -78,9 +78,7 @@ def _trained():
 
 def _random():
     layers, width, heads, vocabulary = map(int, _SHAPE.value)
-    cfg = ModelConfig(
-        vocab_size=vocabulary, mask_id=vocabulary - 1, num_layers=layers, d_model=width, num_heads=heads
-    )
+    cfg = ModelConfig(vocab_size=vocabulary, mask_id=vocabulary - 1, num_layers=layers, d_model=width, num_heads=heads)
     teacher, student = CausalLM(cfg), PushForwardLM(cfg)
     student = student, init_params(student, jax.random.key(0))
     return (teacher, init_params(teacher, jax.random.key(0))), {2: student, 4: student}

@@ -6,7 +6,7 @@ import dataclasses
 import datetime
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +17,12 @@ from device import device_text
 from kforcing_jax.evaluation.fidelity import agreement
 from kforcing_jax.evaluation.samples import generate, measure, prompts
 from kforcing_jax.models import CausalLM, PushForwardLM, init_params
+from kforcing_jax.models.gated import with_own
 from kforcing_jax.sharding import make_mesh, put_batch
 from kforcing_jax.training.checkpoints import load_stage
-from kforcing_jax.training.objectives import distillation
+from kforcing_jax.training.objectives import Objective, distillation
 from kforcing_jax.training.optimizer import make_optimizer
+from kforcing_jax.training.recipes import trained_part
 from kforcing_jax.training.stage import Phase, abstract_state, compiled_step
 from kforcing_jax.training.step import init_state
 from kforcing_jax.workdir import Workdir
@@ -50,11 +52,11 @@ class Experiment:
         """(model, averaged weights) of a stage of the run."""
         return load_stage(self.workdir, name, self.corpus, self.mesh)
 
-    def train(self, name: str, student: PushForwardLM, teacher: tuple, first: dict, *, steps: int) -> dict:
-        """Averaged weights after `steps` steps by the recipe of a stage, in f32; `first` is as for `Training`."""
-        training = Training(self, name, student, teacher, first, steps)
+    def train(self, name: str, student: PushForwardLM, teacher: tuple, first: dict, *, steps: int, **changes) -> dict:
+        """Averaged weights after `steps` steps by the recipe of a stage, in f32; the rest is as for `Training`."""
+        training = Training(self, name, student, teacher, first, steps, **changes)
         training.advance(steps)
-        return training.state.ema
+        return training.whole(training.state.ema)
 
     def figures(self, name: str, student: PushForwardLM, params: dict, teacher: CausalLM | None = None) -> dict:
         """Agreement with the AR teacher in f32 (by default as the run's draws), and what it says of samples."""
@@ -72,18 +74,33 @@ class Experiment:
 class Training:
     """A student on its way: by the recipe of a stage that is to have `steps` steps, from the weights of `first`.
 
-    `first` has weights to begin with, as far as they go; the others are fresh. `teacher` is (model, weights).
+    `first` has weights to begin with, as far as they go; the others are fresh. `teacher` is (model, weights); of a
+    gated student these hold the AR teacher's. `objective` is as `distillation`, `changes` are of the stage's fields.
     """
 
     def __init__(
-        self, experiment: Experiment, name: str, student: PushForwardLM, teacher: tuple, first: dict, steps: int
+        self,
+        experiment: Experiment,
+        name: str,
+        student: PushForwardLM,
+        teacher: tuple,
+        first: dict,
+        steps: int,
+        objective: Callable[..., Objective] = distillation,
+        **changes,
     ):
         self._experiment, self._name, self._student, self._teacher = experiment, name, student, teacher
-        self._config = dataclasses.replace(experiment.config.stages[name], steps=steps)
-        params = init_params(student, jax.random.key(self._config.window)) | first
+        self._made = objective
+        self._config = dataclasses.replace(experiment.config.stages[name], steps=steps, **changes)
+        params = trained_part(student, init_params(student, jax.random.key(self._config.window)))
+        params |= trained_part(student, first)
         self._abstract = abstract_state(params, self._config, experiment.mesh)
         state = init_state(jax.tree.map(jnp.copy, params), make_optimizer(self._config))
         self.state = jax.device_put(state, jax.tree.map(lambda x: x.sharding, self._abstract))
+
+    def whole(self, params: dict) -> dict:
+        """All weights of the student, from those that are trained."""
+        return with_own(self._teacher[1], params) if self._student.cfg.is_gated else params
 
     def branched(self) -> "Training":
         """The same at this step, to go on in another way."""
@@ -100,13 +117,13 @@ class Training:
         for number in range(done + 1, last_step + 1):
             batch = put_batch(next(batches), experiment.mesh, config.batch_size)
             self.state, metrics = step(self.state, self._teacher[1], batch, jax.random.key(0))
-            if number % _REPORTED == 0:
+            if number % _REPORTED == 0 or number == last_step:
                 minutes = (time.monotonic() - start) / 60
                 say(f"  {self._name} step {number}/{config.steps}, loss {metrics['loss']:.3f}, {minutes:.1f} min")
 
     def _objective(self, dtype):
         models = [m.clone(cfg=dataclasses.replace(m.cfg, dtype=dtype)) for m in (self._student, self._teacher[0])]
-        return distillation(*models, self._config, self._experiment.corpus.eos_id)
+        return self._made(*models, self._config, self._experiment.corpus.eos_id)
 
 
 def line(figures: dict) -> str:

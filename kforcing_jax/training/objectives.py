@@ -63,25 +63,31 @@ def language_modelling(
 
     def losses(params, teacher_params, inputs):
         del teacher_params
-        tokens_BxN, segments_BxN = inputs.batch
+        tokens_BxN, segments_BxN, answers_BxN = inputs.batch
         variables = {"params": params}
         result: Any = model.apply(variables, tokens_BxN, segments_BxN=segments_BxN, method="begin")
         targets_BxNx1 = model.cfg.column_of(jnp.roll(tokens_BxN, -1, axis=1)[..., None])
         hidden_BxNx1xD = result.known.hidden
         loss_BxNx1, _ = model.apply(variables, loss_and_agreement, hidden_BxNx1xD, targets_BxNx1, method="per_token")
-        return weighted_mean(loss_BxNx1[..., 0], next_token_weights(tokens_BxN, segments_BxN)), {}
+        weights_BxN = next_token_weights(tokens_BxN, segments_BxN, answers_BxN)
+        return weighted_mean(loss_BxNx1[..., 0], weights_BxN), {}
 
     return Objective(draw_inputs, losses)
 
 
 def distillation(
-    student: PushForwardLM, teacher: CausalLM | PushForwardLM, stage: StageConfig, eos_id: int | None
+    student: PushForwardLM,
+    teacher: CausalLM | PushForwardLM,
+    stage: StageConfig,
+    eos_id: int | None,
+    targets: Callable[..., jax.Array] = rollout,
 ) -> Objective:
     """The stage's loss (cross entropy) on the teacher's own tokens for the same noise, windows after every position.
 
     A CausalLM teacher rolls out token by token; a student teacher half a window at a time (self-forcing). Of a gated
     student only what is its own is trained: `params` are that, and the rest is in `teacher_params`. Its text rows are
     the teacher's, so one pass over the text, without a gradient, serves the rollout, the student, and all windows.
+    `targets` gives the tokens to learn, with the arguments of `rollout`.
 
     Raises:
       ConfigError: a loss of one's own cannot be imported.
@@ -96,10 +102,11 @@ def distillation(
         return Inputs(batch, noise_BxNxK, tau_B)
 
     def of_windows(params, teacher_params, inputs, text):
-        (tokens_BxN, segments_BxN), noise_BxNxK, tau_B = inputs
+        (tokens_BxN, segments_BxN, answers_BxN), noise_BxNxK, tau_B = inputs
         given = tokens_BxN, noise_BxNxK, tau_B, chunk, segments_BxN, stage.top_p, text
-        targets_BxNxK = jax.lax.stop_gradient(rollout(teacher, teacher_params, *given))
-        weights_BxNxK = window_weights(targets_BxNxK, tokens_BxN, segments_BxN, eos_id, stage.skip_after_eos)
+        targets_BxNxK = jax.lax.stop_gradient(targets(teacher, teacher_params, *given))
+        where = tokens_BxN, segments_BxN, eos_id, stage.skip_after_eos, answers_BxN
+        weights_BxNxK = window_weights(targets_BxNxK, *where)
         variables = {"params": params}
         method, first = ("begin", tokens_BxN) if text is None else ("resume", text)
         result: Any = student.apply(variables, first, noise_BxNxK, tau_B, segments_BxN, method=method)
