@@ -36,6 +36,7 @@ def main(_: Sequence[str]) -> None:
     from kforcing_jax.evaluation.aligned import samples_text
     from kforcing_jax.evaluation.suite import evaluate
     from kforcing_jax.evaluation.tables import table
+    from kforcing_jax.interop.teachers import with_teacher
     from kforcing_jax.sharding import check_divisible, make_mesh
     from kforcing_jax.training import curriculum
     from kforcing_jax.training.profiling import ProfiledSteps
@@ -45,6 +46,7 @@ def main(_: Sequence[str]) -> None:
     # The first process alone tracks.
     processes.together(lambda: check_trackers(config.logging.trackers if jax.process_index() == 0 else ()))
     mesh = make_mesh(config.mesh)
+    config = processes.together(lambda: with_teacher(config, path))
     check_divisible(config, mesh)
     with contextlib.ExitStack() as stack:
         workdir, corpus = processes.together(lambda: _claimed(path, config, stack))

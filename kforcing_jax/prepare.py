@@ -31,10 +31,12 @@ def main(_: Sequence[str]) -> None:
 
     from kforcing_jax.data.pipeline import verify
     from kforcing_jax.data.preparation import is_prepared, prepare
+    from kforcing_jax.interop.teachers import with_teacher
     from kforcing_jax.workdir import Workdir
 
     # Nothing is computed here, and a TPU belongs to the process that wakes it.
     jax.config.update("jax_platforms", "cpu")
+    config = with_teacher(config, path)
     if config.data.prepared:
         directory = expanded(config.data.prepared)
     else:

@@ -40,8 +40,10 @@ from absl import flags
 from kforcing_jax import cli
 from kforcing_jax.config import Config
 from kforcing_jax.data.choices import PACKINGS
+from kforcing_jax.data.model_tokenizers import has_model
 from kforcing_jax.data.packing import Batch
 from kforcing_jax.errors import ConfigError
+from kforcing_jax.interop.teachers import with_teacher
 from kforcing_jax.models import init_params, splash
 from kforcing_jax.noise import CdfOrder
 from kforcing_jax.sharding import (
@@ -92,7 +94,7 @@ class Report:
 
 
 def main(_):
-    config = cli.config_from_flag(_CONFIG)
+    config = with_teacher(cli.config_from_flag(_CONFIG))
     devices = tpu_compiler.devices_of(_TOPOLOGY.value)
     mesh = make_mesh(config.mesh, devices)
     check_divisible(config, mesh)
@@ -202,10 +204,11 @@ def _trace(config, name, phase, mesh):
 
 
 def _vocabulary(config):
-    """The largest vocabulary that the config allows; mask and EOS have the last ids."""
+    """The largest vocabulary that the config allows; mask and EOS have the last ids, that of a model no mask."""
     size = config.data.markov_states + 1 if config.data.source == "markov" else config.data.vocab_size
     order = CdfOrder.shuffled(size, config.seed) if config.model.cdf_order == "shuffled" else None
-    return Vocabulary(size, size - 1, None if config.data.source == "markov" else size - 2, order)
+    mask_id = None if has_model(config.data.tokenizer) else size - 1
+    return Vocabulary(size, mask_id, None if config.data.source == "markov" else size - 2, order)
 
 
 def _abstract_params(config, name, mesh):

@@ -51,9 +51,9 @@ def _byte_level(said, tokens) -> tuple[hf.Tokenizer, bool]:
     if pre not in _CUTS:
         raise DataError(f"{_PREFIX}pre = {pre!r} is not known here; known are {', '.join(_CUTS)}")
     cut = _CUTS[pre]
-    merges = [tuple(merge.split(" ", 1)) for merge in said.get("merges") or []]
+    merges: Any = [tuple(merge.split(" ", 1)) for merge in said.get("merges") or []]
     vocabulary = {token: i for i, token in enumerate(tokens)}
-    backend = hf.Tokenizer(models.BPE(vocabulary, merges, ignore_merges=cut == _LLAMA3))  # type: ignore[arg-type]
+    backend = hf.Tokenizer(models.BPE(vocabulary, merges, ignore_merges=cut == _LLAMA3))
     if cut == _QWEN2:
         backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = pre_tokenizers.Sequence(list(_cuts(cut)))

@@ -102,14 +102,14 @@ def _said(folder, backend) -> ModelTokens:
     tokens = {name: _content(settings.get(name)) for name in SPECIAL}
     if "eos_token" not in settings:
         tokens["eos_token"] = _token_of(backend, config.get("eos_token_id"))
-    tokens = {name: token for name, token in tokens.items() if token and backend.token_to_id(token) is not None}
+    known = {name: token for name, token in tokens.items() if token and backend.token_to_id(token) is not None}
     adds_bos = settings.get("add_bos_token")
-    if adds_bos is None and "bos_token" in tokens:  # what is put around a text says it
-        adds_bos = backend.encode("").ids[:1] == [backend.token_to_id(tokens["bos_token"])]
+    if adds_bos is None and "bos_token" in known:  # what is put around a text says it
+        adds_bos = backend.encode("").ids[:1] == [backend.token_to_id(known["bos_token"])]
     vocab_size = config.get("vocab_size")
     if type(vocab_size) is not int or vocab_size < 1:
         raise DataError(f"{folder / _CONFIG} says vocab_size = {vocab_size!r}, expected the ids of the model")
-    return ModelTokens(vocab_size, tuple(tokens.items()), bool(adds_bos), chat_template(folder))
+    return ModelTokens(vocab_size, tuple(known.items()), bool(adds_bos), chat_template(folder))
 
 
 def _token_of(backend, ids) -> str | None:

@@ -7,11 +7,13 @@ What changes what a model computes and is not known here is refused by its name;
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from kforcing_jax.architecture import LLAMA, Architecture
 from kforcing_jax.interop.fields import Fields
 from kforcing_jax.interop.rope import read_rope, rope_fields
+from kforcing_jax.interop.tensor_files import NOTE
 from kforcing_jax.interop.torch_zip import CheckpointFormatError
 
 CONFIG = "config.json"
@@ -69,11 +71,15 @@ _MISTRAL_WINDOW = 4096
 
 
 class Described(NamedTuple):
-    """What a description says of a model: `max_length` are the positions that it was made for, 0 if not said."""
+    """What a description says of a model.
+
+    `max_length` are the positions that it was made for, 0 if not said; `note` is what we have said of one of ours.
+    """
 
     architecture: Architecture
     vocab_size: int
     max_length: int = 0
+    note: Mapping[str, Any] = MappingProxyType({})
 
 
 def read_config(path: Path) -> Described:
@@ -117,11 +123,12 @@ def described(content: dict) -> Described:
     )
     if vocab_size < 1:
         fields.problem("vocab_size", f"= {vocab_size} should be at least 1")
+    note = fields.take(NOTE, dict, {})
     fields.refuse_unknown(_IGNORED, _NEUTRAL)
     if not fields.problems:  # sizes that are missing stand for nothing
         fields.problems += architecture.problems()
     fields.refuse()
-    return Described(architecture, vocab_size, max_length)
+    return Described(architecture, vocab_size, max_length, note)
 
 
 def _sizes(fields, family):

@@ -4,9 +4,10 @@ torch keeps a product's matrix as (out, in), Flax as (*in, *out). Queries, keys 
 there; here those of equal numbers of heads lie in one, stacked on the first axis of its outputs.
 """
 
+import hashlib
 import math
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,6 +21,7 @@ EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 _BLOCKS = ("backbone", "blocks")
 # Arrays that begin at a multiple of so many bytes become arrays of a CPU device as they are, without a copy.
 _ALIGNMENT = 64
+_ROWS_AT_ONCE = 1024
 
 
 class Weight(NamedTuple):
@@ -61,7 +63,8 @@ class Weight(NamedTuple):
         whole = leaf.reshape(len(layers), *map(len, ins), len(parts), *map(len, outs))
         for i, layer in enumerate(layers):
             for j, part in enumerate(parts):
-                name, target = self.names[part].format(layer), whole[(i, *[slice(None)] * self.inputs, j)]
+                at: Any = (i, *[slice(None)] * self.inputs, j)
+                name, target = self.names[part].format(layer), whole[at]
                 target[...] = self._one(rows, name, ins, outs)
                 if not np.isfinite(target).all():
                     raise CheckpointFormatError(f"tensor {name} holds values that are not finite; it is of no use")
@@ -109,6 +112,18 @@ def weights_of(a: Architecture, vocab_size: int) -> list[Weight]:
     return [embedding, *block, *after]
 
 
+def noise_encoder(d: int) -> list[Weight]:
+    """What a student has besides, by the names of the released code."""
+    module, path = "noise_encoder", ("noise_encoder",)
+    return [
+        *_dense((*path, "project"), [f"{module}.combined_proj"], (2 * d,), (d,), True),
+        _scale(f"{module}.norm", (*path, "norm"), d),
+        Weight((*path, "norm", "bias"), (f"{module}.norm.bias",), (d,), (d,)),
+        *_dense((*path, "mlp_in"), [f"{module}.mlp.0"], (d,), (4 * d,), True),
+        *_dense((*path, "mlp_out"), [f"{module}.mlp.2"], (4 * d,), (d,), True),
+    ]
+
+
 def _scale(name, path, size):
     return Weight((*path, "scale"), (f"{name}.weight",), (size,), (size,))
 
@@ -120,6 +135,16 @@ def _dense(path, names, ins, outs, has_bias):
     if has_bias:
         weights.append(Weight((*path, "bias"), tuple(f"{name}.bias" for name in names), outs, (flat,)))
     return weights
+
+
+def digest(tensors: Iterable[tuple[str, np.ndarray]]) -> str:
+    """SHA-256 of named tensors as f32, by which a student knows its teacher."""
+    whole = hashlib.sha256()
+    for name, tensor in tensors:
+        whole.update(name.encode())
+        for first in range(0, len(tensor), _ROWS_AT_ONCE):
+            whole.update(np.ascontiguousarray(tensor[first : first + _ROWS_AT_ONCE], np.float32).data)
+    return whole.hexdigest()
 
 
 def aligned_array(shape: list[int], dtype: np.dtype) -> np.ndarray:

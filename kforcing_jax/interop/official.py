@@ -12,12 +12,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from kforcing_jax.architecture import Rope
+from kforcing_jax.architecture import Architecture, Rope
 from kforcing_jax.interop import tensor_files
 from kforcing_jax.interop.torch_zip import CheckpointFormatError, StoredTensor, describe
 from kforcing_jax.models import CausalLM, ModelConfig, PushForwardLM
@@ -79,6 +78,9 @@ NOTES: dict[str, tuple[Callable[[object], bool], str]] = {
     "tau_min": (_is_temperature, "a temperature"),
     "tau_max": (_is_temperature, "a temperature"),
     "top_p": (_is_share, "a probability above 0"),
+    "adapter_rank": (lambda value: type(value) is int, "the rank of what noise rows add"),
+    "base": (lambda value: isinstance(value, str), "the name or path of the teacher"),
+    "base_digest": (lambda value: isinstance(value, str), "the digest of the teacher's weights"),
     "cdf_order": (_is_order, "every id once, in the order in which they lie on [0, 1)"),
 }
 
@@ -127,10 +129,15 @@ def in_order(
     tokens_V = np.arange(model.cfg.vocab_size) if order is None else order.tokens_V
     columns_V = model.cfg.column_of(tokens_V)
     backbone = params["backbone"]
-    # Nothing where embeddings are tied: these are in vocabulary order in any case.
-    output = jax.tree.map(lambda leaf: leaf[..., columns_V], {"output": backbone.get("output", {})})
+    # With tied embeddings there is no output layer: these are in vocabulary order in any case.
+    moved = {name: _with_columns(backbone[name], columns_V) for name in ("output", "output_delta") if name in backbone}
     model = type(model)(dataclasses.replace(model.cfg, cdf_order=order))
-    return model, params | {"backbone": backbone | (output if output["output"] else {})}
+    return model, params | {"backbone": backbone | moved}
+
+
+def _with_columns(leaves, columns_V):
+    """The inner matrix of a delta is of no column."""
+    return {name: leaf if name == "down" else leaf[..., columns_V] for name, leaf in leaves.items()}
 
 
 def from_state_dict(
@@ -152,7 +159,12 @@ def from_state_dict(
 
 
 def to_state_dict(model: CausalLM | PushForwardLM, params: dict) -> dict[str, np.ndarray]:
-    """The inverse of `from_state_dict`: f32 tensors with the names, the order and the shapes of the released files."""
+    """The inverse of `from_state_dict`: f32 tensors with the names, the order and the shapes of the released files.
+
+    Raises:
+      CheckpointFormatError: the model has pieces that the released code does not have.
+    """
+    _check_pieces(model.cfg)
     model, params = in_order(model, params, None)
     before, block, after = _layout(model)
     leaves = {path: np.asarray(leaf, np.float32) for path, leaf in flatten_dict(params).items()}
@@ -162,6 +174,24 @@ def to_state_dict(model: CausalLM | PushForwardLM, params: dict) -> dict[str, np
         state[_block_prefix(i) + weight.name] = weight.released(leaves[weight.path][i])
     state |= {weight.name: weight.released(leaves[weight.path]) for weight in after}
     return {_PREFIX + name: tensor for name, tensor in state.items()}
+
+
+def _check_pieces(cfg: ModelConfig):
+    ours = ModelConfig(
+        vocab_size=cfg.vocab_size, mask_id=0, num_layers=1, d_model=cfg.d_model, num_heads=cfg.d_model // cfg.head_width
+    )
+    names = [field.name for field in dataclasses.fields(Architecture) if field.name not in ("num_layers", "d_model")]
+    meant = {"num_kv_heads": "kv_heads", "d_head": "head_width", "d_mlp": "mlp_width"}
+    wrong = [
+        f"model.{name} = {getattr(cfg, name)!r}"
+        for name in (*names, "adapter_rank")
+        if getattr(cfg, meant.get(name, name)) != getattr(ours, meant.get(name, name))
+    ]
+    if wrong:
+        raise CheckpointFormatError(
+            f"a .ckpt or .safetensors of the released layout has no {', '.join(wrong)}; write a folder, in the layout "
+            "of Hugging Face"
+        )
 
 
 def save(path: str | Path, model: CausalLM | PushForwardLM, params: dict, **note: object) -> None:
@@ -177,7 +207,7 @@ def save(path: str | Path, model: CausalLM | PushForwardLM, params: dict, **note
     order = model.cfg.cdf_order
     note |= {"mask_id": model.cfg.mask_id, "cdf_order": order and order.tokens_V.tolist()}
     note = {name: value for name, value in note.items() if value is not None}
-    _check_note(note)
+    check_note(note)
     tensor_files.write(path, to_state_dict(model, params), note)
 
 
@@ -190,11 +220,12 @@ def _note(content) -> dict:
     note = content.get(tensor_files.NOTE, {}) if isinstance(content, dict) else {}
     if not isinstance(note, dict):
         raise CheckpointFormatError(f"its entry {tensor_files.NOTE} is {describe(note)}, expected dict")
-    _check_note(note)
+    check_note(note)
     return dict(note)
 
 
-def _check_note(note):
+def check_note(note: Mapping[str, object]) -> None:
+    """Raises CheckpointFormatError for an entry that is not in `NOTES`, or not what it should be."""
     for name, value in note.items():
         if name not in NOTES:
             raise CheckpointFormatError(f"{tensor_files.NOTE} has an entry {name!r}; known are {', '.join(NOTES)}")

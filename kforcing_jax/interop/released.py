@@ -5,13 +5,18 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
+import jax
+from jax.sharding import Mesh
+
 from kforcing_jax.config import Config
 from kforcing_jax.data.pretrained import digest, load_pretrained
 from kforcing_jax.data.tokenizers import Tokenizer, is_trained
 from kforcing_jax.errors import ConfigError, DataError, RunError
-from kforcing_jax.interop import official
+from kforcing_jax.interop import huggingface, official
 from kforcing_jax.interop.official import RELEASES, Release
+from kforcing_jax.interop.torch_zip import CheckpointFormatError
 from kforcing_jax.models import CausalLM, PushForwardLM
+from kforcing_jax.sharding import parameter_shardings
 
 # Tokens per pass of a student whose file does not say: 4 is what was released.
 _RELEASED_WINDOW = 4
@@ -90,12 +95,15 @@ def open_released(
 ) -> Released:
     """A released file with its tokenizer: `tokenizer` (a name or path), or the one that its vocabulary size says.
 
-    Unless `needs_tokenizer`, there is none when that one is not to be had.
+    Or a folder or GGUF file of the Llama family, with the tokenizer that came along. Unless `needs_tokenizer`, there is
+    none when that one is not to be had.
 
     Raises:
-      CheckpointFormatError: as `official.load`.
+      CheckpointFormatError: as `official.load` and `huggingface.load`.
       DataError: the tokenizer is not to be had, or has another vocabulary than the checkpoint.
     """
+    if huggingface.is_model(path):
+        return _open_model(path, tokenizer, weights, needs_tokenizer)
     model, params = official.load(path, weights=weights)
     note = official.read_note(path)
     release = RELEASES.get(model.cfg.vocab_size)
@@ -110,6 +118,21 @@ def open_released(
             raise
         return Released(model, params, None, release, note)
     return Released(model, params, loaded, release, note)
+
+
+def _open_model(path, tokenizer, weights, needs_tokenizer) -> Released:
+    if weights != "state_dict":
+        raise CheckpointFormatError(f"{path}: no averaged weights ({weights}) in a folder or GGUF file; leave that out")
+    model, params, note = huggingface.load_any(path)
+    loaded = None
+    try:
+        loaded = load_pretrained(tokenizer) if tokenizer else huggingface.tokenizer(path)
+    except DataError:
+        if needs_tokenizer or tokenizer:
+            raise
+    if loaded and tokenizer:
+        _check_vocabulary(path, tokenizer, loaded, model.cfg, note)
+    return Released(model, params, loaded, None, note)
 
 
 def _check_vocabulary(path, name, tokenizer, cfg, note):
@@ -129,11 +152,13 @@ def open_teacher(path: str | Path, student: Released) -> Released:
     """The released AR model that a student's tokens are compared with, in the student's order of tokens on [0, 1).
 
     Raises:
-      CheckpointFormatError: as `official.load`.
+      CheckpointFormatError: as `official.load` and `huggingface.load`.
       DataError: it is not an AR model, or has another vocabulary than the student.
     """
-    model, params = official.load(path)
-    note = official.read_note(path)
+    if huggingface.is_model(path):
+        model, params, note = huggingface.load_any(path)
+    else:
+        (model, params), note = official.load(path), official.read_note(path)
     if not isinstance(model, CausalLM):
         raise DataError(f"teacher {path} is a student; give the AR checkpoint that the student was distilled from")
     if model.cfg.vocab_size != student.model.cfg.vocab_size:
@@ -147,20 +172,52 @@ def open_teacher(path: str | Path, student: Released) -> Released:
 def check_teacher_of(config: Config) -> None:
     """Raises what `load_for` would, as far as a configuration tells, before anything is prepared or trained."""
     path = config.stages["ar"].checkpoint
-    if path:
+    if path and huggingface.is_model(path):
+        huggingface.check(path)  # its sizes are those of the configuration, see `teachers`
+    elif path:
         sizes = {name: getattr(config.model, name) for name in ("num_layers", "d_model", "num_heads")}
         if not is_trained(config.data):
             sizes["vocab_size"] = config.data.vocab_size
         _check_teacher(path, official.load(path)[0], sizes)
 
 
-def load_for(path: str | Path, model: CausalLM, tokenizer: Tokenizer | None = None) -> dict:
-    """The parameters of a released file that is to be `model`, on texts of `tokenizer`.
+def load_for(path: str | Path, model: CausalLM, tokenizer: Tokenizer | None = None, mesh: Mesh | None = None) -> dict:
+    """The parameters of a released file, folder or GGUF file that is to be `model`, on texts of `tokenizer`.
+
+    They lie on the mesh, by default on the first device.
 
     Raises:
-      CheckpointFormatError: as `official.load`.
-      RunError: the file holds another model (names the first field that differs), or says another vocabulary.
+      CheckpointFormatError: as `official.load` and `huggingface.load`.
+      RunError: it holds another model (names the first field that differs), or says another vocabulary.
     """
+    if huggingface.is_model(path):
+        _check_same_model(path, model, tokenizer)
+        return huggingface.load_params(path, model.cfg, mesh=mesh)
+    params = _of_released_file(path, model, tokenizer)
+    return params if mesh is None else jax.device_put(params, parameter_shardings(params, mesh))
+
+
+def _check_same_model(path, model, tokenizer):
+    found = huggingface.describe(path)
+    there = {name: getattr(found.architecture, name) for name in huggingface.FIELDS}
+    for name, value in (there | {"vocab_size": found.vocab_size}).items():
+        if getattr(model.cfg, name) != value:
+            raise RunError(
+                f"stages.ar.checkpoint = {str(path)!r} has {name} = {value}, the configuration says "
+                f"{getattr(model.cfg, name)}"
+            )
+    try:
+        theirs = huggingface.tokenizer(path)
+    except DataError:  # it comes without one
+        return
+    if tokenizer and tokenizer.digest != theirs.digest:
+        raise RunError(
+            f"stages.ar.checkpoint = {str(path)!r} has another vocabulary than the data ({theirs.digest[:8]}; that of "
+            f"the data is {tokenizer.digest[:8]}); set data.tokenizer to its path, and prepare the data anew"
+        )
+
+
+def _of_released_file(path, model, tokenizer) -> dict:
     loaded, params = official.load(path)
     _check_teacher(path, loaded, {name: getattr(model.cfg, name) for name in _FIELDS})
     said = official.read_note(path)

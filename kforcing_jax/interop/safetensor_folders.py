@@ -33,10 +33,13 @@ class Tensor(NamedTuple):
     start: int
     stop: int
 
+    @property
+    def is_readable(self) -> bool:
+        """Whether its numbers are of a floating type of 16 bits or more."""
+        return self.dtype in _DTYPES
+
     def rows(self, rows: slice = slice(None)) -> np.ndarray:
-        """Rows of its first axis, not read before they are looked at. Raises CheckpointFormatError for other types."""
-        if self.dtype not in _DTYPES:
-            raise CheckpointFormatError(f"{self.file.name}: numbers of type {self.dtype} are not read")
+        """Rows of its first axis, not read before they are looked at. Raises CheckpointFormatError."""
         try:
             return np.memmap(self.file, _DTYPES[self.dtype], "r", self.start, self.shape)[rows]
         except (OSError, ValueError) as error:
