@@ -9,7 +9,7 @@ import pytest
 from compiling import OPTIMISED
 
 from kforcing_jax.models.attention import block_length, choose_implementation, group_attention
-from kforcing_jax.models.keys import Causal, KeyValue, Past, UpTo
+from kforcing_jax.models.keys import Causal, KeyValue, Past, Sliding, UpTo
 
 
 def dense_attention(q_BxTxHxC, k_BxUxHxC, v_BxUxHxC, mask_BxTxU):
@@ -109,6 +109,57 @@ def test_a_past_at_every_position_equals_a_dense_mask(rng, implementation):
 
     inputs = arrays(rng, *[own_shape] * 3, *[(1, length, 2, 4)] * 2, *[past_shape] * 2)
     assert_same_values_and_gradients(ours, dense, inputs, rng)
+
+
+def repeated(keys_xHxC, sharing):
+    """A head of keys for every query head."""
+    return jnp.repeat(keys_xHxC, sharing, axis=-2)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("sharing, with_past", [(2, False), (3, True)])
+def test_query_heads_that_share_keys_equal_heads_with_keys_of_their_own(rng, implementation, sharing, with_past):
+    """Windows over a text, and a later pass of a rollout: values, and gradients with respect to every input."""
+    length, group, heads, width = 128, 3, 2, 4
+    q_shape, own_shape = (1, length, group, heads * sharing, width), (1, length, group, heads, width)
+    shapes = [q_shape, own_shape, own_shape, *[(1, length, heads, width)] * 2]
+    shapes += [(1, length, 2, heads, width)] * 2 * with_past
+    segments = jnp.asarray(np.sort(rng.integers(1, 4, size=(1, length)), axis=1))
+
+    def attend(q, k, v, prefix_k, prefix_v, past=(), *, sharing=1):
+        k, v, prefix_k, prefix_v, *past = (repeated(x, sharing) for x in (k, v, prefix_k, prefix_v, *past))
+        past = Past(KeyValue(*past), jnp.int32(1)) if past else None
+        keys = KeyValue(k, v), KeyValue(prefix_k, prefix_v)
+        return group_attention(q, *keys, Causal(segments), past, implementation)
+
+    def shared(q, k, v, prefix_k, prefix_v, *past):
+        return attend(q, k, v, prefix_k, prefix_v, past)
+
+    def apart(q, k, v, prefix_k, prefix_v, *past):
+        return attend(q, k, v, prefix_k, prefix_v, past, sharing=sharing)
+
+    assert_same_values_and_gradients(shared, apart, arrays(rng, *shapes), rng)
+
+
+@pytest.mark.parametrize("implementation, length", [("dense", 9), ("blockwise", 140), ("splash", 128)])
+@pytest.mark.parametrize("width", [1, 3, 6])
+def test_a_token_sees_no_farther_back_than_its_sliding_window(rng, implementation, length, width):
+    """Windows over a text, whose tokens see the nearest `width` before them, of the text or their own window."""
+    group, sharing, heads = 4, 2, 1
+    shape, q_shape = (2, length, group, heads, 4), (2, length, group, heads * sharing, 4)
+    position = np.concatenate([np.arange(length), np.repeat(np.arange(length), group - 1) + np.tile([1, 2, 3], length)])
+    mask = window_mask(length, group - 1) & (position[:, None] - position < width)
+
+    def ours(q, k, v):
+        text, windows = KeyValue(k[:, :, 0], v[:, :, 0]), KeyValue(k[:, :, 1:], v[:, :, 1:])
+        sliding = Sliding(width, jnp.arange(group))
+        return text_then_windows(group_attention(q, windows, text, Causal(), None, implementation, "highest", sliding))
+
+    def dense(q, k, v):
+        k, v = repeated(k, sharing), repeated(v, sharing)
+        return dense_attention(text_then_windows(q), text_then_windows(k), text_then_windows(v), mask[None])
+
+    assert_same_values_and_gradients(ours, dense, arrays(rng, q_shape, shape, shape), rng)
 
 
 @pytest.mark.parametrize(
