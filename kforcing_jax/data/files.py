@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -96,6 +97,23 @@ def grouped(ranges: Sequence[FileRange]) -> list[list[FileRange]]:
     return groups
 
 
+def json_entries(path: str) -> Iterator[tuple[str, object]]:
+    """(place, entry) of every line of a file of JSON lines, or entry of a JSON array; the place as errors name it.
+
+    Raises:
+      DataError: the file is of another kind, or cannot be read; names it, and the line or entry.
+    """
+    with failing_as_one_line(path):
+        how, file_format = compression(path), _format(path)
+        if how or file_format not in (_LINES, _ARRAY):
+            raise DataError(f"{path} is {how or _suffix(path)}; it should be lines of JSON, as a .jsonl has them")
+        part = FileRange(path, 0, sys.maxsize)
+        with fsspec.open(path, "rb") as file:
+            entries = _line_entries(part, file) if file_format is _LINES else _array_entries(part)
+            for _, where, entry in entries:
+                yield f"{path}, {where}", entry
+
+
 def separator_is_missing(paths: Iterable[str], separator: str) -> bool:
     """Whether there are txt files, and the separator of documents is in none of them."""
     texts = [path for path in paths if _suffix(path) == ".txt" and not compression(path)]
@@ -178,6 +196,10 @@ def _json_format(path):
 
 
 def _array_documents(part, separator):
+    yield from _texts(part.path, _array_entries(part))
+
+
+def _array_entries(part):
     text = _decode(part.path, _read(part.path)).removeprefix("\ufeff")
     try:
         entries = json.loads(text)
@@ -185,23 +207,23 @@ def _array_documents(part, separator):
         raise DataError(f"{part.path} is not JSON ({error}); it should be objects, one a line or in an array") from None
     entries = entries if isinstance(entries, list) else [entries]
     numbered = list(enumerate(entries))[part.start : part.stop]
-    yield from _texts(part.path, ((number, f"entry {number}", entry) for number, entry in numbered))
+    yield from ((number, f"entry {number}", entry) for number, entry in numbered)
 
 
 def _line_documents(part, separator):
-    """Of the lines that begin in the range. The number of a line is known only when reading starts at the first."""
-
-    def entries():
-        for number, (address, line) in enumerate(_lines_from(file, part.start), start=1):
-            if address >= part.stop:
-                return
-            where = f"line {number}" if part.start == 0 else f"byte {address}"
-            text = _decode(part.path, line, address).removeprefix("\ufeff")
-            if text.strip():
-                yield address, where, _from_json(text, f"{part.path}, {where}")
-
     with fsspec.open(part.path, "rb") as file:
-        yield from _texts(part.path, entries())
+        yield from _texts(part.path, _line_entries(part, file))
+
+
+def _line_entries(part, file):
+    """Of the lines that begin in the range. The number of a line is known only when reading starts at the first."""
+    for number, (address, line) in enumerate(_lines_from(file, part.start), start=1):
+        if address >= part.stop:
+            return
+        where = f"line {number}" if part.start == 0 else f"byte {address}"
+        text = _decode(part.path, line, address).removeprefix("\ufeff")
+        if text.strip():
+            yield address, where, _from_json(text, f"{part.path}, {where}")
 
 
 def _lines_from(file, start):
@@ -228,7 +250,7 @@ def _parquet_documents(part, separator):
         for batch in table.iter_batches(_ROWS_AT_ONCE, row_groups=groups, columns=["text"]):
             for text in batch.column(0).to_pylist():
                 if part.start <= row < part.stop:
-                    yield row, _checked_text(text, f"{part.path}, row {row}")
+                    yield row, checked_text(text, f"{part.path}, row {row}")
                 row += 1
 
 
@@ -255,7 +277,7 @@ def _record_documents(part, separator):
                 text = _decode(where, record)
                 # A record is a text, or a JSON object that has one.
                 is_object = text.lstrip().startswith('{"')
-                yield number, _text_field(_from_json(text, where), where) if is_object else _checked_text(text, where)
+                yield number, _text_field(_from_json(text, where), where) if is_object else checked_text(text, where)
 
 
 def _record_end(path):
@@ -317,10 +339,11 @@ def _text_field(entry, where):
     text = entry.get("text") if isinstance(entry, dict) else entry
     if not isinstance(entry, dict) or not isinstance(text, str | None):
         raise DataError(f'{where} has no string field "text"; each entry should be {{"text": "..."}}')
-    return _checked_text(text, where)
+    return checked_text(text, where)
 
 
-def _checked_text(text, where):
+def checked_text(text: object, where: str) -> str | None:
+    """A text that can be written as UTF-8, or None. Raises DataError for anything else, which is at `where`."""
     if not isinstance(text, str | None):
         raise DataError(f"{where} holds {type(text).__name__}, expected text")
     try:

@@ -18,16 +18,18 @@ class Batch(NamedTuple):
     """Rows to train on.
 
     `tokens` (B, N) int32. `segments` (B, N) int32: ids 1, 2, ... of the documents of a row, 0 where there is padding;
-    None where every row is one stretch of text.
+    None where every row is one stretch of text. `answers` (B, N) bool: which tokens are an assistant's; None where all
+    of a text is to be learnt.
     """
 
     tokens: np.ndarray
     segments: np.ndarray | None = None
+    answers: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """Packed documents: tokens, segment ids as in `Batch`, and what they were made from.
+    """Packed documents: tokens, segment ids and answers as in `Batch`, and what they were made from.
 
     `document_tokens` are those of the documents before rows were cut, `unknown_tokens` those of them that stand for
     something outside the vocabulary, and `skipped` counts entries without text.
@@ -39,6 +41,7 @@ class Rows:
     document_tokens: int = 0
     unknown_tokens: int = 0
     skipped: int = 0
+    answers_RxN: np.ndarray | None = None
 
     @property
     def useful_tokens(self) -> int:

@@ -37,7 +37,8 @@ class Corpus:
 
     `useful_tokens_per_row` are those that are not padding; `tokens_per_document` how many there would be if every
     document had a row of its own. Both are means over the training split, `unknown_share` is the larger of the splits'
-    shares of tokens that stand for something outside the vocabulary.
+    shares of tokens that stand for something outside the vocabulary. `has_answers` says whether rows tell which of
+    their tokens are an assistant's.
     """
 
     directory: Path
@@ -53,6 +54,7 @@ class Corpus:
     unknown_share: float
     files: Mapping[str, tuple[str, ...]]
     reader_processes: int = 0
+    has_answers: bool = False
 
     @property
     def vocab_size(self) -> int:
@@ -79,7 +81,7 @@ class Corpus:
         """SHA-256 of the rows of both splits in order, by the digests of their shards; not of where they lie."""
         manifest = read_manifest(self.directory)
         rows = {split: [shard["sha256"] for shard in manifest[split]["shards"]] for split in SPLITS}
-        described = [self.seq_len, self.dtype.name, self.segmented, rows]
+        described = [self.seq_len, self.dtype.name, self.segmented, rows, *(["answers"] if self.has_answers else [])]
         return hashlib.sha256(json.dumps(described).encode()).hexdigest()
 
     def check_batch_size(self, name: str, batch_size: int) -> None:
@@ -127,7 +129,7 @@ class Corpus:
         batches = shares[process_index::process_count][start_step:].to_iter_dataset(options)
         if self.reader_processes:
             batches = _in_processes(batches, self.reader_processes)
-        return (Batch(*arrays) for arrays in batches)
+        return (Batch(**arrays) for arrays in batches)
 
     def validation_rows(self, count: int) -> Batch:
         """The first min(count, rows there are) validation rows of a random order, so a few are a sample of all."""
@@ -137,7 +139,7 @@ class Corpus:
         source = self._source("validation")
         order = np.random.default_rng([self.seed, 3]).permutation(self.num_validation_rows)
         rows = [self._row(source[i]) for i in order[start:stop]]
-        return Batch(*(np.stack(arrays) for arrays in zip(*rows, strict=True)))
+        return Batch(**{name: np.stack([row[name] for row in rows]) for name in rows[0]})
 
     def validation_batches(self, count: int, batch_size: int) -> Batch:
         """The first validation rows in batches of equal size; leaves (batches, rows, seq_len).
@@ -173,12 +175,15 @@ class Corpus:
         return grain.sources.ArrayRecordDataSource([os.fspath(self.directory / name) for name in self.files[split]])
 
     def _row(self, record):
-        """(tokens_N,) or (tokens_N, segments_N) of one record."""
-        tokens_N = np.frombuffer(record, self.dtype, count=self.seq_len).astype(np.int32)
-        if not self.segmented:
-            return (tokens_N,)
-        segments_N = np.frombuffer(record, packing.SEGMENT_DTYPE, offset=self.seq_len * self.dtype.itemsize)
-        return tokens_N, segments_N.astype(np.int32)
+        """The arrays of a `Batch`, by name, of one record."""
+        row = {"tokens": np.frombuffer(record, self.dtype, count=self.seq_len).astype(np.int32)}
+        read = self.seq_len * self.dtype.itemsize
+        if self.segmented:
+            segments_N = np.frombuffer(record, packing.SEGMENT_DTYPE, count=self.seq_len, offset=read)
+            row["segments"], read = segments_N.astype(np.int32), read + segments_N.nbytes
+        if self.has_answers:
+            row["answers"] = np.unpackbits(np.frombuffer(record, np.uint8, offset=read), count=self.seq_len) > 0
+        return row
 
 
 def _statistics(name, split, seq_len):
@@ -239,6 +244,7 @@ def load(config: DataConfig, seed: int, directory: str | Path) -> Corpus:
         unknown_share=max(unknown_share(manifest[split]) for split in SPLITS),
         files={split: tuple(shard["file"] for shard in manifest[split]["shards"]) for split in SPLITS},
         reader_processes=config.reader_processes,
+        has_answers=manifest.get("answers", False),
     )
 
 
@@ -281,8 +287,8 @@ def _made_from_now(before, config, seed):
 
 
 def _may_differ(name, config, directory):
-    """Prepared data is copied to where the text is not, and where its tokenizer is elsewhere or has a name."""
-    if name == "data.path":
+    """Prepared data is copied to where text and template are not, and its tokenizer is elsewhere or has a name."""
+    if name in ("data.path", "data.chat_template"):
         return bool(config.prepared)
     if name != "data.tokenizer" or is_trained(config):
         return False

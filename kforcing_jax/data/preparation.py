@@ -16,6 +16,7 @@ import tqdm
 
 from kforcing_jax.config import DataConfig
 from kforcing_jax.data import pretrained
+from kforcing_jax.data.chat_template import TEMPLATE, template_files
 from kforcing_jax.data.choices import PACKINGS
 from kforcing_jax.data.paths import difference, fingerprints
 from kforcing_jax.data.pipeline import (
@@ -135,11 +136,11 @@ def _prepare(config, seed, directory, workers):
 
 def _leftovers(directory) -> list[Path]:
     """What only the preparation itself needs, what a killed one has left, and shards that have no rows."""
-    kept = {"manifest.json", "tokenizer.json", SETTINGS} if is_prepared(directory) else set()
+    kept = {"manifest.json", "tokenizer.json", SETTINGS, TEMPLATE} if is_prepared(directory) else set()
     if kept:
         manifest = read_manifest(directory)
         kept |= {shard["file"] for split in SPLITS for shard in manifest[split]["shards"]}
-    ours = ("*-of-*.json", "*-of-*.arrayrecord", "*.tmp", _PLAN, "tokenizer.json", SETTINGS)
+    ours = ("*-of-*.json", "*-of-*.arrayrecord", "*.tmp", _PLAN, "tokenizer.json", SETTINGS, TEMPLATE)
     return [path for pattern in ours for path in directory.glob(pattern) if path.name not in kept]
 
 
@@ -170,6 +171,7 @@ def _plan(config: DataConfig, seed: int, directory: Path) -> tuple[Tokenizer, Un
         _check_same_plan(before, plan, directory)
     else:
         tokenizer.save(directory / "tokenizer.json")
+        source.save_beside(directory, tokenizer)
         write_text(path, json.dumps(plan))
     return tokenizer, units
 
@@ -183,6 +185,8 @@ def _origin(config, seed, known=None) -> dict[str, dict[str, list]]:
         "data.path": lambda: reader(config, seed).files(),
         "data.tokenizer": lambda: [] if is_trained(config) else pretrained.local_files(config.tokenizer),
     }
+    if config.chat_template:
+        fields["data.chat_template"] = lambda: template_files(config.chat_template)
     known = dict.fromkeys(fields) if known is None else known
     return {name: fingerprints(fields[name](), known[name]) for name in fields if name in known}
 
@@ -271,6 +275,7 @@ def _manifest(config, seed, directory, tokenizer, shards) -> dict:
         "origin": json.loads((directory / _PLAN).read_text())["origin"],
         "dtype": tokenizer.dtype.name,
         "segmented": PACKINGS[config.packing].segmented,
+        **({"answers": True} if config.loss_on == "answers" else {}),
         **{split: _split_manifest(directory, split, written) for split, written in shards.items()},
     }
 

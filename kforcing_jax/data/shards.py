@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 from array_record.python import array_record_module
 
 from kforcing_jax.data.packing import Rows
@@ -120,7 +121,8 @@ def _write(path, rows, digest):
     writer = array_record_module.ArrayRecordWriter(os.fspath(path), _OPTIONS)
     for row, tokens_N in enumerate(rows.tokens_RxN):
         segments = b"" if rows.segments_RxN is None else rows.segments_RxN[row].tobytes()
-        record = tokens_N.tobytes() + segments
+        answers = b"" if rows.answers_RxN is None else np.packbits(rows.answers_RxN[row]).tobytes()
+        record = tokens_N.tobytes() + segments + answers
         writer.write(record)
         digest.update(record)
     writer.close()

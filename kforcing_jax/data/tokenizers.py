@@ -268,6 +268,28 @@ class Tokenizer:
         except Exception as error:  # the library raises bare Exception
             raise DataError(f"not text of this vocabulary ({error})") from None
 
+    def encode_marked_documents(self, texts: Iterable[str]) -> Iterator[tuple[list[int], np.ndarray]]:
+        """(ids, spans (T, 2)) of each text in turn, ids as of `encode_marked` but for the mask, which no text has.
+
+        A span is that of the characters of a token: the first, and the one after the last. Raises DataError like
+        `encode_marked`.
+        """
+        for batch in _batches(texts, _PIECES_PER_BATCH):
+            try:
+                encodings = self._marked.encode_batch(batch, add_special_tokens=False)
+            except Exception as error:  # the library raises bare Exception
+                raise DataError(f"not text of this vocabulary ({' '.join(str(error).split())[:200]})") from None
+            for encoding in encodings:
+                parts = [
+                    (part, span)
+                    for i, span in zip(encoding.ids, encoding.offsets, strict=True)
+                    for part in self._unmask(i)
+                ]
+                yield [i for i, _ in parts], np.array([span for _, span in parts], np.int64).reshape(-1, 2)
+
+    def _unmask(self, i) -> list[int]:
+        return self._without_special([i]) if i == self.mask_id else [i]
+
     @functools.cached_property
     def _marked(self):
         backend = hf.Tokenizer.from_str(self.backend.to_str())

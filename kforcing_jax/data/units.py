@@ -6,7 +6,8 @@ A unit can be sent to another process, and says its rows. The readers are named 
 import dataclasses
 import itertools
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -140,6 +141,9 @@ class Reader:
         """The tokenizer, unless it is to be trained on the training split."""
         return None if is_trained(self.config) else pretrained.load_configured(self.config)
 
+    def save_beside(self, directory: Path, tokenizer: Tokenizer) -> None:
+        """Writes what prepared data keeps beside its tokenizer; raises OSError."""
+
     def units(self) -> Units:
         """Units of both splits, which share no document.
 
@@ -155,10 +159,8 @@ class Reader:
                 f"data.path = {self.config.path!r} holds 1 distinct document, and one is needed for training and one "
                 f"for validation; {'' if is_own(self.config.source) else separator}give more text"
             )
-        order = np.random.default_rng([self.seed, 2]).permutation(len(documents))
-        shuffled = [documents[i] for i in order]
-        count = _num_validation(self.config, len(documents))
-        return {"train": _in_parts(shuffled[count:]), "validation": _in_parts(shuffled[:count])}
+        train, validation = split_at_random(self.config, self.seed, documents)
+        return {"train": _in_parts(train), "validation": _in_parts(validation)}
 
 
 class News(Reader):
@@ -269,14 +271,27 @@ def encode_and_pack(tokenizer: Tokenizer, texts: Iterator[str | None], how: str,
     return dataclasses.replace(rows, unknown_tokens=unknown, skipped=skipped)
 
 
+def split_at_random(config: DataConfig, seed: int, documents: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+    """(for training, for validation), in random order."""
+    order = np.random.default_rng([seed, 2]).permutation(len(documents))
+    shuffled = [documents[i] for i in order]
+    count = _num_validation(config, len(documents))
+    return shuffled[count:], shuffled[:count]
+
+
 def _num_validation(config, available):
     return min(max(1, round(config.validation_fraction * available)), available - 1)
 
 
 def _in_parts(documents) -> list[GivenDocuments]:
-    ends = itertools.accumulate(map(len, documents))
+    return [GivenDocuments(part) for part in in_parts(documents, len)]
+
+
+def in_parts(documents: Sequence[Any], characters: Callable[[Any], int]) -> list[tuple]:
+    """Documents as they are to be in shards."""
+    ends = itertools.accumulate(map(characters, documents))
     parts = itertools.groupby(zip(ends, documents, strict=True), lambda pair: pair[0] // _CHARACTERS_PER_SHARD)
-    return [GivenDocuments(tuple(document for _, document in part)) for _, part in parts]
+    return [tuple(document for _, document in part) for _, part in parts]
 
 
 def first_texts(units: Sequence[Any]) -> Iterator[str]:

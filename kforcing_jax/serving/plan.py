@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from kforcing_jax.config import check_tau
+from kforcing_jax.data.chat_template import ChatTemplate
 from kforcing_jax.data.tokenizers import Tokenizer
 from kforcing_jax.decoding.requests import Request, top_p_for
 from kforcing_jax.errors import UserError
-from kforcing_jax.serving.chat import ChatTemplate
 from kforcing_jax.serving.errors import ApiError
 from kforcing_jax.serving.protocol import ChatRequest, CompletionRequest, Sampling
 

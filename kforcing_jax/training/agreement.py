@@ -83,13 +83,11 @@ def agreement_by_row(
     All processes of a run have to call this together. One program for all batches of a size, also of other callers.
     """
     of_batches = []
-    for index, tokens_BxN in enumerate(batches.tokens):
-        segments_BxN = None if batches.segments is None else batches.segments[index]
-        noise_BxNxK = sample_uniform(jax.random.fold_in(key, index), (*tokens_BxN.shape, window))
-        tau_B = jnp.full(len(tokens_BxN), tau)
-        sums = agreement_sums(
-            teacher, teacher_params, student, params, tokens_BxN, segments_BxN, noise_BxNxK, tau_B, eos_id, top_p
-        )
+    for index in range(len(batches.tokens)):
+        batch = jax.tree.map(lambda x, index=index: x[index], batches)
+        noise_BxNxK = sample_uniform(jax.random.fold_in(key, index), (*batch.tokens.shape, window))
+        tau_B = jnp.full(len(batch.tokens), tau)
+        sums = agreement_sums(teacher, teacher_params, student, params, batch, noise_BxNxK, tau_B, eos_id, top_p)
         of_batches.append([to_host(x).astype(np.float64) for x in sums])
     return RowSums(*map(np.concatenate, zip(*of_batches, strict=True)))
 
@@ -100,8 +98,7 @@ def agreement_sums(
     teacher_params: dict,
     student: PushForwardLM,
     params: dict,
-    tokens_BxN: jax.Array,
-    segments_BxN: jax.Array | None,
+    batch: Batch,
     noise_BxNxK: jax.Array,
     tau_B: jax.Array,
     eos_id: int | None,
@@ -111,6 +108,7 @@ def agreement_sums(
     and all blocks, both (B,).
     """
     tau_Bx1x1 = tau_B[:, None, None]
+    tokens_BxN, segments_BxN, answers_BxN = batch
 
     def call(model, params, method, *args):
         return model.apply({"params": params}, *args, method=method)
@@ -124,6 +122,6 @@ def agreement_sums(
 
     hidden = window_hidden(teacher, teacher_params, tokens_BxN, drawn_BxNxK, segments_BxN)
     agrees, collision = call(teacher, teacher_params, "per_token", compare, hidden, noise_BxNxK, tau_Bx1x1, drawn_BxNxK)
-    weights = window_weights(drawn_BxNxK, tokens_BxN, segments_BxN, eos_id)
+    weights = window_weights(drawn_BxNxK, tokens_BxN, segments_BxN, eos_id, answers_BxN=answers_BxN)
     per_offset = [(weights * x).sum(1) for x in (agrees, collision, 1)]
     return (*per_offset, *jax.vmap(block_agreement)(agrees, weights, block_weights(weights, segments_BxN)))

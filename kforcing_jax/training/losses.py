@@ -43,11 +43,18 @@ def loss_and_agreement(
     return loss(logits_xV, targets_x), argmax(logits_xV) == targets_x
 
 
-def next_token_weights(tokens_BxN: jax.Array, segments_BxN: jax.Array | None) -> jax.Array:
-    """1 where the next position continues the same text, 0 at the end of a row or segment and in padding: f32."""
-    if segments_BxN is None:
-        return jnp.ones(tokens_BxN.shape).at[:, -1].set(0)
-    continues_BxM = (segments_BxN[:, 1:] == segments_BxN[:, :-1]) & (segments_BxN[:, 1:] > 0)
+def next_token_weights(
+    tokens_BxN: jax.Array, segments_BxN: jax.Array | None, answers_BxN: jax.Array | None = None
+) -> jax.Array:
+    """1 where the next position continues the same text, 0 at the end of a row or segment and in padding: f32.
+
+    With `answers` only where the next token is of an answer.
+    """
+    continues_BxM = jnp.ones(tokens_BxN[:, 1:].shape, bool)
+    if segments_BxN is not None:
+        continues_BxM = (segments_BxN[:, 1:] == segments_BxN[:, :-1]) & (segments_BxN[:, 1:] > 0)
+    if answers_BxN is not None:
+        continues_BxM &= answers_BxN[:, 1:]
     return jnp.pad(continues_BxM.astype(jnp.float32), [(0, 0), (0, 1)])
 
 
@@ -57,6 +64,7 @@ def window_weights(
     segments_BxN: jax.Array | None,
     eos_id: int | None,
     skip_after_eos: bool = True,
+    answers_BxN: jax.Array | None = None,
 ) -> jax.Array:
     """Which tokens of the window after every position carry loss: weights_BxNxK, f32.
 
@@ -65,7 +73,8 @@ def window_weights(
     - at positions below N, beyond which nothing was trained;
     - up to the first EOS of a window, unless not `skip_after_eos`: what a teacher writes there is the beginning of
       another document;
-    - in rows of several segments, of no window in the padding or after the EOS that ends a segment.
+    - in rows of several segments, of no window in the padding or after the EOS that ends a segment;
+    - with `answers`, at the positions where the text has a token of an answer.
 
     `eos_id` is None where there is no EOS.
     """
@@ -77,7 +86,20 @@ def window_weights(
         carries_BxNxK &= (segments_BxN > 0)[..., None]
         if eos_id is not None:
             carries_BxNxK &= (tokens_BxN != eos_id)[..., None]
+    if answers_BxN is not None:
+        carries_BxNxK &= _in_answers(answers_BxN, segments_BxN, window_BxNxK.shape[2])
     return carries_BxNxK.astype(jnp.float32)
+
+
+def _in_answers(answers_BxN, segments_BxN, window):
+    """Whether the text after every position goes on, within its segment, with a token of an answer: bool (B, N, K)."""
+    length = answers_BxN.shape[1]
+    index_NxK = jnp.arange(length)[:, None] + 1 + jnp.arange(window)
+    at_NxK = jnp.minimum(index_NxK, length - 1)
+    found_BxNxK = answers_BxN[:, at_NxK] & (index_NxK < length)
+    if segments_BxN is None:
+        return found_BxNxK
+    return found_BxNxK & (segments_BxN[:, at_NxK] == segments_BxN[..., None])
 
 
 def block_weights(weights_BxNxK: jax.Array, segments_BxN: jax.Array | None) -> jax.Array:

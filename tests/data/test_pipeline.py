@@ -38,7 +38,7 @@ def corpus(config, tmp_path_factory):
 
 def all_rows(corpus, split):
     source = corpus._source(split)
-    return np.stack([corpus._row(source[i])[0] for i in range(len(source))])
+    return np.stack([corpus._row(source[i])["tokens"] for i in range(len(source))])
 
 
 def take(batches, count):
@@ -333,7 +333,7 @@ def test_every_document_is_one_whole_segment_cut_to_a_row(segmented):
     found = []
     for split in ("train", "validation"):
         source = corpus._source(split)
-        for tokens_N, segments_N in (corpus._row(source[i]) for i in range(len(source))):
+        for tokens_N, segments_N in (corpus._row(source[i]).values() for i in range(len(source))):
             assert (tokens_N[segments_N == 0] == corpus.eos_id).all()
             for segment in range(1, segments_N.max() + 1):
                 found.append(corpus.tokenizer.decode(tokens_N[segments_N == segment]))
@@ -353,7 +353,10 @@ def test_a_segmented_corpus_says_how_full_its_rows_are(segmented):
 def test_segments_travel_with_their_tokens(segmented):
     _, corpus = segmented
     source = corpus._source("train")
-    rows = {tuple(tokens_N): tuple(segments_N) for tokens_N, segments_N in map(corpus._row, source)}
+    rows = {
+        tuple(tokens_N): tuple(segments_N)
+        for tokens_N, segments_N in (corpus._row(record).values() for record in source)
+    }
     batch = next(corpus.train_batches(8, SEED))
     assert batch.tokens.shape == batch.segments.shape == (8, 16) and batch.segments.dtype == np.int32
     assert all(rows[tuple(t)] == tuple(s) for t, s in zip(batch.tokens, batch.segments, strict=True))

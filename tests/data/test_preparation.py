@@ -65,7 +65,7 @@ def small_shards(monkeypatch):
 
 
 def all_rows(corpus, split="train"):
-    return np.stack([corpus._row(record)[0] for record in corpus._source(split)])
+    return np.stack([corpus._row(record)["tokens"] for record in corpus._source(split)])
 
 
 def documents(path, corpus):
@@ -275,7 +275,7 @@ def test_documents_begin_with_cls_and_end_with_sep_also_when_cut(tmp_path):
     )
     corpus = prepare(config, SEED, tmp_path / "data")
     for split in ("train", "validation"):
-        for tokens_N, segments_N in map(corpus._row, corpus._source(split)):
+        for tokens_N, segments_N in (corpus._row(record).values() for record in corpus._source(split)):
             document = tokens_N[segments_N == 1]
             assert document[0] == 1 and document[-1] == 2
             assert not {1, 2} & set(document[1:-1])

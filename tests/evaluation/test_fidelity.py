@@ -122,6 +122,17 @@ def test_agreement_and_chance_are_of_the_nucleus_that_a_student_was_taught(teach
     assert got["chance"] == [pytest.approx((p**2).sum(-1).mean(), rel=1e-5)]
 
 
+def test_agreement_is_on_answers_where_these_are_what_is_learnt(teacher, student):
+    tokens = jax.random.randint(jax.random.key(0), (1, 2, 4), 0, STATES)
+    answers = jnp.array([[[False, True, True, False], [False, False, False, True]]])
+    settings = {"window": 1, "tau": 1.0, "eos_id": None}
+    got = agreement(*teacher, *student, Batch(tokens, answers=answers), jax.random.key(1), **settings)
+    noise = sample_uniform(jax.random.fold_in(jax.random.key(1), 0), (2, 4, 1))
+    drawn = student[0].apply({"params": student[1]}, tokens[0], noise, jnp.ones(2)).argmax(-1)
+    hits = np.asarray(teacher[0].pick(window_logits(*teacher, tokens[0], drawn), noise, jnp.ones((1, 1, 1))) == drawn)
+    assert got["agreement"] == [pytest.approx(hits[[0, 0, 1], [0, 1, 2]].mean())]
+
+
 def test_agreement_counts_by_hand(teacher, student):
     tokens = jax.random.randint(jax.random.key(0), (1, 2, 4), 0, STATES)
     got = agreement(*teacher, *student, Batch(tokens), jax.random.key(1), window=2, tau=1.0, eos_id=None)

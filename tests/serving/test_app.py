@@ -7,8 +7,8 @@ import openai
 import pytest
 from fake_engine import FakeEngine
 
+from kforcing_jax.data.chat_template import ChatTemplate
 from kforcing_jax.decoding import Request
-from kforcing_jax.serving.chat import ChatTemplate
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}{% if add_generation_prompt %}>{% endif %}"

@@ -17,14 +17,15 @@ from kforcing_jax.training.losses import (
 EOS = 0
 
 
-def weights_of(windows, length, eos_id, segments=None, tokens=None, skip_after_eos=True):
+def weights_of(windows, length, eos_id, segments=None, tokens=None, skip_after_eos=True, answers=None):
     """Weights of the windows of a row of `length` tokens; those that are not given are 3, 3, ..."""
     windows = np.array(windows)
     padded = np.full((1, length, windows.shape[1]), 3)
     padded[0, : len(windows)] = windows
     tokens = np.ones((1, length), int) if tokens is None else np.array([tokens])
     segments = None if segments is None else jnp.array([segments])
-    return window_weights(jnp.asarray(padded), jnp.asarray(tokens), segments, eos_id, skip_after_eos)[0]
+    answers = None if answers is None else jnp.array([answers], bool)
+    return window_weights(jnp.asarray(padded), jnp.asarray(tokens), segments, eos_id, skip_after_eos, answers)[0]
 
 
 def test_tokens_after_the_first_eos_of_a_window_carry_no_weight():
@@ -52,6 +53,35 @@ def test_next_tokens_count_within_a_segment_only():
     tokens, segments = jnp.ones((1, 6), int), jnp.array([[1, 1, 2, 2, 0, 0]])
     assert next_token_weights(tokens, segments).tolist() == [[1, 0, 1, 0, 0, 0]]
     assert next_token_weights(tokens, None).tolist() == [[1, 1, 1, 1, 1, 0]]
+
+
+def test_of_an_answer_its_tokens_count_whatever_they_are_predicted_from():
+    tokens, answers = jnp.ones((1, 7), int), jnp.array([[0, 0, 1, 1, 0, 0, 1]], bool)
+    assert next_token_weights(tokens, None, answers).tolist() == [[0, 1, 1, 0, 0, 1, 0]]
+    # The last of a segment is before the first of the next, and does not predict it.
+    segments = jnp.array([[1, 1, 1, 2, 2, 0, 0]])
+    assert next_token_weights(tokens, segments, answers).tolist() == [[0, 1, 0, 0, 0, 0, 0]]
+
+
+def test_tokens_of_a_window_count_where_the_text_goes_on_with_an_answer():
+    windows, answers = [[3, 3, 3]] * 6, [0, 0, 1, 1, 0, 1]
+    by_hand = [[0, 1, 1], [1, 1, 0], [1, 0, 1], [0, 1, 0], [1, 0, 0], [0, 0, 0]]
+    assert weights_of(windows, 6, None, answers=answers).tolist() == by_hand
+    # The rule of what comes after an EOS still holds.
+    assert weights_of([[EOS, 3, 3], *windows[1:]], 6, EOS, answers=answers)[0].tolist() == [0, 0, 0]
+    # A window that goes on beyond its segment finds no answer there.
+    of_segments = weights_of(windows, 6, None, segments=[1, 1, 1, 2, 2, 2], answers=answers)
+    assert of_segments.tolist() == [[0, 1, 0], [1, 0, 0], [0, 0, 0], [0, 1, 0], [1, 0, 0], [0, 0, 0]]
+
+
+def test_weights_are_what_they_were_where_every_token_is_of_an_answer():
+    tokens, segments = jnp.ones((1, 6), int), jnp.array([[1, 1, 2, 2, 2, 0]])
+    everywhere = jnp.ones((1, 6), bool)
+    for of_row in (None, segments):
+        np.testing.assert_array_equal(
+            next_token_weights(tokens, of_row, everywhere), next_token_weights(tokens, of_row)
+        )
+    np.testing.assert_array_equal(weights_of([[3, 3]] * 6, 6, EOS, answers=[1] * 6), weights_of([[3, 3]] * 6, 6, EOS))
 
 
 def test_loss_and_agreement_of_every_token():

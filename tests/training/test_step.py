@@ -111,7 +111,7 @@ def traced_programs():
             lambda t, s, n=name: prefill(programs.models, n, 16, 64, weights(t, s)[n], state.slots, state.caches[n]),
         )
     yield "rollout", lambda t, s: rollout(student, s, TOKENS, jnp.zeros((2, 8, 4)), tau, 2)
-    yield "agreement", lambda t, s: agreement_sums(teacher, t, student, s, TOKENS, None, u, tau, 11)
+    yield "agreement", lambda t, s: agreement_sums(teacher, t, student, s, Batch(TOKENS), u, tau, 11)
     yield "samples", lambda t, s: _under_teacher(teacher, t, TOKENS)
     yield "joint", lambda t, s: _conditionals(teacher, t, TOKENS, jnp.zeros((5, 1), jnp.int32))
     yield "windows", lambda t, s: _windows_after(student, s, TOKENS[0], jnp.zeros((3, 2)))

@@ -4,8 +4,10 @@ import json
 
 import pytest
 
+from kforcing_jax.config import DataConfig
+from kforcing_jax.data.chat_template import ChatTemplate
+from kforcing_jax.data.tokenizers import train_tokenizer
 from kforcing_jax.errors import DataError
-from kforcing_jax.serving.chat import ChatTemplate
 
 SOURCE = (
     "{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ eos_token }}{% endfor %}"
@@ -78,3 +80,54 @@ def test_a_template_of_somebody_else_reaches_nothing_but_the_messages():
 def test_the_functions_and_filters_that_templates_of_the_hub_use_are_there():
     source = "{{ messages | tojson }}{{ strftime_now('%Y') | length }}{% for m in messages %}{% break %}{% endfor %}"
     assert ChatTemplate(source).render(MESSAGES[1:]) == '[{"role": "user", "content": "hi"}]4'
+
+
+CHAT = [*MESSAGES, {"role": "assistant", "content": "yo"}, MESSAGES[1], {"role": "assistant", "content": ""}]
+
+
+def said(source, messages=CHAT):
+    text, answers = ChatTemplate(source, {"eos_token": "!"}).render_answers(messages)
+    return text, [text[first:end] for first, end in answers]
+
+
+def test_answers_are_what_comes_after_the_text_before_them():
+    opened = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ eos_token }}{% endfor %}"
+    source = opened + "{% if add_generation_prompt %}[assistant]{% endif %}"
+    assert said(source) == ("[system]be brief![user]hi![assistant]yo![user]hi![assistant]!", ["yo!", "!"])
+
+
+def test_a_template_may_mark_its_answers_and_the_marks_are_no_text():
+    source = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}."
+        "{% else %}<{{ m.content }}>{% endif %}{% endfor %}{{ '>' if add_generation_prompt }}"
+    )
+    assert said(source) == ("<be brief><hi>yo.<hi>.", ["yo", ""])
+    assert ChatTemplate(source).render(CHAT[:3]) == "<be brief><hi>yo.>"
+    assert ChatTemplate(source).render_whole(CHAT[:3]) == "<be brief><hi>yo."
+
+
+def test_answers_are_found_where_a_template_drops_what_earlier_ones_began_with():
+    """As Qwen3's, in which only the last answer has a place for thoughts."""
+    source = (
+        "{% for m in messages %}<{{ m.role }}>"
+        "{% if m.role == 'assistant' and loop.last %}<think></think>{% endif %}{{ m.content }}</>{% endfor %}"
+        "{{ '<assistant>' if add_generation_prompt }}"
+    )
+    text, answers = said(source, [*CHAT[1:4], {"role": "assistant", "content": "bye"}])
+    assert answers == ["yo</>", "<think></think>bye</>"] and text.startswith("<user>hi</><assistant>yo</>")
+
+
+def test_answers_that_cannot_be_told_are_refused():
+    with pytest.raises(
+        DataError, match=r"message 3: the chat template does not tell .* mark answers by \{% generation"
+    ):
+        said("{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}")
+
+
+def test_the_names_of_special_tokens_come_from_the_tokenizer_where_the_folder_has_none(tmp_path):
+    tokenizer = train_tokenizer(DataConfig(), ["abc"])
+    assert ChatTemplate(SOURCE).of(tokenizer).render(MESSAGES[1:]) == "[user]hi<eos>>"
+    template = ChatTemplate(SOURCE, {"eos_token": "!"}).of(tokenizer)
+    assert template.render(MESSAGES[1:]) == "[user]hi!>"
+    template.save(tmp_path)
+    assert ChatTemplate.find(tmp_path) == template
