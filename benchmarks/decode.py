@@ -1,14 +1,20 @@
-"""Decoding: AR, windows of 2 and 4, the confident stride and exact decoding, by one engine in one process.
+"""Decoding: AR, whole windows, the confident stride and exact decoding, by one engine in one process.
 
 python benchmarks/decode.py --workdir=runs/tiny --contexts=128 --batches=1,4,16 --plot=speed.svg
 python benchmarks/decode.py --shape=12,768,12,30522 --batches=1,8 --rounds=5
+python benchmarks/decode.py --shape=12,768,12,30522 --rank=32 --batches=1,8 --rounds=5
 
 The programs take turns. Timed are the passes after the prompt, which fills the context up to the new tokens. A trained
 run decodes with its own stages; random weights (`--shape`: layers, width, heads, vocabulary) say nothing of how
-much of a window is confident or exact, so they are timed with whole windows only. Beside every time stand the bytes
+much of a window is confident or exact: how long a pass takes is all that they tell. Beside every time stand the bytes
 that a pass has to read (weights and live cache) and its FLOPs, over what this device does in a matrix product and in
 reading a large array. No text ends early, so all tokens are useful ones. Exact decoding is compared with AR token by
 token before any ratio is printed.
+
+Of gated students (`--rank`, or a run that has them) exact decoding comes in all its forms: `exact`, a pass that
+verifies and drafts with a window at every draft; `exact-w` with w windows; `exact-0`, which drafts and verifies in
+turns; and `exact-apart`, the same by two models with weights and caches of their own. What is called a pass of the
+latter two is one of either kind.
 """
 
 import dataclasses
@@ -31,8 +37,9 @@ from kforcing_jax.evaluation.plots import PALETTE, new_figure
 from kforcing_jax.evaluation.timing import Times
 from kforcing_jax.models import CausalLM, ModelConfig, PushForwardLM, init_params
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "A trained run with stages ar, k2 and k4.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "A trained run with stage ar and students of two tokens or more.")
 _SHAPE = flags.DEFINE_list("shape", None, "Random weights instead: layers, width, heads, vocabulary.")
+_RANK = flags.DEFINE_integer("rank", 0, "Of the deltas of a gated student, with --shape; -1: full.", lower_bound=-1)
 _BATCHES = flags.DEFINE_list("batches", ["1", "4", "16", "64", "128", "256"], "Requests at a time.")
 _CONTEXTS = flags.DEFINE_list("contexts", ["128", "1024"], "Tokens of the longest text.")
 _NEW_TOKENS = flags.DEFINE_integer("new_tokens", 64, "That are timed, a multiple of 4.", lower_bound=4)
@@ -56,32 +63,55 @@ class Program:
 def programs() -> list[Program]:
     """What takes turns."""
     ar, students = _trained() if _WORKDIR.value else _random()
+    widest = max(students)
+    pair = students[widest]
     found = [Program("ar", {"teacher": ar}, 1, {"mode": "ar"})]
     found += [Program(f"k{k}", {"student": pair}, k, {}) for k, pair in students.items()]
     if _WORKDIR.value:
-        widest = max(students)
-        pair = students[widest]
         found.append(Program("confident", {"student": pair}, widest, {"confidence": _CONFIDENCE.value}))
+    if pair[0].cfg.is_gated:
+        found += _exact_forms(pair, ar, widest)
+    elif _WORKDIR.value:
         found.append(Program("exact", {"student": pair, "teacher": ar}, widest, {"mode": "exact"}))
     return found
 
 
+def _exact_forms(pair, ar, k) -> list[Program]:
+    """Of a gated student: by how many windows there are in a pass, and by two models."""
+    exact = {"mode": "exact"}
+    forms = [Program("exact", {"student": pair}, k, exact)]
+    for windows in sorted({k // 2, 1, 0} - {k}, reverse=True):
+        forms.append(Program(f"exact-{windows}", {"student": pair, "exact_windows": windows}, k, exact))
+    apart = ar[0], jax.tree.map(jnp.copy, ar[1])
+    return [*forms, Program("exact-apart", {"student": pair, "teacher": apart}, k, exact)]
+
+
 def _trained():
-    from kforcing_jax.training.checkpoints import load_stage
+    """The AR teacher, and of every window of two tokens or more the first student, in order."""
+    from kforcing_jax.training.checkpoints import finished_stages, load_stage
     from kforcing_jax.workdir import Workdir
 
     logging.set_verbosity(logging.FATAL)  # orbax reports every file
     workdir = Workdir.open(_WORKDIR.value)
-    tokenizer = workdir.tokenizer()
-    return load_stage(workdir, "ar", tokenizer), {k: load_stage(workdir, f"k{k}", tokenizer) for k in (2, 4)}
+    tokenizer, students = workdir.tokenizer(), {}
+    for name in finished_stages(workdir):
+        window = workdir.config.stages[name].window
+        if window > 1 and window not in students:
+            students[window] = load_stage(workdir, name, tokenizer)
+    if not students:
+        raise SystemExit(f"{_WORKDIR.value} has no finished student of two tokens or more")
+    model, params = students[max(students)]
+    ar = (model.text_model, params) if model.cfg.is_gated else load_stage(workdir, "ar", tokenizer)
+    return ar, dict(sorted(students.items()))
 
 
 def _random():
     layers, width, heads, vocabulary = map(int, _SHAPE.value)
     cfg = ModelConfig(vocab_size=vocabulary, mask_id=vocabulary - 1, num_layers=layers, d_model=width, num_heads=heads)
-    teacher, student = CausalLM(cfg), PushForwardLM(cfg)
+    teacher, student = CausalLM(cfg), PushForwardLM(dataclasses.replace(cfg, adapter_rank=_RANK.value))
     student = student, init_params(student, jax.random.key(0))
-    return (teacher, init_params(teacher, jax.random.key(0))), {2: student, 4: student}
+    ar = teacher, student[1] if _RANK.value else init_params(teacher, jax.random.key(0))
+    return ar, {2: student, 4: student}
 
 
 def prompts(program: Program, batch: int, length: int) -> np.ndarray:
@@ -94,12 +124,12 @@ def prompts(program: Program, batch: int, length: int) -> np.ndarray:
         if found.shape[1] < length:
             raise SystemExit(f"a prompt of {length} tokens is longer than the texts of the run ({found.shape[1]})")
         return found[np.arange(batch) % len(found)]
-    (model, _), *_ = program.models.values()
+    model, _ = program.models.get("student") or program.models["teacher"]
     return np.random.default_rng(0).integers(0, model.cfg.vocab_size - 1, (batch, length))
 
 
 class Decoding:
-    """One program at one size: an engine that stays, its requests, what they gave."""
+    """One program at one size: an engine that stays, its requests, what they gave, in how many passes at most."""
 
     def __init__(self, program: Program, batch: int, context: int):
         self.engine = Engine(**program.models, slots=batch, max_length=context, k=program.k, dtype=_DTYPE.value)
@@ -118,7 +148,7 @@ class Decoding:
         updates = {update.slot: update for update in self.engine.step()}
         seconds = time.perf_counter() - start
         self.tokens = [updates[slot].tokens for slot in slots]
-        self.passes = max(max(updates[slot].passes.values()) for slot in slots)
+        self.passes = max(updates[slot].kept[0] for slot in slots)  # each of which kept a token
         return seconds
 
 
@@ -133,19 +163,27 @@ def measure(found: list[Program], batch: int, context: int, peak: Cost) -> dict:
                 seconds[name].append(taken)
     _check_exact(decodings)
     times = Times({name: np.array(each) for name, each in seconds.items()})
-    return {name: _figures(name, decoding, times, context, peak) for name, decoding in decodings.items()}
+    figures = {name: _figures(name, decoding, times, context, peak) for name, decoding in decodings.items()}
+    for name, each in figures.items():
+        more = decodings["ar"].passes / decodings[name].passes
+        each["pass_over_ar"] = {
+            "time": {part: value * more for part, value in times.ratio(name, "ar").items()},
+            "flops": each["flops_a_pass"] / figures["ar"]["flops_a_pass"],
+            "bytes": each["bytes_a_pass"] / figures["ar"]["bytes_a_pass"],
+        }
+    return figures
 
 
 def _check_exact(decodings):
-    """Raises SystemExit when exact decoding does not give AR's tokens."""
-    if "exact" not in decodings:
-        return
-    exact, ar = (np.array(decodings[name].tokens) for name in ("exact", "ar"))
-    if (exact != ar).any():
-        parted = f"exact decoding and AR part in {(exact != ar).any(axis=1).sum()} of {len(ar)} texts"
-        if _DTYPE.value == "float32":
-            raise SystemExit(parted)
-        print(f"{parted}: {_DTYPE.value} rounds them differently", file=sys.stderr)
+    """Raises SystemExit when exact decoding, in any form, does not give AR's tokens."""
+    ar = np.array(decodings["ar"].tokens)
+    for name in [name for name in decodings if name.startswith("exact")]:
+        differs = np.array(decodings[name].tokens) != ar
+        if differs.any():
+            parted = f"{name} decoding and AR part in {differs.any(axis=1).sum()} of {len(ar)} texts"
+            if _DTYPE.value == "float32":
+                raise SystemExit(parted)
+            print(f"{parted}: {_DTYPE.value} rounds them differently", file=sys.stderr)
 
 
 def _figures(name, decoding, times, context, peak):
@@ -192,6 +230,8 @@ def _fastest(function, argument):
 def main(_):
     if bool(_WORKDIR.value) == bool(_SHAPE.value):
         raise app.UsageError("give one of --workdir and --shape")
+    if _WORKDIR.value and _RANK.value:
+        raise app.UsageError("--rank has no effect with --workdir")
     out = sys.stderr if _JSON.value else sys.stdout
     found, peak, results = programs(), peak_of_device(), []
     print(f"{device_text()}; {peak.flops / 1e9:,.0f} GFLOP/s, {peak.bytes / 1e9:.1f} GB/s", file=out)
@@ -215,19 +255,28 @@ def _block(result) -> str:
     for name, figures in result["programs"].items():
         ratio, ms = figures["speed_up"], figures["milliseconds_a_pass"]
         lines.append(
-            f"  {name:<10} {figures['tokens_per_second']:>10,.0f} tokens/s  {figures['tokens_per_pass']:.2f} a pass  "
+            f"  {name:<12} {figures['tokens_per_second']:>10,.0f} tokens/s  {figures['tokens_per_pass']:.2f} a pass  "
             f"{ms['median']:>8.2f} ms [{ms['low']:.2f}, {ms['high']:.2f}]  "
-            f"{ratio['median']:.2f}x AR [{ratio['low']:.2f}, {ratio['high']:.2f}]  "
+            f"{ratio['median']:.2f}x AR [{ratio['low']:.2f}, {ratio['high']:.2f}]  a pass {_over_ar(figures)}  "
             f"{figures['share_of_peak_flops']:.0%} of FLOP/s  {figures['share_of_peak_bytes']:.0%} of bytes/s"
         )
     return "\n".join(lines)
 
 
+def _over_ar(figures) -> str:
+    """What a pass costs over one of AR: also the tokens that it has to give to be worth it."""
+    over = figures["pass_over_ar"]
+    time = over["time"]
+    spread = f"[{time['low']:.2f}, {time['high']:.2f}]"
+    return f"{time['median']:.2f} {spread} of AR's time, {over['flops']:.1f} FLOPs, {over['bytes']:.2f} bytes"
+
+
 def _crossing(results, context) -> str:
     """From which batch on the widest window is no faster than AR."""
-    slower = [each["batch"] for each in results if each["programs"]["k4"]["speed_up"]["median"] <= 1]
+    widest = max((name for each in results for name in each["programs"] if name[1:].isdecimal()), default="k4")
+    slower = [each["batch"] for each in results if each["programs"][widest]["speed_up"]["median"] <= 1]
     where = f"from a batch of {min(slower)} on" if slower else "at none of these batches"
-    return f"context {context}: k = 4 stops paying {where}"
+    return f"context {context}: k = {widest[1:]} stops paying {where}"
 
 
 def _draw(results):

@@ -31,7 +31,8 @@ def main(_):
     for dtype in ("float32", "bfloat16"):
         settings = dict(max_new_tokens=_NEW_TOKENS.value, seeds=range(len(starts)), dtype=dtype)
         ar = generate(*teacher, starts, slots=64, **settings)
-        exact = generate(*student, starts, slots=64, k=k, mode="exact", teacher=teacher, **settings)
+        others = {} if student[0].cfg.is_gated else {"teacher": teacher}
+        exact = generate(*student, starts, slots=64, k=k, mode="exact", **others, **settings)
         print(f"{dtype}: exact and AR part in {_parted(exact, ar)}")
         print(f"{dtype}: AR in 16 and in 64 slots in {_parted(generate(*teacher, starts, slots=16, **settings), ar)}")
 

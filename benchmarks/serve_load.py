@@ -202,7 +202,8 @@ class Bare:
         logging.set_verbosity(logging.FATAL)  # orbax reports every file
         workdir = Workdir.open(_WORKDIR.value)
         tokenizer = workdir.tokenizer()
-        teacher, student = (load_stage(workdir, stage, tokenizer) for stage in ("ar", "k4"))
+        student = load_stage(workdir, "k4", tokenizer)
+        teacher = None if student[0].cfg.is_gated else load_stage(workdir, "ar", tokenizer)
         length = workdir.config.data.seq_len
         self._engine = Engine(student=student, teacher=teacher, slots=_SLOTS.value, max_length=length, k=4)
         self._requests = {mode: [] for mode in modes()}

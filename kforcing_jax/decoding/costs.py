@@ -2,7 +2,8 @@
 
 import dataclasses
 
-from kforcing_jax.decoding.passes import MODELS, Models
+from kforcing_jax.decoding.passes import Models
+from kforcing_jax.models import ModelConfig
 
 _F32 = 4
 _BYTES = {"float32": 4, "bfloat16": 2}
@@ -20,30 +21,84 @@ class Cost:
 
 
 def pass_cost(models: Models, mode: str, slots: int, live: int) -> Cost:
-    """Of one pass of a mode over `slots` texts that have `live` tokens each (`exact`: one of either model)."""
-    known, k = models.k + (mode == "exact"), models.k
-    costs = {
-        "student": lambda: (
-            _model_cost(models.config("student"), slots, live, rows=known + k, drawn=k) + _noise(models, slots)
-        ),
-        "teacher": lambda: _model_cost(models.config("teacher"), slots, live, rows=known if mode == "exact" else 1),
-    }
-    return sum((costs[name]() for name in MODELS[mode]), Cost(0, 0))
+    """Of one step of a mode over `slots` texts that have `live` tokens each.
+
+    It is one pass, of mode `exact` one of either model; of a gated student with `exact_windows` one that does both.
+    """
+    k = models.k
+    if mode == "ar":
+        assert models.causal is not None
+        return _model_cost(models.causal.cfg, slots, live, known=1, drawn=1)
+    student = models.config("student")
+    if mode == "student":
+        return _model_cost(student, slots, live, known=k, noise=k, drawn=k) + _noise(models, slots, k)
+    if models.is_one_pass:
+        return _one_pass_cost(models, slots, live)
+    known = 1 if models.is_shared else k + 1
+    draft = _model_cost(student, slots, live, known=known, noise=k, drawn=k) + _noise(models, slots, k)
+    assert models.causal is not None
+    return draft + _model_cost(models.causal.cfg, slots, live, known=k + 1, drawn=k + 1)
 
 
-def _model_cost(cfg, slots, live, rows, drawn=None):
-    """`rows` tokens of every text pass the layers, `drawn` of them also the last one and the output layer."""
-    drawn, width = rows if drawn is None else drawn, cfg.d_model
-    # In the last layer the others give keys and values only: 3 of 12 squares of the width, as queries are of all.
-    through = rows * (cfg.num_layers - 1) + drawn
-    flops = 2 * slots * (12 * width**2 * through + 3 * width**2 * (rows - drawn) + drawn * width * cfg.vocab_size)
-    flops += 4 * slots * width * live * through
-    weights = 12 * width**2 * cfg.num_layers * _BYTES[cfg.dtype] + width * cfg.vocab_size * _F32
-    cache = 2 * cfg.num_layers * slots * live * width * _BYTES[cfg.dtype]
-    return Cost(flops, weights + cache)
+def _one_pass_cost(models, slots, live):
+    """Known tokens draw, the windows of all anchors pass the layers, one of them the output layer, in its turn."""
+    k, windows, cfg = models.k, models.exact_windows, models.config("student")
+    if k == 1:
+        return _model_cost(models.causal.cfg, slots, live, known=1, drawn=1)
+    through = _model_cost(cfg, slots, live, known=k, noise=windows * k, last=k + windows * (k - 1), drawn=0)
+    heads = _head_cost(cfg, slots, k) + _head_cost(cfg, slots, k - 1) + _head_delta_cost(cfg, slots, k - 1)
+    return through + heads + _noise(models, slots, windows * k)
 
 
-def _noise(models, slots):
+def _model_cost(cfg: ModelConfig, slots, live, known, noise=0, last=None, drawn=0):
+    """`known` tokens of every text and `noise` ones pass the layers, `last` (by default `drawn`) of them the last one.
+
+    `drawn` pass the output layer, and its delta where there is one: then they are noise.
+    """
+    rows, width = known + noise, cfg.num_heads * cfg.head_width
+    last = drawn if last is None else last
+    squares, keys = sum(cfg.matrix_sizes), sum(cfg.matrix_sizes[:2])
+    # In the last layer the others give keys and values only (with queries, which are of all).
+    through, projected = rows * (cfg.num_layers - 1) + last, rows - last
+    flops = 2 * slots * (squares * through + keys * projected) + 4 * slots * width * live * through
+    cache = 2 * cfg.num_layers * slots * live * cfg.kv_heads * cfg.head_width * _BYTES[cfg.dtype]
+    cost = Cost(flops, squares * cfg.num_layers * _BYTES[cfg.dtype] + cache)
+    if noise and cfg.is_gated:
+        cost += _deltas_cost(cfg, slots, noise)
+    if drawn:
+        cost += _head_cost(cfg, slots, drawn)
+        cost += _head_delta_cost(cfg, slots, drawn) if noise else Cost(0, 0)
+    return cost
+
+
+def _head_cost(cfg, slots, rows):
+    """The output layer; of a batch of rows it is read once."""
+    numbers = cfg.d_model * cfg.vocab_size
+    return Cost(2 * slots * rows * numbers, numbers * _F32)
+
+
+def _head_delta_cost(cfg, slots, rows):
+    numbers = _delta_size(cfg, cfg.d_model, cfg.vocab_size)
+    return Cost(2 * slots * rows * numbers, numbers * _F32)
+
+
+def _deltas_cost(cfg, slots, rows):
+    """What noise rows add to the matrices of the blocks."""
+    heads, keys = cfg.num_heads * cfg.head_width, cfg.kv_heads * cfg.head_width
+    shapes = [(cfg.d_model, heads), (cfg.d_model, keys), (cfg.d_model, keys), (heads, cfg.d_model)]
+    shapes += [(cfg.d_model, cfg.mlp_width)] * (len(cfg.matrix_sizes) - 3)
+    numbers = cfg.num_layers * sum(_delta_size(cfg, *shape) for shape in shapes)
+    return Cost(2 * slots * rows * numbers, numbers * _BYTES[cfg.dtype])
+
+
+def _delta_size(cfg, inputs, outputs):
+    """Entries of the matrices that a noise row multiplies with beside one of the teacher's."""
+    if not cfg.is_gated:
+        return 0
+    return inputs * outputs if cfg.adapter_rank < 0 else cfg.adapter_rank * (inputs + outputs)
+
+
+def _noise(models, slots, rows):
     """The noise encoder; what depends on the temperature is computed once a request."""
     squares = 9 * models.config("student").d_model ** 2
-    return Cost(2 * slots * models.k * squares, squares * _F32)
+    return Cost(2 * slots * rows * squares, squares * _F32)

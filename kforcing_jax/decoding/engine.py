@@ -22,14 +22,15 @@ from jax.sharding import Mesh, NamedSharding
 
 from kforcing_jax.decoding.logprobs import Logprobs
 from kforcing_jax.decoding.memory import Memory, bytes_left, check_memory, sharded_bytes
-from kforcing_jax.decoding.passes import MODELS, Decoding, Models, slots_after_a_text
+from kforcing_jax.decoding.passes import Decoding, Models, slots_after_a_text
 from kforcing_jax.decoding.programs import Programs, Report
-from kforcing_jax.decoding.requests import MODES, Request, check_count, check_mode, is_whole_number
+from kforcing_jax.decoding.requests import Request, check_count, check_mode, is_whole_number
 from kforcing_jax.decoding.slots import Settings
 from kforcing_jax.errors import DataError
 from kforcing_jax.models import CausalLM, PushForwardLM
 from kforcing_jax.models.cache import BLOCK
 from kforcing_jax.models.cached import weights
+from kforcing_jax.models.gated import base_params
 from kforcing_jax.sharding import to_host
 
 # Prompts are read this many tokens at a time.
@@ -77,26 +78,33 @@ class Engine:
         k: int = 1,
         dtype: str | None = None,
         mesh: jax.sharding.Mesh | None = None,
+        exact_windows: int | None = None,
     ):
         """Compiles and allocates nothing yet.
 
         Args:
-          student: (PushForwardLM, params), for modes `student` and `exact`.
-          teacher: (CausalLM, params), for modes `ar` and `exact`.
+          student: (PushForwardLM, params), for modes `student` and `exact`; a gated one alone for all modes.
+          teacher: (CausalLM, params), for modes `ar` and `exact`. One of the same arrays as a gated student's is the
+            one in it; another one is a model of its own.
           slots: requests at a time; on a mesh rounded up to what can be split over its rows.
           max_length: positions of a text, prompt included.
           k: the largest window, at most that which the student was trained with.
           dtype: compute dtype of the blocks and of the caches, instead of the models' own.
           mesh: `data` splits slots, `tensor` heads and columns. By default that of the parameters, if they have one.
+          exact_windows: of a gated student alone: how many windows a pass of mode `exact` drafts beside what it
+            verifies, by default k, one for each place where the drafts may stop being right. With fewer they are where
+            that is likeliest. 0: a pass that drafts and one that verifies in turns. The tokens are the same.
 
         Raises:
-          DataError: no model, models of different vocabularies, numbers below 1.
+          DataError: no model, models of different vocabularies, numbers below 1 or out of their range.
         """
         given = {name: pair for name, pair in (("student", student), ("teacher", teacher)) if pair is not None}
         _check_engine(given, slots, max_length, k)
+        given = _apart(given)
         mesh = _mesh_of(given) if mesh is None else mesh
         in_dtype = {name: _in_dtype(model, dtype) for name, (model, _) in given.items()}
         models = Models(in_dtype.get("student"), in_dtype.get("teacher"), k if student is not None else 1)
+        models = dataclasses.replace(models, exact_windows=_exact_windows(models, exact_windows))
         self.programs = programs_for(models, slots, max_length, mesh)
         self.weights = {name: weights(models.config(name), given[name][1], mesh) for name in given}
         self.max_length = max_length
@@ -114,7 +122,7 @@ class Engine:
     @property
     def modes(self) -> tuple[str, ...]:
         """Those that the models allow."""
-        return tuple(mode for mode in MODES if set(MODELS[mode]) <= set(self.models.names))
+        return self.models.modes
 
     def check(self, request: Request) -> None:
         """Raises DataError or ConfigError for a request that this engine cannot serve."""
@@ -129,7 +137,7 @@ class Engine:
             )
 
     def _check_models(self, mode: str):
-        for name in MODELS[mode]:
+        for name in self.models.of_mode(mode):
             if name not in self.models.names:
                 raise DataError(f"mode = {mode!r} needs {name}=(model, params)")
 
@@ -219,9 +227,10 @@ class Engine:
             self._check_models(mode)
         lives, rows = self.programs.lives, ("all", "one") if self._reads_one_row else ("all",)
         others: list[tuple] = [("clear",)]
-        if any("teacher" in MODELS[mode] for mode in modes):
+        if _reports_scores(modes):
             others.append(("scores",))
-            others += [("prefill", "teacher", rows[-1], chunk, live, True) for live in lives for chunk in CHUNKS]
+            name = self.models.causal_name
+            others += [("prefill", name, rows[-1], chunk, live, True) for live in lives for chunk in CHUNKS]
         self._compile(modes, lives, others, rows, told)
         if self._state is None:
             self._allocate()
@@ -236,11 +245,12 @@ class Engine:
 
     def largest_programs(self, modes: Iterable[str]) -> list[tuple]:
         """The keys of those that need most memory, of what requests of these modes run."""
-        live, names = self.programs.lives[-1], dict.fromkeys(name for mode in modes for name in MODELS[mode])
+        live, models, modes = self.programs.lives[-1], self.models, tuple(modes)
         run = [("run", mode, live) for mode in modes]
+        names = dict.fromkeys(name for mode in modes for name in models.of_mode(mode))
         read = [("prefill", name, "all", CHUNKS[-1], live) for name in names]
-        scored = ("prefill", "teacher", "one" if self._reads_one_row else "all", CHUNKS[-1], live, True)
-        return run + read + [scored] * ("teacher" in names)
+        scored = ("prefill", models.causal_name, "one" if self._reads_one_row else "all", CHUNKS[-1], live, True)
+        return run + read + [scored] * _reports_scores(modes)
 
     def release(self) -> None:
         """Gives the memory of slots and caches back; requests are dropped, what was compiled is kept."""
@@ -321,7 +331,7 @@ class Engine:
                     told(key, self.programs.seconds(*key))
             return program
 
-        names = dict.fromkeys(name for mode in modes for name in MODELS[mode])
+        names = dict.fromkeys(name for mode in modes for name in self.models.of_mode(mode))
         wanted = [("empty",), ("insert",), *others]
         wanted += [("run", mode, live) for live in lives for mode in modes]
         wanted += [("prefill", n, r, chunk, live) for live in lives for n in names for r in rows for chunk in CHUNKS]
@@ -355,7 +365,7 @@ class Engine:
         done = 0
         while done < passes or not done:
             live = self.programs.live_for(min(longest + self.models.k + 1, end))
-            room = (live - slots_after_a_text(self.models.k) - longest) // (self.models.k + 1)
+            room = (live - slots_after_a_text(self.models) - longest) // (self.models.k + 1)
             share = passes - done if live == self.programs.live_for(end) else min(max(room, 1), passes - done)
             yield live, share
             done, longest = done + share, longest + share * (self.models.k + 1)
@@ -375,7 +385,7 @@ class Engine:
         return arrays
 
     def _run(self, mode: str, live: int, passes: int, wait: bool) -> Report:
-        names = MODELS[mode]
+        names = self.models.of_mode(mode)
         state, report = self._call(
             ("run", mode, live),
             {name: self.weights[name] for name in names},
@@ -408,7 +418,7 @@ class Engine:
         self._state = self._held._replace(slots=slots)
         new, self._new = self._new, []
         for slot in new:
-            for name in MODELS[self._request(slot).mode]:
+            for name in self.models.of_mode(self._request(slot).mode):
                 if self._to_read(slot):
                     self._reading[slot, name] = 0
 
@@ -431,7 +441,7 @@ class Engine:
     def _read_chunk(self, slot: int, name: str) -> int:
         """The next chunk of a prompt, or of all prompts together where most slots have one: how many rows it reads."""
         slots = [other for other, model in self._reading if model == name]
-        scored = name == "teacher" and bool(self._owed.intersection(slots))
+        scored = name == self.models.causal_name and bool(self._owed.intersection(slots))
         is_alone = self._reads_one_row and (scored or 2 * len(slots) < self.slots)
         if is_alone:
             slots, scored = [slot], scored and slot in self._owed
@@ -503,7 +513,7 @@ _NOT_FINITE = (
 
 def programs_for(models: Models, slots: int, max_length: int, mesh: Mesh | None) -> Programs:
     """Those of an engine for texts of up to `max_length` tokens."""
-    beyond = max(slots_after_a_text(models.k), CHUNKS[-1])
+    beyond = max(slots_after_a_text(models), CHUNKS[-1])
     return Programs(models, _rows(slots, mesh), _rounded_up(max_length + beyond, BLOCK), mesh)
 
 
@@ -520,6 +530,41 @@ def _check_engine(given, slots, max_length, k):
         raise DataError(
             f"the teacher has a vocabulary of {sizes['teacher']} tokens, the student one of {sizes['student']}"
         )
+
+
+def _apart(given):
+    """Every model's own parameters; no teacher where it is the one in a gated student."""
+    if "teacher" not in given:
+        return given
+    (model, params), student = given["teacher"], given.get("student")
+    if student is not None and has_teacher(student, given["teacher"]):
+        return {"student": student}
+    return given | {"teacher": (model, base_params(params))}
+
+
+def has_teacher(student: tuple, teacher: tuple) -> bool:
+    """Whether a teacher is the one in a gated student: of the same arrays."""
+    if not student[0].cfg.is_gated:
+        return False
+    ours, theirs = (base_params(params) for _, params in (student, teacher))
+    if jax.tree.structure(ours) != jax.tree.structure(theirs):
+        return False
+    return all(x is y for x, y in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True))
+
+
+def _exact_windows(models, wanted) -> int:
+    if not models.is_shared:
+        if wanted is not None:
+            raise DataError(f"exact_windows = {wanted!r} has no effect without a gated student that is its own teacher")
+        return 0
+    if wanted is not None and not (is_whole_number(wanted) and 0 <= wanted <= models.k):
+        raise DataError(f"exact_windows = {wanted!r} should be a whole number from 0 to k = {models.k}")
+    return models.k if wanted is None else wanted
+
+
+def _reports_scores(modes) -> bool:
+    """Whether requests of these modes may ask for log-probabilities: those whose tokens a teacher draws."""
+    return any(mode != "student" for mode in modes)
 
 
 def _in_dtype(model, dtype):

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from kforcing_jax.config import check_tau
-from kforcing_jax.decoding.engine import Engine, Update
+from kforcing_jax.decoding.engine import Engine, Update, has_teacher
 from kforcing_jax.decoding.logprobs import Logprobs
 from kforcing_jax.decoding.requests import (
     Request,
@@ -66,6 +66,7 @@ def generate(
     dtype: str | None = None,
     slots: int | None = None,
     top_p: float = 1.0,
+    exact_windows: int | None = None,
 ) -> Generation:
     """Continues every prompt by up to `max_new_tokens` tokens.
 
@@ -88,12 +89,14 @@ def generate(
       eos_id: ends a request.
       mode: "student"; "ar": the teacher alone; "exact": the teacher's own sample, from windows that the student drafts.
         A CausalLM decodes in mode "ar".
-      teacher: (CausalLM, params) for modes "ar" and "exact" of a student.
+      teacher: (CausalLM, params) for modes "ar" and "exact" of a student; a gated one has its own.
       confidence: in mode "student", how likely the kept part of a window has to be (`strides.confident`); 0 keeps all.
       dtype: compute dtype of the blocks instead of the model's own.
       slots: requests at a time; by default all, up to 64.
       top_p: in modes "ar" and "exact", draw from the fewest likeliest tokens that have this probability together. A
         student's tokens are from the nucleus that it was trained with.
+      exact_windows: in mode "exact" of a gated student, how many windows a pass drafts beside what it verifies, by
+        default k; see `Engine`.
 
     Raises:
       DataError: an empty prompt, an id outside the vocabulary, seeds or ids that are not integers, noise outside
@@ -110,7 +113,8 @@ def generate(
     sources = _seeds(seeds, len(checked)) if noise_BxT is None else _noise(noise_BxT, (len(checked), max_new_tokens))
     longest = max(map(len, checked)) + max_new_tokens
     sizes = len(checked), longest
-    mode, engine = engine_for(model, params, sizes, k=k, mode=mode, teacher=teacher, dtype=dtype, slots=slots)
+    made = {"k": k, "mode": mode, "teacher": teacher, "dtype": dtype, "slots": slots, "exact_windows": exact_windows}
+    mode, engine = engine_for(model, params, sizes, **made)
     check_confidence("confidence", confidence, mode)
     shared: dict[str, Any] = {
         "mode": mode,
@@ -138,7 +142,7 @@ def stream(
 ) -> Iterator[list[int]]:
     """The new tokens of one request as they come, those of `passes` passes at a time.
 
-    `settings` are those of a `Request`, and `teacher`, `dtype` as of `generate`.
+    `settings` are those of a `Request`, and `teacher`, `dtype`, `exact_windows` as of `generate`.
 
     Raises:
       DataError: what no engine takes, before the first pass; or logits that are not finite.
@@ -146,7 +150,8 @@ def stream(
     """
     check_count("passes", passes)
     check_count("max_new_tokens", max_new_tokens)
-    loaded = {name: settings.pop(name) for name in ("k", "mode", "teacher", "dtype") if name in settings}
+    names = "k", "mode", "teacher", "dtype", "exact_windows"
+    loaded = {name: settings.pop(name) for name in names if name in settings}
     mode, engine = engine_for(model, params, (1, len(prompt) + max_new_tokens), **loaded)
     engine.insert(Request(prompt, max_new_tokens, mode=mode, **settings))
     is_finished = False
@@ -168,6 +173,7 @@ def engine_for(
     teacher: tuple | None = None,
     dtype: str | None = None,
     slots: int | None = None,
+    exact_windows: int | None = None,
 ) -> tuple[str, Engine]:
     """(the mode of the requests, an engine for them), arguments as of `generate`.
 
@@ -183,7 +189,10 @@ def engine_for(
         slots = 1 if requests == 1 else min(max(1 << (requests - 1).bit_length(), _LEAST_SLOTS), _MOST_SLOTS)
     longest = max(longest, _LEAST_LENGTH)
     longest = min(1 << (longest - 1).bit_length(), longest + -longest % _LENGTH_UNIT)
-    return mode, Engine(**models, slots=slots, max_length=longest, k=1 if mode == "ar" else k, dtype=dtype)
+    if mode != "exact" and exact_windows is not None:
+        raise DataError(f"exact_windows = {exact_windows!r} has no effect in mode {mode!r}")
+    sizes_of_engine = {"slots": slots, "max_length": longest, "k": 1 if mode == "ar" else k}
+    return mode, Engine(**models, **sizes_of_engine, dtype=dtype, exact_windows=exact_windows)
 
 
 def _models(model, params, mode, teacher):
@@ -193,7 +202,7 @@ def _models(model, params, mode, teacher):
         if mode == "exact":
             raise DataError("mode = 'exact' needs a student that drafts; the model is a CausalLM")
         return "ar", {"teacher": (model, params)}
-    if mode == "student":
+    if mode == "student" or (model.cfg.is_gated and (teacher is None or has_teacher((model, params), teacher))):
         return mode, {"student": (model, params)}
     if teacher is None:
         raise DataError(f"mode = {mode!r} needs teacher=(model, params)")

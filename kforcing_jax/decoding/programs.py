@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from kforcing_jax.decoding import slots as slot_states
 from kforcing_jax.decoding.logprobs import width as width_of_scores
 from kforcing_jax.decoding.memory import sharded_bytes
-from kforcing_jax.decoding.passes import MODELS, Decoding, Models, prefill, run, slots_after_a_text
+from kforcing_jax.decoding.passes import Decoding, Models, prefill, run, slots_after_a_text
 from kforcing_jax.decoding.slots import Settings, Slots
 from kforcing_jax.models import init_params
 from kforcing_jax.models.cache import BLOCK, allocate
@@ -84,7 +84,7 @@ class Programs:
 
     def live_for(self, length: int) -> int:
         """The least of `lives` for texts of up to `length` tokens."""
-        needed = min(length + slots_after_a_text(self.models.k), self.positions)
+        needed = min(length + slots_after_a_text(self.models), self.positions)
         return next(live for live in self.lives if live >= needed)
 
     def lower(self, *key: Any) -> jax.stages.Lowered:
@@ -145,12 +145,11 @@ class Programs:
             cfg = getattr(self.models, name).cfg
             shape = self.slots, cfg.kv_heads, self.positions, cfg.head_width
             caches[name] = tuple(allocate(*shape, cfg.dtype) for _ in range(cfg.num_layers))
-        student, teacher = self.models.student, self.models.teacher
+        student, causal = self.models.student, self.models.causal
         width = student.cfg.d_model if student else 0
-        scores = width_of_scores(teacher.cfg.vocab_size) if teacher else 0
-        return Decoding(
-            Slots.empty(self.slots, self.positions, self.models.names, self.models.k + 1, width, scores), caches
-        )
+        scores = width_of_scores(causal.cfg.vocab_size) if causal else 0
+        sizes = self.models.k + 1, width, scores, self.models.drafts_ahead
+        return Decoding(Slots.empty(self.slots, self.positions, self.models.names, *sizes), caches)
 
     def _insert(self):
         flag_B, texts = np.zeros(self.slots, bool), (self.slots, self.positions)
@@ -201,7 +200,7 @@ class Programs:
                 jnp.copy(slots.kept_BxM),
             )
 
-        names = MODELS[mode]
+        names = self.models.of_mode(mode)
         chosen = {name: self.weights[name] for name in names}
         arguments = chosen, self._part(names, self.state), np.zeros(self.slots, bool), np.int32(0), np.bool_(False)
         # Every process of a run wants the whole report.

@@ -92,9 +92,13 @@ class Slots(NamedTuple):
     kept_BxM: jax.Array  # passes that kept more than 0, 1, ... tokens
     of_tau_BxD: jax.Array  # what the student's noise encoder makes of the temperature
     scores_BxSxC: jax.Array  # log-probabilities of every position, as `logprobs.score` gives them
+    draft_BxD: jax.Array  # tokens after the text that the next pass of mode exact verifies; at first anything
+    odds_BxD: jax.Array  # the student's probabilities of them
 
     @classmethod
-    def empty(cls, rows: int, positions: int, models: tuple[str, ...], most: int, width: int, scores: int) -> "Slots":
+    def empty(
+        cls, rows: int, positions: int, models: tuple[str, ...], most: int, width: int, scores: int, drafts: int = 0
+    ) -> "Slots":
         """Free slots.
 
         Args:
@@ -102,6 +106,7 @@ class Slots(NamedTuple):
           most: tokens that a pass gives at most.
           width: of the student, 0 without one.
           scores: what `logprobs.score` gives of a token, 0 without a teacher.
+          drafts: that a pass leaves to the next one.
         """
 
         def counts():
@@ -119,6 +124,8 @@ class Slots(NamedTuple):
             kept_BxM=jnp.zeros((rows, most), jnp.int32),
             of_tau_BxD=jnp.zeros((rows, width)),
             scores_BxSxC=jnp.zeros((rows, positions if scores else 0, scores)),
+            draft_BxD=jnp.zeros((rows, drafts), jnp.int32),
+            odds_BxD=jnp.zeros((rows, drafts)),
         )
 
 
@@ -136,7 +143,8 @@ def insert(
     seeded_BxS = position_noise(settings.seed_B, positions_BxS)
     # An f64 just below 1 is no f32 below 1.
     given_BxS = jnp.minimum(noise_BxS, LARGEST_UNIFORM)
-    zeros = jax.tree.map(jnp.zeros_like, (slots.cached_B, slots.passes_B, slots.kept_BxM))
+    counts = slots.cached_B, slots.passes_B, slots.kept_BxM, slots.draft_BxD, slots.odds_BxD
+    zeros = jax.tree.map(jnp.zeros_like, counts)
     new = Slots(
         settings=settings,
         tokens_BxS=tokens_BxS,
@@ -149,6 +157,8 @@ def insert(
         kept_BxM=zeros[2],
         of_tau_BxD=of_tau_BxD,
         scores_BxSxC=slots.scores_BxSxC,
+        draft_BxD=zeros[3],
+        odds_BxD=zeros[4],
     )
     return jax.tree.map(lambda kept, row: jnp.where(_like(is_new_B, kept), row, kept), slots, new)
 

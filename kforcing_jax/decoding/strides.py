@@ -42,6 +42,20 @@ def exact(draft_BxK: jax.Array, teacher_BxM: jax.Array, k_B: jax.Array) -> jax.A
     return _leading(equal_BxK) + 1
 
 
+def likely_ends(probabilities_BxD: jax.Array, k_B: jax.Array, count: int) -> jax.Array:
+    """ends_BxW, ascending: the `count` likeliest numbers of D drafts that a pass of the exact stride will accept.
+
+    Args:
+      probabilities_BxD: of each draft to be right when those before it are.
+      k_B: tokens that a pass may keep, one more than drafts.
+    """
+    may_BxD = jnp.arange(probabilities_BxD.shape[1]) < k_B[:, None] - 1
+    reached_BxD = jnp.cumprod(jnp.where(may_BxD, probabilities_BxD, 0), axis=1)
+    # Of 0, 1, ... D drafts: that so many are right, less that one more is.
+    ends_BxE = jnp.pad(reached_BxD, [(0, 0), (1, 0)], constant_values=1) - jnp.pad(reached_BxD, [(0, 0), (0, 1)])
+    return jnp.sort(jax.lax.top_k(ends_BxE, count)[1], axis=1)
+
+
 def _leading(true_BxK):
     """How many of the first ones hold."""
     return jnp.cumprod(true_BxK.astype(jnp.int32), axis=1).sum(axis=1)

@@ -78,10 +78,14 @@ class Times:
 
 
 class Metrics:
-    """The metrics of one server, in a registry of their own."""
+    """The metrics of one server, in a registry of their own.
 
-    def __init__(self, model: str):
+    `exact_in_one_pass`: in mode `exact` a window's first token is no draft, since it is drawn where the window hangs.
+    """
+
+    def __init__(self, model: str, exact_in_one_pass: bool = False):
         self._registry, self._model = CollectorRegistry(), model
+        self._exact_in_one_pass = exact_in_one_pass
         self._success = self._make(Counter, "vllm:request_success", "Texts that ended, by reason.", "finished_reason")
         self._errors = self._make(
             Counter, "kforcing:request_errors", "Requests refused or failed, by status.", "status"
@@ -184,10 +188,10 @@ class Metrics:
 
     def _count_drafts(self, kept, k):
         """Draft j of a window was accepted where a pass kept more than j + 1 tokens."""
-        k = k or len(kept) - 1
+        drafts = (k or len(kept) - 1) - self._exact_in_one_pass
         self._drafts.inc(kept[0])
-        self._drafted.inc(kept[0] * k)
-        for position, accepted in enumerate(kept[1 : k + 1]):
+        self._drafted.inc(kept[0] * drafts)
+        for position, accepted in enumerate(kept[1 : drafts + 1]):
             self._accepted.inc(accepted)
             self._accepted_at.labels(self._model, str(position)).inc(accepted)
 

@@ -46,3 +46,18 @@ def test_rows_have_strides_of_their_own():
     probabilities = jnp.array([[0.9, 0.9], [0.9, 0.1]])
     kept = strides.confident(probabilities, jnp.array([0.5, 0.5]), jnp.array([2, 2]))
     assert np.array_equal(kept, [2, 1])
+
+
+@pytest.mark.parametrize(
+    ("odds", "k", "count", "ends"),
+    [
+        ([0.0, 0.0, 0.0], 4, 1, [0]),  # no draft is there
+        ([0.9, 0.9, 0.9], 4, 1, [3]),  # .1 .09 .081 .729
+        ([0.9, 0.1, 0.9], 4, 2, [0, 1]),  # .1 .81 .009 .081
+        ([0.9, 0.1, 0.9], 4, 3, [0, 1, 3]),
+        ([0.9, 0.9, 0.9], 2, 1, [1]),  # a request with a smaller window
+        ([0.5, 0.5, 0.5], 4, 4, [0, 1, 2, 3]),
+    ],
+)
+def test_windows_hang_where_drafts_most_likely_stop_being_right(odds, k, count, ends):
+    assert strides.likely_ends(jnp.array([odds]), jnp.array([k]), count).tolist() == [ends]
