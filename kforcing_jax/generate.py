@@ -68,6 +68,12 @@ _TOP_P = flags.DEFINE_float(
 )
 _FREQUENCY_PENALTY = flags.DEFINE_float("frequency_penalty", 0.0, "Logit penalty per earlier use of a token.")
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the blocks and their caches.")
+_EXACT_WINDOWS = flags.DEFINE_integer(
+    "exact_windows",
+    None,
+    "Mode exact of a gated student: windows that a pass drafts beside what it verifies, by default k; 0: two passes.",
+    lower_bound=0,
+)
 _SLOTS = flags.DEFINE_integer("slots", None, "Texts at a time; by default all, up to 64.", lower_bound=1)
 # As `decoding.requests.MOST_PENALTY`, which takes importing JAX.
 _MOST_PENALTY = 1e6
@@ -103,6 +109,7 @@ class Decoder(NamedTuple):
             "confidence": _CONFIDENCE.value,
             "teacher": self.teacher,
             "dtype": _DTYPE.value,
+            "exact_windows": _EXACT_WINDOWS.value,
         }
 
 
@@ -138,6 +145,8 @@ def _check_flags():
 def _check_mode():
     if not 0 <= _CONFIDENCE.value <= 1:
         raise ConfigError(f"--confidence={_CONFIDENCE.value} is not in [0, 1]")
+    if _MODE.value != "exact":
+        cli.refuse_flags(["exact_windows"], f"with --mode={_MODE.value}")
     if _MODE.value == "student":
         cli.refuse_flags(["teacher"], "with --mode=student")
     else:
@@ -189,7 +198,8 @@ def _from_run(path: str) -> Decoder:
     if not PREFIX_FILE.value:
         _prompts(tokenizer, tokenizer.vocab_size, data.seq_len)  # before weights are loaded
     loaded = load_checkpoint(workdir, stage, tokenizer, step=_STEP.value)[:2]
-    teacher = load_stage(workdir, "ar", tokenizer) if _MODE.value == "exact" else None
+    needs_teacher = _MODE.value == "exact" and not loaded[0].cfg.is_gated
+    teacher = load_stage(workdir, "ar", tokenizer) if needs_teacher else None
     known = tokenizer, tokenizer.eos_id, k, data.seq_len, evaluation.prompt_length
     return Decoder(stage, *loaded, teacher, *known, tau, top_p)
 
@@ -219,6 +229,8 @@ def _from_checkpoint() -> Decoder:
             raise ConfigError(
                 f"--mode=exact needs a student that drafts, and {path} is an AR model; give --teacher={path}"
             )
+    elif model.cfg.is_gated:
+        cli.refuse_flags(["teacher"], f"with {path}, a student that has its teacher")
     elif _MODE.value != "student" and not _TEACHER.value:
         raise ConfigError(f"--mode={_MODE.value} needs an AR model, and {path} is a student: give one by --teacher")
     teacher = open_teacher(_TEACHER.value, released)[:2] if _TEACHER.value else None

@@ -34,6 +34,12 @@ _MAX_LENGTH = flags.DEFINE_integer(
     "max_length", None, "Tokens of a text, its prompt included; by default those of training.", lower_bound=2
 )
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the blocks and their caches.")
+_EXACT_WINDOWS = flags.DEFINE_integer(
+    "exact_windows",
+    None,
+    "Mode exact of a gated student: windows that a pass drafts beside what it verifies, by default k; 0: two passes.",
+    lower_bound=0,
+)
 _MODE = flags.DEFINE_enum(
     "mode", None, ["student", "ar", "exact"], "Of requests that do not say; the student's if there is one."
 )
@@ -128,13 +134,14 @@ def _from_run(path: str) -> Loaded:
         raise RunError(f"{workdir.path} has no stage with a checkpoint; run kforcing_jax.main on it again")
     name = _NAME.value or workdir.path.absolute().name
     mesh = _mesh(config.model.num_heads)
-    teacher = load_stage(workdir, "ar", tokenizer, mesh) if "ar" in begun else None
     student, k, tau_range, top_p = None, 1, None, 1.0
     if _STAGE.value != "ar" and (_STAGE.value or begun != ["ar"]):
         finished, unfinished = finished_stages(workdir), unfinished_stages(workdir)
         stage, k = choose_stage(config, finished, "student", K.value, _STAGE.value, unfinished)
         student = load_stage(workdir, stage, tokenizer, mesh)
         tau_range, top_p = (config.stages[stage].tau_min, config.stages[stage].tau_max), config.stages[stage].top_p
+    has_own = student is not None and student[0].cfg.is_gated
+    teacher = load_stage(workdir, "ar", tokenizer, mesh) if "ar" in begun and not has_own else None
     known = tokenizer, workdir.data_path, tokenizer.eos_id, k, config.data.seq_len
     return Loaded(name, student, teacher, *known, tau_range, top_p)
 
@@ -150,6 +157,8 @@ def _from_checkpoint(path: str) -> Loaded:
         cli.refuse_flags(["k", "teacher"], f"with {path}, an AR model")
         teacher = released.model, released.params
     else:
+        if released.model.cfg.is_gated:
+            cli.refuse_flags(["teacher"], f"with {path}, a student that has its teacher")
         student = released.model, released.params
         teacher = open_teacher(_TEACHER.value, released)[:2] if _TEACHER.value else None
     if released.tokenizer is None:
@@ -204,7 +213,8 @@ def _app(loaded: Loaded):
         chat_template=template,
     )
     _warm_up(engine)
-    scheduler, metrics = Scheduler(engine, most_waiting=_QUEUE.value), Metrics(loaded.name)
+    scheduler = Scheduler(engine, most_waiting=_QUEUE.value)
+    metrics = Metrics(loaded.name, exact_in_one_pass=engine.models.is_one_pass)
     positions = engine.slots * engine.max_length
     metrics.watch(
         lambda: scheduler.running, lambda: scheduler.waiting, lambda: scheduler.cached / positions, engine.slots
@@ -214,9 +224,10 @@ def _app(loaded: Loaded):
 
 def _mode(loaded) -> str:
     """Of requests that do not say."""
-    from kforcing_jax.decoding.passes import MODELS
+    from kforcing_jax.decoding.passes import Models
 
-    possible = [mode for mode, models in MODELS.items() if all(getattr(loaded, name) for name in models)]
+    student, teacher = (pair and pair[0] for pair in (loaded.student, loaded.teacher))
+    possible = Models(student, teacher, loaded.k).modes
     if _MODE.value not in (None, *possible):
         raise ConfigError(f"--mode={_MODE.value} is not possible with what is loaded: {', '.join(possible)}")
     if "student" not in possible:
@@ -231,6 +242,9 @@ def _template(loaded):
         if loaded.tokenizer is None:
             raise ConfigError("--chat_template has no effect without a tokenizer; give --tokenizer")
         return ChatTemplate.load(expanded(_CHAT_TEMPLATE.value))
+    of_model = loaded.tokenizer.of_model if loaded.tokenizer else None
+    if of_model and of_model.chat_template:
+        return ChatTemplate(of_model.chat_template, dict(of_model.tokens))
     return ChatTemplate.find(loaded.tokenizer_folder) if loaded.tokenizer_folder else None
 
 
@@ -250,7 +264,8 @@ def _engine(loaded: Loaded):
     models = {"student": loaded.student, "teacher": loaded.teacher}
 
     def engine_of(slots):
-        return Engine(**models, slots=slots, max_length=length, k=loaded.k, dtype=_DTYPE.value, mesh=mesh)
+        sizes = {"slots": slots, "max_length": length, "k": loaded.k}
+        return Engine(**models, **sizes, dtype=_DTYPE.value, mesh=mesh, exact_windows=_EXACT_WINDOWS.value)
 
     if _SLOTS.value:
         return engine_of(_SLOTS.value)

@@ -83,7 +83,7 @@ def continue_prompts(
 
     wanted = [(prompt, sample) for prompt in prompts for sample in range(1, NUM_SAMPLES.value + 1)]
     settings = decoder.settings
-    models = {name: settings.pop(name) for name in ("teacher", "dtype", "k", "mode")}
+    models = {name: settings.pop(name) for name in ("teacher", "dtype", "k", "mode", "exact_windows")}
     rooms = [room_for(len(prompt.tokens), decoder.seq_len, MAX_NEW_TOKENS.value) for prompt, _ in wanted]
     ends = () if decoder.eos_id is None else (decoder.eos_id,)
     mode, engine = engine_for(decoder.model, decoder.params, _rooms_end(wanted, rooms), slots=slots, **models)

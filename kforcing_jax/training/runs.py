@@ -66,11 +66,13 @@ class Run:
 
     @functools.cached_property
     def teacher(self) -> tuple[CausalLM | PushForwardLM, dict]:
-        """(model, averaged weights) of the run's AR teacher, read when first asked for.
+        """(model, averaged weights) of the run's AR teacher, read when first asked for; a gated student has it.
 
         Raises:
           RunError: as `load_run`.
         """
+        if isinstance(self.model, PushForwardLM) and self.model.cfg.is_gated:
+            return self.model.text_model, self.params
         return (self.model, self.params) if self.stage == "ar" else load_stage(self.workdir, "ar", self.tokenizer)
 
     def encode(self, text: str) -> list[int]:
@@ -100,6 +102,7 @@ class Run:
         dtype: str | None = None,
         slots: int | None = None,
         top_p: float | None = None,
+        exact_windows: int | None = None,
     ) -> Generation:
         """Continues every prompt by up to `max_new_tokens` tokens, see `kforcing_jax.decoding.generate`.
 
@@ -137,6 +140,7 @@ class Run:
             dtype=dtype,
             slots=slots,
             top_p=top_p_for("ar" if self.stage == "ar" else mode, top_p, self.top_p),
+            exact_windows=exact_windows,
         )
 
     def _known_k(self, k):
