@@ -197,11 +197,11 @@ def _from_run(path: str) -> Decoder:
     top_p = _top_p(settings.top_p if settings.window else None)
     if not PREFIX_FILE.value:
         _prompts(tokenizer, tokenizer.vocab_size, data.seq_len)  # before weights are loaded
-    loaded = load_checkpoint(workdir, stage, tokenizer, step=_STEP.value)[:2]
-    needs_teacher = _MODE.value == "exact" and not loaded[0].cfg.is_gated
+    model, params, _ = load_checkpoint(workdir, stage, tokenizer, step=_STEP.value)
+    needs_teacher = _MODE.value == "exact" and not model.cfg.is_gated
     teacher = load_stage(workdir, "ar", tokenizer) if needs_teacher else None
     known = tokenizer, tokenizer.eos_id, k, data.seq_len, evaluation.prompt_length
-    return Decoder(stage, *loaded, teacher, *known, tau, top_p)
+    return Decoder(stage, model, params, teacher, *known, tau, top_p)
 
 
 def _top_p(trained: float | None) -> float:

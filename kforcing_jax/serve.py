@@ -9,7 +9,7 @@ import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from absl import flags
 
@@ -261,11 +261,11 @@ def _engine(loaded: Loaded):
         raise ConfigError(f"--max_length={length} exceeds the {loaded.seq_len} tokens of the texts of training")
     model, _ = next(pair for pair in (loaded.student, loaded.teacher) if pair is not None)
     mesh = _mesh(model.cfg.num_heads)
-    models = {"student": loaded.student, "teacher": loaded.teacher}
+    settings: dict[str, Any] = {"student": loaded.student, "teacher": loaded.teacher, "max_length": length}
+    settings |= {"k": loaded.k, "dtype": _DTYPE.value, "mesh": mesh, "exact_windows": _EXACT_WINDOWS.value}
 
     def engine_of(slots):
-        sizes = {"slots": slots, "max_length": length, "k": loaded.k}
-        return Engine(**models, **sizes, dtype=_DTYPE.value, mesh=mesh, exact_windows=_EXACT_WINDOWS.value)
+        return Engine(slots=slots, **settings)
 
     if _SLOTS.value:
         return engine_of(_SLOTS.value)

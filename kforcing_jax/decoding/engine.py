@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh, NamedSharding
 
 from kforcing_jax.decoding.logprobs import Logprobs
@@ -546,10 +547,8 @@ def has_teacher(student: tuple, teacher: tuple) -> bool:
     """Whether a teacher is the one in a gated student: of the same arrays."""
     if not student[0].cfg.is_gated:
         return False
-    ours, theirs = (base_params(params) for _, params in (student, teacher))
-    if jax.tree.structure(ours) != jax.tree.structure(theirs):
-        return False
-    return all(x is y for x, y in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True))
+    ours, theirs = (flatten_dict(base_params(params)) for _, params in (student, teacher))
+    return ours.keys() == theirs.keys() and all(leaf is theirs[path] for path, leaf in ours.items())
 
 
 def _exact_windows(models, wanted) -> int:

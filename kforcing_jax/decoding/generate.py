@@ -113,7 +113,7 @@ def generate(
     sources = _seeds(seeds, len(checked)) if noise_BxT is None else _noise(noise_BxT, (len(checked), max_new_tokens))
     longest = max(map(len, checked)) + max_new_tokens
     sizes = len(checked), longest
-    made = {"k": k, "mode": mode, "teacher": teacher, "dtype": dtype, "slots": slots, "exact_windows": exact_windows}
+    made: dict[str, Any] = {"k": k, "mode": mode, "teacher": teacher, "dtype": dtype, "slots": slots, "exact_windows": exact_windows}
     mode, engine = engine_for(model, params, sizes, **made)
     check_confidence("confidence", confidence, mode)
     shared: dict[str, Any] = {
@@ -191,8 +191,8 @@ def engine_for(
     longest = min(1 << (longest - 1).bit_length(), longest + -longest % _LENGTH_UNIT)
     if mode != "exact" and exact_windows is not None:
         raise DataError(f"exact_windows = {exact_windows!r} has no effect in mode {mode!r}")
-    sizes_of_engine = {"slots": slots, "max_length": longest, "k": 1 if mode == "ar" else k}
-    return mode, Engine(**models, **sizes_of_engine, dtype=dtype, exact_windows=exact_windows)
+    made: dict[str, Any] = {"slots": slots, "max_length": longest, "k": 1 if mode == "ar" else k}
+    return mode, Engine(**models, **made, dtype=dtype, exact_windows=exact_windows)
 
 
 def _models(model, params, mode, teacher):
