@@ -6,7 +6,7 @@ import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 from kforcing_jax.data.places import expanded
 from kforcing_jax.data.tokenizers import SETTINGS, SPECIAL, Tokenizer
@@ -76,7 +76,7 @@ class ChatTemplate:
         """The template with the beginning and end of texts of a tokenizer, where its own folder names none."""
         ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
         known = {name: tokenizer.backend.id_to_token(i) for name, i in ids.items() if i is not None}
-        return dataclasses.replace(self, tokens=known | self.tokens)
+        return dataclasses.replace(self, tokens={name: text for name, text in known.items() if text} | self.tokens)
 
     def render(self, messages: Messages) -> str:
         """The text before the assistant's answer. Raises DataError where the template refuses the messages."""
@@ -161,8 +161,6 @@ def _environment():
     class Generation(Extension):
         """`{% generation %} ... {% endgeneration %}`: what the assistant says."""
 
-        tags: ClassVar[set[str]] = {"generation"}
-
         def parse(self, parser):
             line = next(parser.stream).lineno
             body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
@@ -171,6 +169,7 @@ def _environment():
         def _marked(self, caller):
             return f"{_OPENS}{caller()}{_CLOSES}"
 
+    Generation.tags = {"generation"}
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
     )

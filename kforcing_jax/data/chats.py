@@ -71,7 +71,8 @@ class ChatDocuments:
             masks = [_in_answers(spans, chat.answers) for (_, spans), chat in zip(encoded, rendered, strict=True)]
             # Of the same lengths, so they come to lie as the tokens do.
             answers_RxN = packing.pack(masks, how, seq_len, 0, (0, 0)).tokens_RxN.astype(bool)
-        unknown = sum(tokens.count(tokenizer.unknown_id) for tokens, _ in encoded)
+        unknown_id = tokenizer.unknown_id
+        unknown = 0 if unknown_id is None else sum(tokens.count(unknown_id) for tokens, _ in encoded)
         return dataclasses.replace(
             rows, unknown_tokens=unknown, skipped=len(self.given) - len(kept), answers_RxN=answers_RxN
         )

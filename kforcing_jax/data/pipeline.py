@@ -154,20 +154,24 @@ class Corpus:
     def beginnings(self, count: int, length: int) -> list[np.ndarray]:
         """Up to `count` validation texts of more than `length` tokens, (M,) int32 each: documents or rows, to the end.
 
+        Where only answers are learnt, they begin so many tokens before one.
+
         Raises:
-          DataError: no document is longer than `length` tokens.
+          DataError: no document is longer than `length` tokens, or no answer comes after so many.
         """
-        if not self.segmented:
+        if not self.segmented and not self.has_answers:
             return list(self.validation_rows(count).tokens)
         found: list[np.ndarray] = []
         for start in range(0, self.num_validation_rows, _ROWS_AT_ONCE):
             rows = self._validation_rows(start, start + _ROWS_AT_ONCE)
-            found.extend(_beginnings(rows.tokens, rows.segments, length))
+            found.extend(_before_answers(rows, length) if self.has_answers else _beginnings(rows, length))
             if len(found) >= count:
                 break
         if not found:
+            what = "no answer of a validation chat comes after so many tokens"
             raise DataError(
-                f"evaluation.prompt_length = {length}: no validation document is longer; shorten it or give more text"
+                f"evaluation.prompt_length = {length}: "
+                f"{what if self.has_answers else 'no validation document is longer'}; shorten it or give more text"
             )
         return found[:count]
 
@@ -176,7 +180,7 @@ class Corpus:
 
     def _row(self, record):
         """The arrays of a `Batch`, by name, of one record."""
-        row = {"tokens": np.frombuffer(record, self.dtype, count=self.seq_len).astype(np.int32)}
+        row: dict[str, np.ndarray] = {"tokens": np.frombuffer(record, self.dtype, count=self.seq_len).astype(np.int32)}
         read = self.seq_len * self.dtype.itemsize
         if self.segmented:
             segments_N = np.frombuffer(record, packing.SEGMENT_DTYPE, count=self.seq_len, offset=read)
@@ -201,8 +205,19 @@ def unknown_share(split: dict) -> float:
     return split["unknown_tokens"] / max(split["document_tokens"], 1)
 
 
-def _beginnings(tokens_RxN, segments_RxN, length) -> list[np.ndarray]:
+def _before_answers(rows, length) -> list[np.ndarray]:
+    """The last `length` tokens before every answer that has so many in its document, and all that follow there."""
+    segments_RxN = np.ones_like(rows.tokens) if rows.segments is None else rows.segments
+    begins_RxN = rows.answers & ~np.pad(rows.answers, [(0, 0), (1, 0)])[:, :-1]
+    begins_RxN[:, :length] = False
+    begins_RxN[:, length:] &= segments_RxN[:, length:] == segments_RxN[:, :-length]
+    places = zip(*np.nonzero(begins_RxN), strict=True)
+    return [rows.tokens[r, n - length :][segments_RxN[r, n - length :] == segments_RxN[r, n]] for r, n in places]
+
+
+def _beginnings(rows, length) -> list[np.ndarray]:
     """The tokens of every document that goes on after the first `length`."""
+    tokens_RxN, segments_RxN = rows.tokens, rows.segments
     # A document begins where the id changes; it goes on if its id is still there `length` positions later.
     first_RxN = np.diff(segments_RxN, axis=1, prepend=0) > 0
     goes_on_RxN = np.zeros_like(first_RxN)

@@ -21,13 +21,14 @@ from kforcing_jax.sharding import to_host
 def prompts(corpus: Corpus, count: int, length: int, kept: int = 0) -> np.ndarray:
     """Up to `count` beginnings of validation text, (count, length), that begin with a word where text has words.
 
-    Where rows are cut from running text they begin anywhere in it, after `kept` tokens of their own (a BOS).
+    Where rows are cut from running text they begin anywhere in it, after `kept` tokens of their own (a BOS); where only
+    answers are learnt, an answer comes next.
 
     Raises:
       DataError: no document is longer than `length` tokens.
     """
     texts = corpus.beginnings(count, length)
-    if corpus.segmented:  # documents, from their beginning
+    if corpus.segmented or corpus.has_answers:
         return np.stack([text_M[:length] for text_M in texts])
     firsts = [first_word(corpus.tokenizer, text_M, kept, len(text_M) - length + kept) for text_M in texts]
     pieces = [(text_M[:kept], text_M[first:]) for text_M, first in zip(texts, firsts, strict=True)]

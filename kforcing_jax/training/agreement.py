@@ -108,7 +108,7 @@ def agreement_sums(
     and all blocks, both (B,).
     """
     tau_Bx1x1 = tau_B[:, None, None]
-    tokens_BxN, segments_BxN, answers_BxN = batch
+    tokens_BxN, segments_BxN, answers_BxN = jax.tree.map(jnp.asarray, batch)
 
     def call(model, params, method, *args):
         return model.apply({"params": params}, *args, method=method)

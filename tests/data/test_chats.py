@@ -13,6 +13,7 @@ from kforcing_jax.data.chat_template import ChatTemplate
 from kforcing_jax.data.preparation import prepare
 from kforcing_jax.data.units import reader
 from kforcing_jax.errors import ConfigError, DataError, RunError
+from kforcing_jax.evaluation.samples import prompts
 
 SEED = 5
 TEMPLATE = (
@@ -113,6 +114,19 @@ def test_end_to_end_rows_know_the_answers_too(config, tmp_path):
     assert batch.segments is None and batch.answers.shape == (2, 32) and batch.answers.dtype == bool
     assert 0 < batch.answers.mean() < 1
     assert corpus.validation_batches(2, 1).answers.shape == (2, 1, 32)
+
+
+@pytest.mark.parametrize("packing", ["segments", "wrapped"])
+def test_prompts_of_evaluation_end_where_an_answer_begins(config, tmp_path, packing):
+    corpus = prepare(with_fields(config, packing=packing), SEED, tmp_path / "data")
+    texts = corpus.beginnings(3, 12)
+    assert texts
+    for text_M in texts:
+        before, after = (corpus.tokenizer.decode(part, show_special=True) for part in (text_M[:12], text_M[12:]))
+        assert before.endswith("<|assistant|>\n") and after.lstrip().startswith(("it is", "yes", "hi"))
+    assert [len(prompt) for prompt in prompts(corpus, 3, 12)] == [12] * len(texts)
+    with pytest.raises(DataError, match="no answer of a validation chat comes after so many tokens; shorten it"):
+        corpus.beginnings(3, 128)
 
 
 def test_without_the_option_all_is_learnt_and_rows_are_the_same(config, tmp_path):
