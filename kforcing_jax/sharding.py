@@ -129,14 +129,24 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def parameter_shardings(tree: Any, mesh: Mesh) -> Any:
-    """A tree with the sharding of every leaf by `RULES`: of parameters, and of anything that holds trees like them."""
+    """A tree with the sharding of every leaf by `RULES`: of parameters, and of anything that holds trees like them.
+
+    An axis that does not divide evenly is whole everywhere.
+    """
 
     def one(path, leaf):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         spec = next((spec for pattern, spec in RULES if re.search(pattern, name)), ())
-        return NamedSharding(mesh, PartitionSpec(*spec[: leaf.ndim]))
+        axes = (axis if size % _parts(mesh, axis) == 0 else None for axis, size in zip(spec, leaf.shape, strict=False))
+        return NamedSharding(mesh, PartitionSpec(*axes))
 
     return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def _parts(mesh, axis) -> int:
+    """Into how many an array's axis is split over some axes of a mesh."""
+    names = () if axis is None else (axis,) if isinstance(axis, str) else axis
+    return math.prod(mesh.shape[name] for name in names)
 
 
 def abstract_on(tree: Any, shardings: Any) -> Any:

@@ -55,7 +55,7 @@ from kforcing_jax.sharding import (
     replicated,
 )
 from kforcing_jax.training.flops import step_flops
-from kforcing_jax.training.recipes import Vocabulary, predecessors, stage_model, stage_objective
+from kforcing_jax.training.recipes import Vocabulary, predecessors, stage_model, stage_objective, trained_part
 from kforcing_jax.training.stage import Phase, abstract_state, compiled_step, precision_phases
 
 _CONFIG = flags.DEFINE_string("config", None, "A file of configs/; fields by --config.model.remat=blocks.")
@@ -65,7 +65,7 @@ flags.DEFINE_alias("stages", "stage")
 _LARGEST_BATCH = flags.DEFINE_bool(
     "largest_batch", False, "Find the most rows that each device can work on at a time; compiles several times."
 )
-_DECODE = flags.DEFINE_bool("decode", False, "Compile decoding instead: AR, and the config's largest window.")
+_DECODE = flags.DEFINE_bool("decode", False, "Compile decoding instead: AR, the largest window; if gated, exact.")
 _BATCH = flags.DEFINE_list("batch", "1,4,16,64,128,256", "With --decode: requests at a time.")
 _CONTEXT = flags.DEFINE_list("context", "128,1024", "With --decode: tokens of every text.")
 _DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["float32", "bfloat16"], "With --decode: of the blocks and caches.")
@@ -192,7 +192,8 @@ def _trace(config, name, phase, mesh):
     """(bytes of a step's arguments on each device, the traced step of a stage)"""
     stage, vocabulary = config.stages[name], _vocabulary(config)
     teacher, _ = predecessors(config, name)
-    state = abstract_state(_abstract_params(config, name, mesh), stage, mesh)
+    trained = trained_part(stage_model(config, name, vocabulary), _abstract_params(config, name, mesh))
+    state = abstract_state(trained, stage, mesh)
     teacher_params = _abstract_params(config, teacher, mesh) if teacher else {}
     rows = jax.ShapeDtypeStruct((stage.batch_size, config.data.seq_len), jnp.int32, sharding=batch_sharding(mesh))
     batch = Batch(rows, rows if PACKINGS[config.data.packing].segmented else None)

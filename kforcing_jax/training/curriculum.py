@@ -277,7 +277,7 @@ def _is_gated(workdir: Workdir, name: str) -> bool:
     return bool(workdir.config.model.adapter_rank and workdir.config.stages[name].window)
 
 
-def _initial_params(workdir, corpus, name, mesh, base) -> tuple[dict, dict]:
+def _initial_params(workdir, corpus, name, mesh, base=None) -> tuple[dict, dict]:
     """(fresh weights, over which come all weights of where the stage starts, what `made_from` says of another run).
 
     A student starts from its teacher, unless `init_from` says otherwise; of a gated one, whose teacher's weights are

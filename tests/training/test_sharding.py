@@ -1,13 +1,17 @@
 """Training on several devices: the same step on every mesh, and where everything lies."""
 
+import dataclasses
 import functools
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 from micro import micro_config, micro_config_dict
 
+from kforcing_jax.architecture import LLAMA
 from kforcing_jax.config import MeshConfig, parse
 from kforcing_jax.data.packing import Batch
 from kforcing_jax.errors import ConfigError
@@ -22,12 +26,13 @@ from kforcing_jax.sharding import (
     put_batch,
     replicated,
 )
-from kforcing_jax.training.recipes import Vocabulary, predecessors, stage_model, stage_objective
+from kforcing_jax.training.recipes import Vocabulary, predecessors, stage_model, stage_objective, trained_part
 from kforcing_jax.training.stage import Phase, abstract_state, compiled_step, init_state, make_optimizer
 
 VOCABULARY = Vocabulary(vocab_size=13, mask_id=12, eos_id=11)
 ROWS, LENGTH = 8, 8
 CONFIG = micro_config(k2=dict(batch_size=ROWS, learning_rate=1e-2))
+GATED = dict(adapter_rank=2, num_heads=4, num_kv_heads=2, tied_embeddings=True) | LLAMA
 
 
 def batch(segmented):
@@ -36,8 +41,12 @@ def batch(segmented):
     return Batch(rng.integers(0, 12, size=(ROWS, LENGTH)).astype(np.int32), segments if segmented else None)
 
 
-def params_on(mesh, name, seed):
-    init = functools.partial(init_params, stage_model(CONFIG, name, VOCABULARY))
+def params_on(mesh, name, seed, part=lambda model, params: params):
+    model = stage_model(CONFIG, name, VOCABULARY)
+
+    def init(key):
+        return part(model, init_params(model, key))
+
     shardings = parameter_shardings(jax.eval_shape(init, jax.random.key(0)), mesh)
     return jax.jit(init, out_shardings=shardings)(jax.random.key(seed))
 
@@ -45,7 +54,7 @@ def params_on(mesh, name, seed):
 def run_steps(mesh, name="k2", accumulation=1, segmented=False, steps=2):
     """(state, metrics of the last step) after a few steps from fixed parameters on a mesh."""
     stage = CONFIG.stages[name].__class__(**{**vars(CONFIG.stages[name]), "accumulation": accumulation})
-    params = params_on(mesh, name, seed=1)
+    params = params_on(mesh, name, 1, trained_part)
     teacher, _ = predecessors(CONFIG, name)
     teacher_params = params_on(mesh, teacher, seed=2) if teacher else {}
     abstract = abstract_state(params, stage, mesh)
@@ -103,6 +112,15 @@ def test_a_batch_worked_off_in_parts_gives_the_same_step(on_one_device, sizes):
     assert_same_run(run_steps(mesh_of(**sizes), accumulation=2), on_one_device["k2"])
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_gated_students_step_is_the_same_on_a_mesh(monkeypatch, optimizer):
+    """Of the Llama family: heads that share keys, RMSNorm, SwiGLU, tied embeddings."""
+    stages = dict(CONFIG.stages) | {"k2": dataclasses.replace(CONFIG.stages["k2"], optimizer=optimizer, windows=2)}
+    config = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, **GATED), stages=stages)
+    monkeypatch.setitem(globals(), "CONFIG", config)
+    assert_same_run(run_steps(mesh_of(data=2, fsdp=2, tensor=2)), run_steps(mesh_of()))
+
+
 def test_segments_are_the_same_on_a_mesh_and_in_parts():
     expected = run_steps(mesh_of(), segmented=True)
     assert_same_run(run_steps(mesh_of(data=2, tensor=2), segmented=True, accumulation=4), expected)
@@ -123,13 +141,23 @@ def test_state_is_spread_over_fsdp_and_tensor():
 
 
 def test_every_rule_matches_a_parameter():
-    params = jax.eval_shape(functools.partial(init_params, stage_model(CONFIG, "k1", VOCABULARY)), jax.random.key(0))
-    names = [
-        jax.tree_util.keystr(path, simple=True, separator="/")
-        for path, _ in jax.tree_util.tree_leaves_with_path(params)
-    ]
+    """Of the paper's students, and of gated ones of the Llama family."""
+    names = []
+    for changes in ({}, GATED, GATED | {"adapter_rank": -1, "qkv_bias": True}, {"qkv_bias": True}):
+        config = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, **changes))
+        init = functools.partial(init_params, stage_model(config, "k1", VOCABULARY))
+        params = jax.eval_shape(init, jax.random.key(0))
+        names += [jax.tree_util.keystr(p, simple=True, separator="/") for p, _ in jax.tree.leaves_with_path(params)]
     for pattern, _ in RULES:
         assert any(re.search(pattern, name) for name in names), pattern
+
+
+def test_what_does_not_divide_is_whole_everywhere():
+    """A rank or a head may be smaller than the mesh; the other axes of its array are split all the same."""
+    mesh = mesh_of(fsdp=2, tensor=4)
+    leaf = jax.ShapeDtypeStruct((2, 16, 2, 6), jnp.float32)  # L, D, heads, C
+    sharding = parameter_shardings({"blocks": {"attn_q": {"kernel": leaf}}}, mesh)["blocks"]["attn_q"]["kernel"]
+    assert sharding.spec == PartitionSpec(None, "fsdp", None, None)
 
 
 @pytest.mark.parametrize(
