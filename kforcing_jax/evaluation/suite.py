@@ -22,7 +22,8 @@ from kforcing_jax.evaluation.report import write_report
 from kforcing_jax.evaluation.samples import generate, measure, prompts, speeds, stride_figures
 from kforcing_jax.evaluation.scorer import Scorer
 from kforcing_jax.sharding import replicated
-from kforcing_jax.training.checkpoints import finished_stages, load_checkpoint, unfinished_stages
+from kforcing_jax.training.checkpoints import LoadedStage, finished_stages, load_checkpoint, unfinished_stages
+from kforcing_jax.training.recipes import trained_part
 from kforcing_jax.training.records import stage_progress, weights_digest
 from kforcing_jax.workdir import Workdir
 
@@ -57,7 +58,7 @@ def evaluate(workdir: Workdir, corpus: Corpus, mesh: Mesh, scorer: Scorer | None
         names = ["ar", *(name for name in [*recorded, *unfinished] if name != "ar")]
         run = _Run.load(workdir, corpus, mesh, names)
         # Of what was loaded: where the last checkpoint is damaged, that is an earlier one.
-        weights = {name: recorded[name] and weights_digest(run.models[name][1]) for name in names if name in recorded}
+        weights = {name: recorded[name] and weights_digest(trained_part(*run.models[name])) for name in names if name in recorded}
         stages = {}
         continuations = {}
         for name in run.models:
@@ -105,7 +106,10 @@ class _Run:
     @classmethod
     def load(cls, workdir: Workdir, corpus: Corpus, mesh: Mesh, names: list[str]) -> "_Run":
         settings, framed = workdir.config.evaluation, workdir.config.data.packing == "framed"
-        loaded = {name: load_checkpoint(workdir, name, corpus, mesh) for name in names}
+        loaded: dict[str, LoadedStage] = {}
+        for name in names:
+            base = loaded["ar"].params if "ar" in loaded else None  # gated students are beside it
+            loaded[name] = load_checkpoint(workdir, name, corpus, mesh, base=base)
         models, steps = {name: each[:2] for name, each in loaded.items()}, {n: each.step for n, each in loaded.items()}
         prompts_BxP = prompts(corpus, settings.samples, settings.prompt_length, kept=int(framed))
         key = jax.random.fold_in(jax.random.key(workdir.config.seed), zlib.crc32(b"evaluation"))
