@@ -1,6 +1,10 @@
-"""Writes a finished stage of a run as a released checkpoint, for the released code or for others to load.
+"""Writes a finished stage of a run for others to load: as a released checkpoint, or as a folder of the Llama family.
 
 python -m kforcing_jax.export --workdir=runs/tiny --stage=k4 --output=tiny_k4.safetensors
+python -m kforcing_jax.export --workdir=runs/llama --stage=k2 --output=llama_k2
+
+The second form is the layout of the Hugging Face hub. Of a gated student the folder has what noise rows add, and not
+the teacher.
 """
 
 import os
@@ -17,10 +21,14 @@ from kforcing_jax.errors import ConfigError
 if TYPE_CHECKING:
     from kforcing_jax.data.tokenizers import Tokenizer
 
+FORMATS = ("released", "huggingface")
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run directory.")
 _STAGE = flags.DEFINE_string("stage", None, "The stage (ar, k4, ...); the last finished one by default.")
 _OUTPUT = flags.DEFINE_string(
-    "output", None, "The .safetensors, or .ckpt with torch, to write; one that is there is replaced."
+    "output", None, "A .safetensors, or .ckpt with torch, one that is there is replaced; or a new folder."
+)
+_FORMAT = flags.DEFINE_enum(
+    "format", None, list(FORMATS), "Of the output: by default released for a name with an ending, otherwise a folder."
 )
 
 
@@ -28,11 +36,12 @@ def main(_: Sequence[str]) -> None:
     """Writes the stage, and prints what was written. Raises ConfigError for flags that cannot be followed."""
     if _WORKDIR.value is None:
         raise ConfigError("--workdir is missing, for example --workdir=runs/tiny")
-    output = check_output(_OUTPUT.value)
+    is_folder = _is_folder(_OUTPUT.value, _FORMAT.value)
+    output = (check_folder if is_folder else check_output)(_OUTPUT.value)
 
     import jax
 
-    from kforcing_jax.interop import official
+    from kforcing_jax.interop import huggingface, official
     from kforcing_jax.training.checkpoints import finished_stages, load_stage
     from kforcing_jax.workdir import Workdir
 
@@ -40,7 +49,12 @@ def main(_: Sequence[str]) -> None:
     stage = choose_stage(finished_stages(workdir), _STAGE.value)
     tokenizer = workdir.tokenizer()
     model, params = load_stage(workdir, stage, tokenizer)
-    official.save(output, model, params, **note_of(workdir.config, stage, tokenizer))
+    note = note_of(workdir.config, stage, tokenizer)
+    if is_folder:
+        base = base_of(workdir.config) if model.cfg.is_gated else None
+        huggingface.save(output, model, params, tokenizer, **note, base=base)
+    else:
+        official.save(output, model, params, **note)
     size, vocab_size = sum(leaf.size for leaf in jax.tree.leaves(params)), model.cfg.vocab_size
     print(f"{output}: {type(model).__name__} of stage {stage}, {size:,} parameters, vocabulary of {vocab_size:,}")
 
@@ -60,6 +74,30 @@ def note_of(config: Config, stage: str, tokenizer: "Tokenizer") -> dict:
         note |= {"window": settings.window, "tau_min": float(settings.tau_min), "tau_max": float(settings.tau_max)}
         note["top_p"] = float(settings.top_p)
     return note
+
+
+def base_of(config: Config) -> str | None:
+    """Where the teacher of a run's gated students came from; None where it was trained here."""
+    from kforcing_jax.data.places import expanded
+
+    path = config.stages["ar"].checkpoint
+    return str(expanded(path).absolute()) if path and expanded(path).exists() else path or None
+
+
+def _is_folder(output, form) -> bool:
+    return form == "huggingface" or (form is None and bool(output) and not Path(output).suffix)
+
+
+def check_folder(output: str | None) -> Path:
+    """The folder to write. Raises ConfigError when it is already clear that nothing can be written there."""
+    from kforcing_jax.interop.model_folders import check_new_folder
+
+    if not output:
+        raise ConfigError("--output is missing, for example --output=model")
+    try:
+        return check_new_folder(output)
+    except ConfigError as error:
+        raise ConfigError(f"--output={error}") from None
 
 
 def check_output(output: str | None) -> Path:

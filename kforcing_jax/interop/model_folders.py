@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
 
@@ -83,7 +84,7 @@ def check_new_folder(folder: str | Path) -> Path:
     """The folder to write. Raises ConfigError when something is in it, or nothing can be written there."""
     path = expanded(folder).absolute()
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ConfigError(f"{folder} is there, and is no empty folder; name a new one, or take it away")
+        raise ConfigError(f"{folder} is there, and is not an empty folder; name a new one, or take it away")
     if not path.parent.is_dir():
         raise ConfigError(f"{folder}: there is no directory {path.parent}")
     if not os.access(path.parent, os.W_OK | os.X_OK):
@@ -96,7 +97,7 @@ def weights_digest(model: CausalLM | PushForwardLM, params: dict) -> str:
     _, params = official.in_order(model, params, None)
     leaves = flatten_dict(base_params(params))
     weights = weights_of(model.cfg, model.cfg.vocab_size)
-    return digest(tensor for weight in weights for tensor in weight.write(to_host(leaves[weight.path])))
+    return digest(tensor for weight in weights for tensor in weight.write(_whole(leaves[weight.path])))
 
 
 def _whole_note(model, params, note) -> dict[str, Any]:
@@ -121,7 +122,7 @@ def _write_weights(folder, model, params, largest_file):
     shards = list(_shards(weights, model.cfg.num_layers, largest_file))
     names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     names = [WEIGHTS] if len(shards) == 1 else names
-    tensors = (tensor for weight in weights for tensor in weight.write(to_host(leaves[weight.path]).astype(np.float32)))
+    tensors = (tensor for weight in weights for tensor in weight.write(_whole(leaves[weight.path])))
     places: dict[str, str] = {}
     for file, shard in zip(names, shards, strict=True):
         save_file(dict(next(tensors) for _ in shard), folder / file, metadata={"format": "pt"})
@@ -130,6 +131,11 @@ def _write_weights(folder, model, params, largest_file):
         size = sum(leaf.size * 4 for leaf in leaves.values())
         index = {"metadata": {"total_size": size}, "weight_map": places}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _whole(leaf) -> np.ndarray:
+    """In f32, without a copy where it is that already."""
+    return np.asarray(to_host(leaf) if isinstance(leaf, jax.Array) else leaf, np.float32)
 
 
 def _shards(weights: list[Weight], num_layers, largest_file) -> Iterator[list[str]]:
@@ -149,7 +155,10 @@ def _write_adapter(file, model, params, note):
     from safetensors.numpy import save_file
 
     _, params = official.in_order(model, params, None)
-    own = {".".join(path): to_host(leaf).astype(np.float32) for path, leaf in flatten_dict(own_params(params)).items()}
+    # The library writes memory as it lies.
+    own = {
+        ".".join(path): np.ascontiguousarray(_whole(leaf)) for path, leaf in flatten_dict(own_params(params)).items()
+    }
     save_file(own, file, metadata={NOTE: json.dumps(note)})
 
 

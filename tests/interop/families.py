@@ -4,6 +4,7 @@ import json
 
 import ml_dtypes
 import numpy as np
+import tokenizers as hf
 from safetensors.numpy import save_file
 
 from kforcing_jax.interop.config_json import described
@@ -92,3 +93,46 @@ def write_shards(folder, tensors, count=3, index=True):
 
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+TEXT = "The cat sat on the mat. The dog sat on the cat, and the mat was gone.\n"
+
+
+def byte_level_tokenizer(vocab_size=300):
+    """A small BPE tokenizer as models of the hub have it, with what chats need."""
+    backend = hf.Tokenizer(hf.models.BPE())
+    backend.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = hf.decoders.ByteLevel()
+    trainer = hf.trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=SPECIAL,
+        initial_alphabet=hf.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator([TEXT] * 4, trainer)
+    return backend
+
+
+def write_tokenizer(folder, vocab_size=300, **settings):
+    """tokenizer.json and tokenizer_config.json; returns the backend."""
+    backend = byte_level_tokenizer(vocab_size)
+    backend.save(str(folder / "tokenizer.json"))
+    known = {"eos_token": "<|im_end|>", "bos_token": "<|im_start|>", "chat_template": CHAT_TEMPLATE}
+    (folder / "tokenizer_config.json").write_text(json.dumps(known | {"add_bos_token": False} | settings))
+    return backend
+
+
+# Its embedding has more rows than the tokenizer has tokens, as those of Qwen.
+TEACHER = _fields("llama", num_key_value_heads=2, tie_word_embeddings=True, vocab_size=320, rope_theta=5e3)
+
+
+def write_teacher(folder, fields=TEACHER, dtype=np.float32, seed=0):
+    """A whole model: weights, and a tokenizer with a chat template."""
+    write_folder(folder, fields, random_tensors(fields, seed, dtype))
+    write_tokenizer(folder)
+    return folder

@@ -74,11 +74,11 @@ def test_a_run_without_a_finished_stage_has_nothing_to_write(run, tmp_path):
     ("output", "says"),
     [
         ("", "--output is missing"),
-        (".", "is a directory; name a file in it"),
-        ("new/", "is a directory; name a file in it"),
+        (".", "is there, and is not an empty folder"),
         ("file/x.safetensors", "there is no directory {folder}/file"),
         ("missing/x.safetensors", "there is no directory {folder}/missing"),
-        ("/dev/null", "--output=/dev/null is there, and is not a file"),
+        ("/dev/null", "--output=/dev/null is there, and is not an empty folder"),
+        ("file/model", "there is no directory {folder}/file"),
         ("x.npz", "should end in one of .ckpt, .pt, .safetensors"),
     ],
 )
