@@ -42,9 +42,10 @@ CHIPS = {
 class Report:
     """One program at one batch and context. Bytes and FLOPs are per device, of one pass but for the memory's."""
 
+    mode: str
     context: int
     batch: int
-    k: int  # tokens of a pass; 1 is the AR model
+    k: int  # tokens of a pass, in mode exact at most; 1 is the AR model
     live: int  # slots of a cache that are attended over
     fits: bool
     hbm_limit: int
@@ -67,7 +68,7 @@ def seconds_of_a_pass(moved_bytes: float, flops: float, chip: Chip) -> tuple[flo
 
 
 def models_of(config: Config, vocabulary: Vocabulary, dtype: str) -> dict[str, Models]:
-    """By mode, those of AR decoding and of the largest window."""
+    """By mode, those of AR decoding and of the largest window; of a gated student exact decoding in one pass, too."""
 
     def model(name):
         whole = stage_model(config, name, vocabulary)
@@ -76,7 +77,9 @@ def models_of(config: Config, vocabulary: Vocabulary, dtype: str) -> dict[str, M
     found = {"ar": Models(None, model("ar"), 1)}
     if config.students:
         largest = max(config.students, key=lambda name: config.stages[name].window)
-        found["student"] = Models(model(largest), None, config.stages[largest].window)
+        found["student"] = student = Models(model(largest), None, config.stages[largest].window)
+        if student.is_shared and student.k > 1:
+            found["exact"] = dataclasses.replace(student, exact_windows=student.k)
     return found
 
 
@@ -98,6 +101,7 @@ def report(models: Models, mode: str, batch: int, context: int, mesh, limit: int
     flops = counting.flops(traced.jaxpr, passes=counting.bfloat16_passes) / mesh.size
     seconds, bound = seconds_of_a_pass(moved, flops, chip)
     return Report(
+        mode=mode,
         context=context,
         batch=batch,
         k=models.k,
@@ -136,7 +140,7 @@ def _bytes_on_a_device(x) -> int:
 
 
 HEADER = (
-    f"{'context':>7} {'batch':>5} {'k':>2} {'arguments':>9} {'temporary':>9} {'/ cache':>7} {'fits':>4} "
+    f"{'mode':>7} {'context':>7} {'batch':>5} {'k':>2} {'arguments':>9} {'temporary':>9} {'/ cache':>7} {'fits':>4} "
     f"{'moved MB':>9} {'/ needed':>8} {'GFLOPs':>8} {'ms':>7} {'bound by':>10} {'tokens/s':>9} {'over AR':>7}"
 )
 
@@ -144,7 +148,7 @@ HEADER = (
 def row(report: Report, ar: Report) -> str:
     memory = f"{report.argument_bytes / 2**30:>9.2f} {report.temporary_bytes / 2**30:>9.3f}"
     return (
-        f"{report.context:>7} {report.batch:>5} {report.k:>2} {memory} "
+        f"{report.mode:>7} {report.context:>7} {report.batch:>5} {report.k:>2} {memory} "
         f"{report.temporary_bytes / report.cache_bytes:>7.2f} {'yes' if report.fits else 'NO':>4} "
         f"{report.moved_bytes / 1e6:>9,.0f} {report.moved_bytes / report.needed_bytes:>8.2f} "
         f"{report.flops / 1e9:>8.1f} "
