@@ -58,7 +58,11 @@ def evaluate(workdir: Workdir, corpus: Corpus, mesh: Mesh, scorer: Scorer | None
         names = ["ar", *(name for name in [*recorded, *unfinished] if name != "ar")]
         run = _Run.load(workdir, corpus, mesh, names)
         # Of what was loaded: where the last checkpoint is damaged, that is an earlier one.
-        weights = {name: recorded[name] and weights_digest(trained_part(*run.models[name])) for name in names if name in recorded}
+        weights = {
+            name: recorded[name] and weights_digest(trained_part(*run.models[name]))
+            for name in names
+            if name in recorded
+        }
         stages = {}
         continuations = {}
         for name in run.models:
