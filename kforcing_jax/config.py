@@ -137,6 +137,8 @@ ATTENTIONS = ("auto", "dense", "blockwise", "splash", "cudnn")
 # Of products of f32 numbers. TPUs and GPUs have faster ones (one bfloat16 pass, TF32), too coarse for this map.
 PRECISIONS = ("highest", "high", "default")
 CDF_ORDERS = ("vocabulary", "shuffled")
+# Of weights that nothing trains; those that are trained, and scales of normalisations, are f32.
+WEIGHTS_DTYPES = ("float32", "bfloat16")
 # An adapter rank: deltas are whole matrices.
 FULL_RANK = -1
 
@@ -153,6 +155,7 @@ class BackboneConfig(Architecture):
     attention: str = "auto"  # over a text: auto (by platform and size) | dense | blockwise | splash (TPU) | cudnn (GPU)
     precision: str = "highest"  # highest | high | default: of f32 products, in training, decoding and evaluation
     cdf_order: str = "vocabulary"  # vocabulary (the paper) | shuffled: how tokens lie on [0, 1); kept with the weights
+    weights_dtype: str = "float32"  # float32 | bfloat16: of an imported teacher that its gated students leave as it is
 
     def __post_init__(self):
         if problems := self.problems():
@@ -161,6 +164,7 @@ class BackboneConfig(Architecture):
         _one_of("model.attention", self.attention, ATTENTIONS)
         _one_of("model.precision", self.precision, PRECISIONS)
         _one_of("model.cdf_order", self.cdf_order, CDF_ORDERS)
+        _one_of("model.weights_dtype", self.weights_dtype, WEIGHTS_DTYPES)
         _at_least("model.adapter_rank", self.adapter_rank, FULL_RANK)
 
 
@@ -368,6 +372,11 @@ class Config:
             self._check_teachers_temperatures(name)
         self._check_evaluations_temperature()
         self._check_one_top_p()
+        if self.model.weights_dtype != "float32" and not (self.stages["ar"].checkpoint and self.model.adapter_rank):
+            raise ConfigError(
+                f'model.weights_dtype = "{self.model.weights_dtype}" should be "float32": weights are trained here; '
+                "only those of a stages.ar.checkpoint with gated students (model.adapter_rank) stay as they are"
+            )
         if self.evaluation.prompt_length + self.evaluation.new_tokens > self.data.seq_len:
             raise ConfigError(
                 f"evaluation.prompt_length + evaluation.new_tokens = "

@@ -66,7 +66,7 @@ def test_the_default_config_refuses_a_misspelt_assignment():
     with pytest.raises(AttributeError):
         default_config().sede = 1
     with pytest.raises((AttributeError, KeyError)):
-        default_stage(windows=2)
+        default_stage(widow=2)
 
 
 def test_parsing_leaves_the_given_configuration_as_it_was():
@@ -97,7 +97,7 @@ REFUSED = [
     ({"seed": 2**32}, "seed = 4294967296 is not in [0, 2^32)"),
     (
         {"data__source": "web"},
-        "data.source = 'web' is not one of news, text_files, lm1b, markov, nor module:class of a source of your own",
+        "data.source = 'web' is not one of news, text_files, chat, lm1b, markov, nor module:class of a source of your own",
     ),
     (
         {"data__tokenizer": "words"},
@@ -123,6 +123,13 @@ REFUSED = [
     ({"model__num_heads": 0}, "model.num_heads = 0 should be at least 1"),
     ({"model__num_heads": 3}, "model.d_model = 128 is not divisible by model.num_heads = 3"),
     ({"model__d_model": 12}, "model.d_model / model.num_heads = 3 is odd; rotary positions need an even head width"),
+    ({"model__adapter_rank": -2}, "model.adapter_rank = -2 should be at least -1"),
+    ({"model__weights_dtype": "float16"}, "model.weights_dtype = 'float16' is not one of float32, bfloat16"),
+    (
+        {"model__weights_dtype": "bfloat16", "model__adapter_rank": 8},
+        'model.weights_dtype = "bfloat16" should be "float32": weights are trained here; only those of a '
+        "stages.ar.checkpoint with gated students (model.adapter_rank) stay as they are",
+    ),
     ({"stages__k1__teacher": "both"}, "stages.k1.teacher = 'both' is not one of previous, ar"),
     (
         {"stages__ar__schedule": "step"},

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kforcing_jax.architecture import Architecture
-from kforcing_jax.config import ATTENTIONS, FULL_RANK, PRECISIONS, REMATS
+from kforcing_jax.config import ATTENTIONS, FULL_RANK, PRECISIONS, REMATS, WEIGHTS_DTYPES
 from kforcing_jax.models.attention import group_attention
 from kforcing_jax.models.cache import Cache, Seen, attention, write
 from kforcing_jax.models.keys import ATTENDED, Causal, KeyValue, Known, Past, Sliding, Text, UpTo
@@ -39,7 +39,8 @@ class ModelConfig(Architecture):
       mask_id: the id that is never drawn (its logit is -1000); None where there is none.
       adapter_rank: of what noise rows add to every matrix, in a student that leaves its teacher's weights as they are;
         -1 for whole matrices, 0 for an ordinary student.
-      dtype: compute dtype of the blocks; parameters, normalisation, noise features, logits and softmax are always f32.
+      dtype: compute dtype of the blocks; normalisation, noise features, logits and softmax are always f32.
+      weights_dtype: of the matrices, but for those that a gated student adds; all else is f32. Products are of `dtype`.
       precision: of every product of f32 numbers, wherever it is traced, one of `config.PRECISIONS`.
       remat, attention: how the same is computed, see `config.REMATS` and `config.ATTENTIONS`.
       cdf_order: how tokens lie on [0, 1) for inverse-CDF draws; None is vocabulary order. Column r of the output layer
@@ -57,13 +58,19 @@ class ModelConfig(Architecture):
     remat: str = "blocks"
     attention: str = "auto"
     cdf_order: CdfOrder | None = None
+    weights_dtype: str = "float32"
 
     def __post_init__(self):
         if problems := [*self.problems(), *self._wrong_choices()]:
             raise ValueError("; ".join(problems))
 
     def _wrong_choices(self):
-        for name, choices in (("remat", REMATS), ("attention", ATTENTIONS), ("precision", PRECISIONS)):
+        for name, choices in (
+            ("remat", REMATS),
+            ("attention", ATTENTIONS),
+            ("precision", PRECISIONS),
+            ("weights_dtype", WEIGHTS_DTYPES),
+        ):
             if getattr(self, name) not in choices:
                 yield f"model.{name} = {getattr(self, name)!r} is not one of {', '.join(choices)}"
         if self.adapter_rank < FULL_RANK:

@@ -28,3 +28,13 @@ def base_params(params: Mapping[str, Any]) -> dict:
 def with_own(params: Mapping[str, Any], own: Mapping[str, Any]) -> dict:
     """Parameters of a gated student: of its teacher, or of a student of the same teacher, with other own ones."""
     return unflatten_dict(flatten_dict(params) | flatten_dict(own))
+
+
+def in_weights_dtype(dtype: str, params: Mapping[str, Any]) -> dict:
+    """Parameters with the teacher's matrices and biases in a dtype; scales, and what is a student's own, as they are."""
+    return unflatten_dict(
+        {
+            path: leaf if path[-1] == "scale" or is_own(path) else leaf.astype(dtype)
+            for path, leaf in flatten_dict(params).items()
+        }
+    )

@@ -27,6 +27,7 @@ import jax.numpy as jnp
 
 from kforcing_jax import noise
 from kforcing_jax.models.backbone import Backbone, ModelConfig
+from kforcing_jax.models.gated import in_weights_dtype
 from kforcing_jax.models.keys import Causal, KeyValue, Known, Past, Text
 from kforcing_jax.models.layers import NoiseEncoder, masked
 from kforcing_jax.models.truncation import nucleus
@@ -274,7 +275,7 @@ class PushForwardLM(LanguageModel):
 
 
 def init_params(model: CausalLM | PushForwardLM, key: jax.Array) -> dict:
-    """Fresh parameters, f32. Shapes do not depend on the inputs, so the smallest ones serve."""
+    """Fresh parameters, f32 or as `cfg.weights_dtype` says. Shapes do not depend on the inputs: the smallest serve."""
     tokens_BxN = jnp.zeros((1, 1), jnp.int32)
     inputs = (tokens_BxN, jnp.zeros((1, 1, 1)), jnp.ones(1)) if isinstance(model, PushForwardLM) else (tokens_BxN,)
-    return model.init(key, *inputs)["params"]
+    return in_weights_dtype(model.cfg.weights_dtype, model.init(key, *inputs)["params"])

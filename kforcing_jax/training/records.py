@@ -177,7 +177,7 @@ def weights_digest(params: dict) -> str:
         if not leaf.is_fully_addressable:
             leaf = multihost_utils.process_allgather(leaf, tiled=True)
         whole.update(jax.tree_util.keystr(path).encode())
-        whole.update(np.ascontiguousarray(leaf).data)
+        whole.update(np.ascontiguousarray(leaf).view(np.uint8).data)  # bfloat16 is no buffer
     return whole.hexdigest()
 
 

@@ -1,17 +1,14 @@
 """`python -m kforcing_jax.serve`, as a user starts and ends it."""
 
 import json
-import os
 import re
-import signal
 import socket
-import subprocess
-import sys
 
 import httpx
 import pytest
-from commands import REPOSITORY, refused, run_command
+from commands import refused, run_command
 from micro import micro_config
+from serving_process import Serving
 
 from kforcing_jax.sharding import make_mesh
 from kforcing_jax.training import curriculum
@@ -25,28 +22,6 @@ def run(tmp_path_factory):
     workdir = Workdir.claim(folder, micro_config())
     curriculum.run(workdir, workdir.corpus(), make_mesh(workdir.config.mesh))
     return folder
-
-
-class Serving:
-    """A server in a process of its own."""
-
-    def __init__(self, *flags, **environment):
-        command = [sys.executable, "-m", "kforcing_jax.serve", "--port=0", *flags]
-        environment = os.environ | {"PYTHONPATH": str(REPOSITORY)} | environment
-        self.process = subprocess.Popen(command, env=environment, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
-        self.lines = []
-        for line in self.process.stderr:
-            self.lines.append(line)
-            if found := re.search(r"serving (\S+) at (http://\S+):", line):
-                self.name, self.url = found[1], found[2]
-                return
-        raise AssertionError("".join(self.lines))
-
-    def end(self):
-        """The status after SIGTERM, and what was said since the start."""
-        self.process.send_signal(signal.SIGTERM)
-        said = self.process.stderr.read()
-        return self.process.wait(60), said
 
 
 @pytest.mark.smoke
