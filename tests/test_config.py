@@ -97,7 +97,8 @@ REFUSED = [
     ({"seed": 2**32}, "seed = 4294967296 is not in [0, 2^32)"),
     (
         {"data__source": "web"},
-        "data.source = 'web' is not one of news, text_files, chat, lm1b, markov, nor module:class of a source of your own",
+        "data.source = 'web' is not one of news, text_files, chat, lm1b, markov, nor module:class of a source of your "
+        "own",
     ),
     (
         {"data__tokenizer": "words"},

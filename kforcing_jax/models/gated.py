@@ -31,7 +31,7 @@ def with_own(params: Mapping[str, Any], own: Mapping[str, Any]) -> dict:
 
 
 def in_weights_dtype(dtype: str, params: Mapping[str, Any]) -> dict:
-    """Parameters with the teacher's matrices and biases in a dtype; scales, and what is a student's own, as they are."""
+    """Parameters with the teacher's matrices and biases in a dtype; scales, and a student's own, as they are."""
     return unflatten_dict(
         {
             path: leaf if path[-1] == "scale" or is_own(path) else leaf.astype(dtype)
