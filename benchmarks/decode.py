@@ -73,7 +73,17 @@ def programs() -> list[Program]:
         found += _exact_forms(pair, ar, widest)
     elif _WORKDIR.value:
         found.append(Program("exact", {"student": pair, "teacher": ar}, widest, {"mode": "exact"}))
-    return found
+    return [dataclasses.replace(program, settings=program.settings | _drawn(program)) for program in found]
+
+
+def _drawn(program) -> dict:
+    """Temperature and top-p that a run's students were trained with, which are compared with its AR teacher."""
+    if not _WORKDIR.value:
+        return {}
+    from kforcing_jax.workdir import Workdir
+
+    config = Workdir.open(_WORKDIR.value).config
+    return {"tau": config.evaluation_tau} | ({"top_p": config.top_p} if "mode" in program.settings else {})
 
 
 def _exact_forms(pair, ar, k) -> list[Program]:

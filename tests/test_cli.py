@@ -140,6 +140,8 @@ def test_a_refusal_is_one_line_of_the_process(command, says):
         (["--prompt=012301230"], ["9 tokens", "cache of 8 positions"]),
         (["--prompt=012", "--max_new_tokens=6"], ["3 tokens", "6 new ones", "cache of 8"]),
         (["--prompt=012", "--tau=0"], ["--tau = 0.0", "[1e-6, 1000]"]),
+        (["--prompt=012", "--top_p=0"], ["--top_p = 0.0 is not in (0, 1]"]),
+        (["--prompt=012", "--top_p=0.9"], ["--top_p=0.9 is none", "trained with (1)", "ar and exact take any"]),
         (["--prompt=012", "--stage=k8"], ["--stage=k8", "ar, k1, k2"]),
         (["--prompt=012", "--confidence=1.5"], ["--confidence=1.5 is not in [0, 1]"]),
         (["--prompt=012", "--confidence=nan"], ["--confidence=nan is not in [0, 1]"]),

@@ -21,20 +21,25 @@ def draw(
     """(tokens_BxK, probabilities_BxK of a student's own tokens) of windows after the texts of the slots.
 
     A window's own tokens count for its later ones' penalty. Weighing costs its time only when an active request asks
-    for it, otherwise the probabilities are 1; and so do penalties, biases and truncation.
+    for it, otherwise the probabilities are 1; and so do penalties and biases, and truncation.
     """
     settings = slots.settings
-    is_changed = jnp.any(active_B & settings.is_changed_B)
+    is_changed, is_truncated = (jnp.any(active_B & x) for x in (settings.is_changed_B, settings.is_truncated_B))
     is_weighed = jnp.any(active_B & (settings.confidence_B > 0))
 
     def plain():
         tokens_BxK = model.pick(ordered_BxKxV, u_BxK, settings.tau_B[:, None])
         return tokens_BxK, _probabilities(model, ordered_BxKxV, is_weighed)
 
+    def nucleus():
+        truncation_BxK = (jnp.broadcast_to(x[:, None], u_BxK.shape) for x in (settings.top_k_B, settings.top_p_B))
+        cut_BxKxV = truncated(model.tempered(ordered_BxKxV, settings.tau_B[:, None]), *truncation_BxK)
+        return model.cfg.token_at(noise.inverse_cdf(cut_BxKxV, u_BxK)), jnp.ones(u_BxK.shape)
+
     def one_offset(counts_BxV, logits_and_u):
         ordered_BxV, u_B = logits_and_u
         ordered_BxV = _biased(model, settings, ordered_BxV) - settings.penalty_B[:, None] * counts_BxV
-        token_B = _pick(model, settings, active_B, ordered_BxV, u_B)
+        token_B = _pick(model, settings, is_truncated, ordered_BxV, u_B)
         counts_BxV += jax.nn.one_hot(model.cfg.column_of(token_B), counts_BxV.shape[1])
         return counts_BxV, (token_B, _probabilities(model, ordered_BxV, is_weighed))
 
@@ -44,7 +49,9 @@ def draw(
         _, drawn_KxB = jax.lax.scan(one_offset, counts_BxV, offsets_first)
         return jax.tree.map(jnp.transpose, drawn_KxB)
 
-    return jax.lax.cond(is_changed, one_by_one, plain)
+    if not isinstance(model, CausalLM):
+        return jax.lax.cond(is_changed, one_by_one, plain)
+    return jax.lax.switch(jnp.where(is_changed, 2, is_truncated.astype(int)), [plain, nucleus, one_by_one])
 
 
 def _biased(model, settings, ordered_BxV):
@@ -52,12 +59,11 @@ def _biased(model, settings, ordered_BxV):
     return ordered_BxV.at[rows_Bx1, model.cfg.column_of(settings.biased_BxI)].add(settings.bias_BxI)
 
 
-def _pick(model, settings, active_B, ordered_BxV, u_B):
+def _pick(model, settings, is_truncated, ordered_BxV, u_B):
     """The model's tokens, a teacher's among those that truncation leaves."""
     if not isinstance(model, CausalLM):
         return model.pick(ordered_BxV, u_B, settings.tau_B)
     tempered_BxV = model.tempered(ordered_BxV, settings.tau_B)
-    is_truncated = jnp.any(active_B & ((settings.top_p_B < 1) | (settings.top_k_B > 0)))
     cut = functools.partial(truncated, tempered_BxV, settings.top_k_B, settings.top_p_B)
     tempered_BxV = jax.lax.cond(is_truncated, cut, lambda: tempered_BxV)
     return model.cfg.token_at(noise.inverse_cdf(tempered_BxV, u_B))

@@ -116,8 +116,8 @@ _OF_TEACHERS = {"top_k": 0, "top_p": 1.0, "logit_bias": {}, "logprobs": None, "p
 def top_p_for(mode: str, wanted: float | None, trained: float = 1.0) -> float:
     """The `top_p` of a request, from what is wanted and what the student was trained with.
 
-    A student's tokens are from that nucleus, so nothing is left to cut from them. Modes `ar` and `exact` take any. By
-    default it is 1 in `ar`, and the student's in `exact`: a draft from a nucleus stands where the teacher draws from it.
+    A student's tokens are from that nucleus, so nothing is left to cut from them. Modes `ar` and `exact` take any: by
+    default 1 in `ar`, and the student's in `exact`, where a draft from a nucleus stands if the teacher draws from it.
 
     Raises:
       DataError: in mode `student`, another one than the student was trained with.

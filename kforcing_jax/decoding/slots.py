@@ -29,7 +29,8 @@ class Settings(NamedTuple):
     top_p_B: jax.Array
     biased_BxI: jax.Array  # token ids
     bias_BxI: jax.Array  # 0 where there are fewer
-    is_changed_B: jax.Array  # whether logits are, before a draw: penalty, truncation, bias
+    is_changed_B: jax.Array  # whether logits are, before a draw: penalty, bias
+    is_truncated_B: jax.Array
     is_scored_B: jax.Array  # whether log-probabilities are wanted
 
     @classmethod
@@ -55,6 +56,7 @@ class Settings(NamedTuple):
             biased_BxI=array(whole, 0, MOST_BIASES),
             bias_BxI=array(number, 0, MOST_BIASES),
             is_changed_B=array(bool),
+            is_truncated_B=array(bool),
             is_scored_B=array(bool),
         )
 
@@ -73,8 +75,8 @@ class Settings(NamedTuple):
         self.top_p_B[row] = request.top_p
         self.biased_BxI[row, : len(request.logit_bias)] = list(request.logit_bias)
         self.bias_BxI[row, : len(request.logit_bias)] = list(request.logit_bias.values())
-        is_cut = request.top_k > 0 or request.top_p < 1
-        self.is_changed_B[row] = is_cut or bool(request.logit_bias) or request.frequency_penalty != 0
+        self.is_changed_B[row] = bool(request.logit_bias) or request.frequency_penalty != 0
+        self.is_truncated_B[row] = request.top_k > 0 or request.top_p < 1
         self.is_scored_B[row] = request.logprobs is not None
 
 
