@@ -13,6 +13,7 @@ from kforcing_jax import cli
 from kforcing_jax.cli import checkpoints as checkpoint_flags
 from kforcing_jax.cli import processes
 from kforcing_jax.cli.checkpoints import (
+    BASE,
     CHECKPOINT,
     PREFIX_FILE,
     TOKENIZER,
@@ -32,7 +33,7 @@ _OUTPUT_DIR = flags.DEFINE_string("output_dir", None, "Where samples and figures
 _JSON = flags.DEFINE_bool("json", False, "Print the figures as one object: for a run, what summary.json holds.")
 
 _OF_CHECKPOINTS = (
-    *("teacher", "tokenizer", "weights", "prefix_file", "prefix_length"),
+    *("teacher", "tokenizer", "weights", "base", "prefix_file", "prefix_length"),
     *("max_new_tokens", "k", "batch_size", "num_samples", "output_dir"),
 )
 
@@ -86,7 +87,7 @@ def _evaluate_checkpoint():
     from kforcing_jax.interop.released import open_released, open_teacher
 
     assert CHECKPOINT.value is not None  # `check_one_model`
-    released = open_released(CHECKPOINT.value, TOKENIZER.value, WEIGHTS.value)
+    released = open_released(CHECKPOINT.value, TOKENIZER.value, WEIGHTS.value, base=BASE.value)
     teacher = open_teacher(_TEACHER.value, released) if _TEACHER.value else None
     completions = complete_prefixes(
         released.model,

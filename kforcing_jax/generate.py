@@ -17,6 +17,7 @@ from absl import flags
 from kforcing_jax import cli
 from kforcing_jax.cli import checkpoints as checkpoint_flags
 from kforcing_jax.cli.checkpoints import (
+    BASE,
     CHECKPOINT,
     MAX_NEW_TOKENS,
     NUM_SAMPLES,
@@ -135,7 +136,7 @@ def _check_flags():
         raise ConfigError(f"--frequency_penalty={_FREQUENCY_PENALTY.value} is not in [-1e6, 1e6]")
     check_one_model(_WORKDIR.value)
     if _WORKDIR.value:
-        cli.refuse_flags(["tokenizer", "weights", "teacher"], "without --checkpoint")
+        cli.refuse_flags(["tokenizer", "weights", "teacher", "base"], "without --checkpoint")
     else:
         cli.refuse_flags(["stage", "step"], "without --workdir")
     _check_mode()
@@ -221,7 +222,7 @@ def _from_checkpoint() -> Decoder:
 
     path, needs_tokenizer = CHECKPOINT.value, _PROMPT_IDS.value is None
     assert path is not None  # `check_one_model`
-    released = open_released(path, TOKENIZER.value, WEIGHTS.value, needs_tokenizer)
+    released = open_released(path, TOKENIZER.value, WEIGHTS.value, needs_tokenizer, BASE.value)
     model, params, tokenizer, release = released[:4]
     if isinstance(model, CausalLM):
         cli.refuse_flags(["k", "confidence", "teacher"], f"with {path}, an AR model")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from absl import flags
 
 from kforcing_jax import cli
-from kforcing_jax.cli.checkpoints import CHECKPOINT, TOKENIZER, WEIGHTS, K, check_one_model
+from kforcing_jax.cli.checkpoints import BASE, CHECKPOINT, TOKENIZER, WEIGHTS, K, check_one_model
 from kforcing_jax.cli.stages import choose_stage
 from kforcing_jax.data.places import expanded
 from kforcing_jax.errors import ConfigError, RunError
@@ -22,7 +22,7 @@ from kforcing_jax.errors import ConfigError, RunError
 if TYPE_CHECKING:
     from kforcing_jax.data.tokenizers import Tokenizer
 
-for _name in ("checkpoint", "tokenizer", "weights", "k"):
+for _name in ("checkpoint", "tokenizer", "weights", "base", "k"):
     flags.declare_key_flag(_name)
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run directory.")
 _STAGE = flags.DEFINE_string("stage", None, "The student that drafts and decodes, not that of the largest window.")
@@ -101,7 +101,7 @@ def _check_flags():
     unused = ["prefix_file", "prefix_length", "batch_size", "num_samples", "max_new_tokens"]
     cli.refuse_flags(unused, "here: requests say what they want")
     if _WORKDIR.value:
-        cli.refuse_flags(["tokenizer", "weights", "teacher"], "without --checkpoint")
+        cli.refuse_flags(["tokenizer", "weights", "teacher", "base"], "without --checkpoint")
     else:
         cli.refuse_flags(["stage"], "without --workdir")
     if not 0 <= _CONFIDENCE.value <= 1:
@@ -150,7 +150,7 @@ def _from_checkpoint(path: str) -> Loaded:
     from kforcing_jax.interop.released import open_released, open_teacher
     from kforcing_jax.models import CausalLM
 
-    released = open_released(path, TOKENIZER.value, WEIGHTS.value, needs_tokenizer=False)
+    released = open_released(path, TOKENIZER.value, WEIGHTS.value, needs_tokenizer=False, base=BASE.value)
     student: tuple | None = None
     teacher: tuple | None = None
     if isinstance(released.model, CausalLM):

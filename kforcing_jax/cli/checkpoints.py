@@ -8,8 +8,15 @@ from absl import flags
 from kforcing_jax.data.places import expanded
 from kforcing_jax.errors import ConfigError
 
-CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A released .ckpt, instead of a run directory.")
-TOKENIZER = flags.DEFINE_string("tokenizer", None, "Of --checkpoint: a name or path; by its vocabulary by default.")
+CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", None, "A released .ckpt, or a model folder or GGUF file (Llama family), instead of a run directory."
+)
+TOKENIZER = flags.DEFINE_string(
+    "tokenizer", None, "Of --checkpoint: a name or path; by default what came along, or by its vocabulary."
+)
+BASE = flags.DEFINE_string(
+    "base", None, "Of a --checkpoint that adds to a teacher (a gated student): that model; by default the one it names."
+)
 WEIGHTS = flags.DEFINE_enum("weights", "state_dict", ["state_dict", "ema"], "Which weights of --checkpoint.")
 PREFIX_FILE = flags.DEFINE_string("prefix_file", None, 'Lines {"prefix": ...} to complete.')
 PREFIX_LENGTH = flags.DEFINE_integer(
@@ -24,7 +31,7 @@ MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", None, "As many as the co
 def check_one_model(workdir: str | None) -> None:
     """Raises ConfigError unless either --workdir or --checkpoint is given."""
     if (workdir is None) == (CHECKPOINT.value is None):
-        raise ConfigError("give one of --workdir (a trained run) and --checkpoint (a released .ckpt)")
+        raise ConfigError("give one of --workdir (a trained run) and --checkpoint (a released .ckpt, a model)")
 
 
 def check_readable(flag: str, path: str) -> None:

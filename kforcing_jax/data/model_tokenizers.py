@@ -11,7 +11,7 @@ from kforcing_jax.data.gguf_files import is_gguf, read_gguf
 from kforcing_jax.data.gguf_tokenizers import gguf_tokenizer
 from kforcing_jax.data.models import is_known, located
 from kforcing_jax.data.places import expanded
-from kforcing_jax.data.tokenizers import SETTINGS, SPECIAL, ModelTokens, Tokenizer
+from kforcing_jax.data.tokenizers import OURS, SETTINGS, SPECIAL, ModelTokens, Tokenizer
 from kforcing_jax.errors import DataError
 
 # Values of `model_type` in the config.json of models that are read here.
@@ -99,6 +99,11 @@ def _of_folder(folder) -> Tokenizer:
 
 def _said(folder, backend) -> ModelTokens:
     config, settings = _json(folder / _CONFIG), _json(folder / SETTINGS)
+    if OURS in settings:
+        try:
+            return ModelTokens.of_settings(settings)
+        except (KeyError, TypeError) as error:
+            raise DataError(f"{folder / SETTINGS} is damaged: {OURS} has no {error}") from None
     tokens = {name: _content(settings.get(name)) for name in SPECIAL}
     if "eos_token" not in settings:
         tokens["eos_token"] = _token_of(backend, config.get("eos_token_id"))

@@ -42,7 +42,7 @@ _PIECES_PER_BATCH = 64
 # Beside a tokenizer.json: which tokens mean something.
 SETTINGS = "tokenizer_config.json"
 SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
-_OURS = "kforcing_jax"
+OURS = "kforcing_jax"
 
 
 class ModelTokens(NamedTuple):
@@ -64,7 +64,7 @@ class ModelTokens(NamedTuple):
     def of_settings(cls, settings: dict[str, Any]) -> "ModelTokens":
         """From the content of a tokenizer_config.json that `settings` has given."""
         tokens = tuple((name, settings[name]) for name in SPECIAL if name in settings)
-        own = settings[_OURS]
+        own = settings[OURS]
         return cls(own["vocab_size"], tokens, own["adds_bos"], settings.get("chat_template"))
 
     def settings(self) -> dict[str, Any]:
@@ -77,7 +77,7 @@ class ModelTokens(NamedTuple):
             "add_bos_token": self.adds_bos,
             "clean_up_tokenization_spaces": False,
             **template,
-            _OURS: own,
+            OURS: own,
         }
 
 
@@ -98,7 +98,7 @@ class Tokenizer:
         settings = Path(path).with_name(SETTINGS)
         try:
             said = json.loads(settings.read_text(encoding="utf-8")) if settings.exists() else {}
-            of_model = ModelTokens.of_settings(said) if _OURS in said else None
+            of_model = ModelTokens.of_settings(said) if OURS in said else None
             tokenizer = cls(hf.Tokenizer.from_str(Path(path).read_text(encoding="utf-8")), of_model)
         except Exception as error:  # the library raises bare Exception for a damaged file
             raise RunError(f"{path} cannot be read ({error}); delete its folder and prepare the data again") from None

@@ -8,6 +8,7 @@ Read are Llama, Mistral, Qwen2 and Qwen3. A path may also be the name of a model
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 from jax.sharding import Mesh
 
@@ -27,6 +28,7 @@ from kforcing_jax.interop.stored_models import (
     reported,
 )
 from kforcing_jax.interop.students import holds_student, load_student, read_note
+from kforcing_jax.interop.torch_zip import CheckpointFormatError
 from kforcing_jax.models import CausalLM, PushForwardLM
 from kforcing_jax.noise import CdfOrder
 
@@ -78,13 +80,24 @@ def load(
         cfg = model_config(found, found.note, dtype)
     if cdf_order is not None:
         cfg = dataclasses.replace(cfg, cdf_order=cdf_order)
-    return CausalLM(cfg), load_params(path, cfg, dtype=dtype, mesh=mesh)
+    return CausalLM(cfg), load_params(path, cfg, mesh=mesh)
 
 
-def load_any(path: str | Path, **settings) -> tuple[CausalLM | PushForwardLM, dict, dict]:
-    """`load` or `load_student` by what there is, and what is said of it (entries of `official.NOTES`)."""
+def load_any(
+    path: str | Path, base: str | Path | None = None, **settings: Any
+) -> tuple[CausalLM | PushForwardLM, dict, dict]:
+    """`load` or `load_student` by what there is, and what is said of it (entries of `official.NOTES`).
+
+    Raises:
+      CheckpointFormatError: as these, or a base is given where there is nothing to add to one.
+    """
     if holds_student(path):
-        return *load_student(path, **settings), read_note(path)
+        note = read_note(path)
+        if base and "adapter_rank" not in note:
+            raise CheckpointFormatError(f"{path}: it has all weights of its own, a base ({base}) has no effect")
+        return *load_student(path, base, **settings), note
+    if base:
+        raise CheckpointFormatError(f"{path}: it is an AR model, a base ({base}) has no effect")
     found = describe(path)
     length = {"seq_len": found.max_length} if found.max_length else {}
     return *load(path, **settings), length | dict(found.note)

@@ -50,7 +50,7 @@ def save(
       tokenizer: that comes along, if there is one.
       largest_file: bytes from which on weights are split over several files.
       note: entries of `official.NOTES`; those that are None are left out. mask_id, cdf_order and, of gated students,
-        adapter_rank and base_digest are those of the model.
+        adapter_rank, weights_dtype and base_digest are those of the model.
 
     Raises:
       ConfigError: something is in the folder.
@@ -105,6 +105,8 @@ def _whole_note(model, params, note) -> dict[str, Any]:
     note |= {"mask_id": model.cfg.mask_id, "cdf_order": order and order.tokens_V.tolist()}
     if model.cfg.is_gated:
         note |= {"adapter_rank": model.cfg.adapter_rank, "base_digest": weights_digest(model, params)}
+    if model.cfg.weights_dtype != "float32":
+        note["weights_dtype"] = model.cfg.weights_dtype
     note = {name: value for name, value in note.items() if value is not None}
     official.check_note(note)
     return note

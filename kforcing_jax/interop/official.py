@@ -17,6 +17,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from kforcing_jax.architecture import Architecture, Rope
+from kforcing_jax.config import WEIGHTS_DTYPES
 from kforcing_jax.interop import tensor_files
 from kforcing_jax.interop.torch_zip import CheckpointFormatError, StoredTensor, describe
 from kforcing_jax.models import CausalLM, ModelConfig, PushForwardLM
@@ -79,6 +80,7 @@ NOTES: dict[str, tuple[Callable[[object], bool], str]] = {
     "tau_max": (_is_temperature, "a temperature"),
     "top_p": (_is_share, "a probability above 0"),
     "adapter_rank": (lambda value: type(value) is int, "the rank of what noise rows add"),
+    "weights_dtype": (lambda value: value in WEIGHTS_DTYPES, "the dtype of the teacher's weights"),
     "base": (lambda value: isinstance(value, str), "the name or path of the teacher"),
     "base_digest": (lambda value: isinstance(value, str), "the digest of the teacher's weights"),
     "cdf_order": (_is_order, "every id once, in the order in which they lie on [0, 1)"),

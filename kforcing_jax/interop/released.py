@@ -91,19 +91,26 @@ class Released(NamedTuple):
 
 
 def open_released(
-    path: str | Path, tokenizer: str | None = None, weights: str = "state_dict", needs_tokenizer: bool = True
+    path: str | Path,
+    tokenizer: str | None = None,
+    weights: str = "state_dict",
+    needs_tokenizer: bool = True,
+    base: str | None = None,
 ) -> Released:
     """A released file with its tokenizer: `tokenizer` (a name or path), or the one that its vocabulary size says.
 
-    Or a folder or GGUF file of the Llama family, with the tokenizer that came along. Unless `needs_tokenizer`, there is
-    none when that one is not to be had.
+    Or a folder or GGUF file of the Llama family, with the tokenizer that came along; `base` is the teacher of a gated
+    student in a folder, by default the one that it names. Unless `needs_tokenizer`, there is no tokenizer when that one
+    is not to be had.
 
     Raises:
       CheckpointFormatError: as `official.load` and `huggingface.load`.
       DataError: the tokenizer is not to be had, or has another vocabulary than the checkpoint.
     """
     if huggingface.is_model(path):
-        return _open_model(path, tokenizer, weights, needs_tokenizer)
+        return _open_model(path, tokenizer, weights, needs_tokenizer, base)
+    if base:
+        raise CheckpointFormatError(f"{path}: a base ({base}) is for a folder of a gated student; leave that out")
     model, params = official.load(path, weights=weights)
     note = official.read_note(path)
     release = RELEASES.get(model.cfg.vocab_size)
@@ -120,10 +127,10 @@ def open_released(
     return Released(model, params, loaded, release, note)
 
 
-def _open_model(path, tokenizer, weights, needs_tokenizer) -> Released:
+def _open_model(path, tokenizer, weights, needs_tokenizer, base) -> Released:
     if weights != "state_dict":
         raise CheckpointFormatError(f"{path}: no averaged weights ({weights}) in a folder or GGUF file; leave that out")
-    model, params, note = huggingface.load_any(path)
+    model, params, note = huggingface.load_any(path, base)
     loaded = None
     try:
         loaded = load_pretrained(tokenizer) if tokenizer else huggingface.tokenizer(path)

@@ -95,8 +95,9 @@ def model_config(found: Described, note: Mapping[str, Any], dtype: str | None = 
       CheckpointFormatError: these do not fit each other.
     """
     fields: dict[str, Any] = {name: getattr(found.architecture, name) for name in FIELDS}
+    fields["weights_dtype"] = note.get("weights_dtype", "float32")
     if dtype == "bfloat16":
-        fields |= {"dtype": dtype, "precision": "default"}
+        fields |= {"dtype": dtype, "weights_dtype": dtype, "precision": "default"}
     try:
         return ModelConfig(
             vocab_size=found.vocab_size,
@@ -116,20 +117,12 @@ def check(path: str | Path) -> None:
         _check_names(source, weights_of(found.architecture, found.vocab_size), found)
 
 
-def load_params(
-    path: str | Path,
-    cfg: ModelConfig,
-    *,
-    dtype: str | None = None,
-    mesh: Mesh | None = None,
-    of_student: bool = False,
-) -> dict:
+def load_params(path: str | Path, cfg: ModelConfig, *, mesh: Mesh | None = None, of_student: bool = False) -> dict:
     """The weights of a folder or GGUF file as those of a model of that configuration, on a mesh or the first device.
 
     Args:
       path: the folder or file.
-      cfg: what the model is.
-      dtype: float32 (by default) or bfloat16; scales, and the noise encoder of a student, are f32 in any case.
+      cfg: what the model is. Weights are in its `weights_dtype`, scales and the noise encoder of a student in f32.
       mesh: where they lie, split by `sharding.RULES`.
       of_student: whether there is a noise encoder too.
 
@@ -141,17 +134,24 @@ def load_params(
     with reported(path):
         _check_names(source, weights, Described(cfg, cfg.vocab_size))
         rows = source.rows if cfg.cdf_order is None else _in_order(source.rows, cfg.cdf_order.tokens_V)
-        return _read(weights, rows, cfg.num_layers, DTYPES[dtype or "float32"], mesh)
+        return _read(weights, rows, cfg.num_layers, DTYPES[cfg.weights_dtype], mesh)
 
 
-def digest(path: str | Path) -> str:
-    """SHA-256 of the weights of a teacher as f32, by which its gated students know it. Raises like `load_params`."""
-    found, source = describe(path), _open(path)
+def digest(path: str | Path, weights_dtype: str = "float32") -> str:
+    """SHA-256 of the weights of a teacher, by which its gated students know it: of those in a dtype, as f32.
+
+    Raises like `load_params`.
+    """
+    dtype, found, source = DTYPES[weights_dtype], describe(path), _open(path)
     weights = weights_of(found.architecture, found.vocab_size)
     with reported(path):
         _check_names(source, weights, found)
-        names = (name for weight in weights for name, _ in weight.stored(found.architecture.num_layers))
-        return llama_weights.digest((name, source.rows(name, slice(None))) for name in names)
+        stored = (
+            (name, source.rows(name, slice(None)).astype(_dtype_of(weight, dtype), copy=False))
+            for weight in weights
+            for name, _ in weight.stored(found.architecture.num_layers)
+        )
+        return llama_weights.digest(stored)
 
 
 def _open(path) -> Source:

@@ -64,20 +64,20 @@ def load_student(
         if "window" not in note:
             raise CheckpointFormatError(f"{path}: it holds an AR model, not a student; huggingface.load reads it")
         cfg = model_config(describe(path), note, dtype)
-        return PushForwardLM(cfg), load_params(path, cfg, dtype=dtype, mesh=mesh, of_student=True)
+        return PushForwardLM(cfg), load_params(path, cfg, mesh=mesh, of_student=True)
     with reported(path):
         base = base or note.get("base")
         if base is None:
             raise CheckpointFormatError("it adds to a teacher that it does not name; give that as the base")
         cfg = model_config(describe(base), note, dtype)
-        found = digest(base)
+        found = digest(base, note.get("weights_dtype", "float32"))
         if found != note.get("base_digest"):
             raise CheckpointFormatError(
                 f"it was trained on another base than {base} (weights {str(note.get('base_digest'))[:8]}; those of "
                 f"{base} are {found[:8]})"
             )
         own = _own(expanded(path) / ADAPTER, cfg, mesh)
-    return PushForwardLM(cfg), with_own(load_params(base, cfg, dtype=dtype, mesh=mesh), own)
+    return PushForwardLM(cfg), with_own(load_params(base, cfg, mesh=mesh), own)
 
 
 def _note_of(adapter) -> dict[str, Any]:

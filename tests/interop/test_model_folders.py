@@ -210,3 +210,16 @@ def test_other_code_finds_the_teacher_of_a_student(tmp_path, student):
     names = set(read_header(tmp_path / "k2" / "model.safetensors")[0])
     assert names >= set(read_header(tmp_path / "teacher" / "model.safetensors")[0])
     assert all(name.startswith("noise_encoder.") for name in names - set(random_tensors(FAMILIES["qwen3"])))
+
+
+def test_a_base_in_bfloat16_is_known_by_its_rounded_weights(tmp_path):
+    base = write_folder(tmp_path / "base", FAMILIES["qwen3"])
+    found = huggingface.describe(base)
+    cfg = stored_models.model_config(found, {"adapter_rank": 2, "weights_dtype": "bfloat16"})
+    model = PushForwardLM(cfg)
+    params = with_own(stored_models.load_params(base, cfg), own_params(random_params(model)))
+    huggingface.save(tmp_path / "k2", model, params, **TRAINED)
+    again, others = huggingface.load_student(tmp_path / "k2", base)
+    assert again == model and others["backbone"]["embedding"]["embedding"].dtype == "bfloat16"
+    equal(others, params)
+    assert huggingface.read_note(tmp_path / "k2")["base_digest"] != stored_models.digest(base)

@@ -336,12 +336,16 @@ NOTE = dict(
 )
 
 
+# Gated students are in no such file, see test_model_folders.
+OF_ADAPTERS = {"adapter_rank", "weights_dtype", "base", "base_digest"}
+
+
 @pytest.mark.parametrize("kind", [CausalLM, PushForwardLM])
 def test_what_is_saved_loads_as_the_same_model_with_what_was_said_of_it(output, kind):
     model, params = our_model(kind, mask_id=3)
     official.save(output, model, params, **NOTE)
     assert official.read_note(output) == NOTE
-    assert NOTE.keys() | {"cdf_order"} == official.NOTES.keys()
+    assert NOTE.keys() | {"cdf_order"} == official.NOTES.keys() - OF_ADAPTERS
     loaded_model, loaded = official.load(output)
     assert loaded_model == model
     assert jax.tree.structure(loaded) == jax.tree.structure(params)
