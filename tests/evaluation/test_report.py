@@ -99,6 +99,7 @@ def test_a_spread_larger_than_the_effect_is_said(low, high, unclear):
 
 def test_the_temperature_of_all_samples_is_in_the_table():
     assert "tau = 0.5\n" in table(SUMMARY)
+    assert "all sampled at tau = 0.5, top_p = 0.9\n" in table(SUMMARY | {"top_p": 0.9})
 
 
 def test_a_loss_on_text_and_one_against_a_teacher_are_two_columns(workdir):

@@ -96,6 +96,13 @@ def test_every_figure_that_a_stride_is_chosen_by_has_an_interval_around_it(evalu
             assert low <= row[key] <= high and (low < high or key == "tokens_per_pass")
 
 
+def test_the_ar_teacher_is_sampled_from_the_nucleus_that_students_were_taught():
+    fields = {"top_p": 0.6}
+    run = suite._Run(Workdir("nowhere", micro_config(k1=fields, k2=fields)), None, {}, None, None)
+    assert [run.top_p(name) for name in ("ar", "k1", "k2")] == [0.6, 1, 1]
+    assert suite._Run(Workdir("nowhere", micro_config()), None, {}, None, None).top_p("ar") == 1
+
+
 @pytest.mark.parametrize(
     ("finished", "largest"),
     [(("ar", "k4-from-ar", "k4", "k2", "k1"), "k4"), (("ar", "k1", "k4-from-ar"), "k4-from-ar"), (("ar", "k1"), None)],
