@@ -9,7 +9,7 @@ PACKAGE = REPOSITORY / "kforcing_jax"
 # From top to bottom; commands, which nothing imports, are above all of them.
 ORDER = (
     *("cli", "serving", "evaluation", "training", "interop", "decoding", "workdir", "data", "models"),
-    *("noise", "sharding", "config", "registry", "installed", "errors"),
+    *("noise", "sharding", "config", "architecture", "registry", "installed", "errors"),
 )
 # Rules of fields need the tables of names, which import nothing.
 EXCEPTIONS = {("config", "kforcing_jax.data.choices")}

@@ -19,6 +19,7 @@ from kforcing_jax.interop.released import check_teacher_of, load_for
 from kforcing_jax.interop.teachers import with_teacher
 from kforcing_jax.interop.torch_zip import CheckpointFormatError
 from kforcing_jax.sharding import make_mesh
+from kforcing_jax.training import curriculum
 from kforcing_jax.training.checkpoints import load_stage
 from kforcing_jax.training.records import run_vocabulary
 from kforcing_jax.workdir import Workdir
@@ -131,30 +132,69 @@ def _flags(folder, teacher):
     return [f"--config={folder / 'config.py'}"]
 
 
-def test_a_curriculum_from_a_folder_goes_on_without_it(tmp_path):
-    """Prepared, trained and decoded by commands; then the folder is gone, and a stage is made longer."""
+def claimed(folder, teacher):
+    """A work directory as `main` claims it, with the AR stage alone."""
+    config = config_of(teacher, write_text(folder))
+    for name in ("k1", "k2"):
+        del config.stages[name]
+    config = with_teacher(parse(config), folder / "run")
+    return Workdir.claim(folder / "run", config)
+
+
+def test_a_run_has_the_teachers_weights_and_needs_the_folder_no_longer(tmp_path):
     folder = write_teacher(tmp_path / "teacher", dtype=np.float16)
-    run, flags = f"--workdir={tmp_path / 'run'}", _flags(tmp_path, folder)
-    done = run_command("main", *flags, run)
-    assert done.status == 0, done.err
-    workdir = Workdir(tmp_path / "run")
+    workdir = claimed(tmp_path, folder)
+    corpus, mesh = workdir.corpus(), make_mesh(workdir.config.mesh)
+    curriculum.run(workdir, corpus, mesh)
     assert workdir.config.model.d_model == 32 and workdir.config.data.tokenizer == str(folder)
-    tokenizer = workdir.tokenizer()
-    vocabulary = run_vocabulary(workdir, tokenizer)
+    vocabulary = run_vocabulary(workdir, workdir.tokenizer())
     assert (vocabulary.vocab_size, vocabulary.mask_id, vocabulary.eos_id) == (320, None, 2)
-    model, params = load_stage(workdir, "ar", tokenizer)
+    model, params = load_stage(workdir, "ar", corpus)
     expected = huggingface.load(folder, cdf_order=model.cfg.cdf_order)[1]
     jax.tree.map(np.testing.assert_array_equal, params, expected)
     said = json.loads((tmp_path / "run" / "data" / "tokenizer_config.json").read_text())
     assert said["eos_token"] == "<|im_end|>" and "im_start" in said["chat_template"]
 
     shutil.rmtree(folder)
+    again = claimed(tmp_path, folder)
+    assert again.config == workdir.config
+    curriculum.run(again, again.corpus(), mesh)
+    with pytest.raises(CheckpointFormatError, match="cannot be read"):
+        check_teacher_of(with_teacher(parse(config_of(folder)), tmp_path / "another run"))
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_curriculum_from_a_folder_by_commands(tmp_path, rank):
+    """Trained; then the folder is gone, and a stage is made longer; decoded and exported, and that decoded."""
+    folder = write_teacher(tmp_path / "teacher", dtype=np.float16)
+    run, flags = f"--workdir={tmp_path / 'run'}", [*_flags(tmp_path, folder), f"--config.model.adapter_rank={rank}"]
+    done = run_command("main", *flags, run)
+    assert done.status == 0, done.err
+    kept = folder.rename(tmp_path / "kept")
     again = run_command("main", *flags, run, "--config.stages.k2.steps=7")
     assert again.status == 0, again.err
-    out = run_command("generate", run, "--prompt=The cat", "--max_new_tokens=4", "--json")
-    assert out.status == 0 and len(json.loads(out.out)["tokens"][0]) > 1
-    out = run_command("generate", run, "--mode=exact", "--prompt=The cat", "--max_new_tokens=4", "--json")
-    assert out.status == 0, out.err
+    asked = ["--prompt=The cat", "--max_new_tokens=6", "--json"]
+    texts = {}
+    for mode in ("student", "ar", "exact"):
+        out = run_command("generate", run, f"--mode={mode}", *asked)
+        assert out.status == 0, out.err
+        texts[mode] = json.loads(out.out)["tokens"]
+    assert texts["exact"] == texts["ar"]
+
+    for stage in ("ar", "k2"):
+        out = run_command("export", run, f"--stage={stage}", f"--output={tmp_path / stage}")
+        assert out.status == 0, out.err
+    for checkpoint, mode in (("ar", "ar"), ("k2", "student")):
+        base = [f"--base={kept}"] if rank and checkpoint == "k2" else []
+        out = run_command("generate", f"--checkpoint={tmp_path / checkpoint}", f"--mode={mode}", *base, *asked)
+        assert out.status == 0, out.err
+        assert json.loads(out.out)["tokens"] == texts[mode]
+    if rank:
+        other = write_teacher(tmp_path / "other", seed=1)
+        refused(
+            run_command("generate", f"--checkpoint={tmp_path / 'k2'}", f"--base={other}", *asked), "another base than"
+        )
 
 
 def test_weights_go_straight_onto_the_mesh(teacher):
