@@ -40,6 +40,7 @@ from kforcing_jax.models import CausalLM, ModelConfig, PushForwardLM, init_param
 _WORKDIR = flags.DEFINE_string("workdir", None, "A trained run with stage ar and students of two tokens or more.")
 _SHAPE = flags.DEFINE_list("shape", None, "Random weights instead: layers, width, heads, vocabulary.")
 _RANK = flags.DEFINE_integer("rank", 0, "Of the deltas of a gated student, with --shape; -1: full.", lower_bound=-1)
+_WIDEST = flags.DEFINE_integer("widest", 4, "The largest window that takes part.", lower_bound=2)
 _BATCHES = flags.DEFINE_list("batches", ["1", "4", "16", "64", "128", "256"], "Requests at a time.")
 _CONTEXTS = flags.DEFINE_list("contexts", ["128", "1024"], "Tokens of the longest text.")
 _NEW_TOKENS = flags.DEFINE_integer("new_tokens", 64, "That are timed, a multiple of 4.", lower_bound=4)
@@ -97,7 +98,7 @@ def _exact_forms(pair, ar, k) -> list[Program]:
 
 
 def _trained():
-    """The AR teacher, and of every window of two tokens or more the first student, in order."""
+    """The AR teacher, and the first student of every window that takes part, in order."""
     from kforcing_jax.training.checkpoints import finished_stages, load_stage
     from kforcing_jax.workdir import Workdir
 
@@ -106,10 +107,10 @@ def _trained():
     tokenizer, students = workdir.tokenizer(), {}
     for name in finished_stages(workdir):
         window = workdir.config.stages[name].window
-        if window > 1 and window not in students:
+        if 1 < window <= _WIDEST.value and window not in students:
             students[window] = load_stage(workdir, name, tokenizer)
     if not students:
-        raise SystemExit(f"{_WORKDIR.value} has no finished student of two tokens or more")
+        raise SystemExit(f"{_WORKDIR.value} has no finished student of 2 to {_WIDEST.value} tokens")
     model, params = students[max(students)]
     ar = (model.text_model, params) if model.cfg.is_gated else load_stage(workdir, "ar", tokenizer)
     return ar, dict(sorted(students.items()))
@@ -121,7 +122,7 @@ def _random():
     teacher, student = CausalLM(cfg), PushForwardLM(dataclasses.replace(cfg, adapter_rank=_RANK.value))
     student = student, init_params(student, jax.random.key(0))
     ar = teacher, student[1] if _RANK.value else init_params(teacher, jax.random.key(0))
-    return ar, {2: student, 4: student}
+    return ar, {k: student for k in (2, 4) if k <= _WIDEST.value}
 
 
 def prompts(program: Program, batch: int, length: int) -> np.ndarray:
