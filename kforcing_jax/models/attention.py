@@ -253,9 +253,9 @@ def _of_block(start, end, q, own, prefix, past_tokens):
 
 
 def _one_block(how, start, fixed, q, own, keys, past_tokens):
-    segments_BxS, past_length, sliding = fixed
+    (precision, sharing), (segments_BxS, past_length, sliding) = how, fixed
     past = None if past_tokens is None else Past(past_tokens, past_length)
-    return _dense(q, own, keys, Causal(segments_BxS), past, sliding, *how, start)
+    return _dense(q, own, keys, Causal(segments_BxS), past, sliding, precision, sharing, start)
 
 
 def _after(done, next_input):

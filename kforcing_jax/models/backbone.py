@@ -151,8 +151,8 @@ class Block(nn.Module):
         q, keys = self._project(x_BxGxD[:, None], where.angles, None if is_noise is None else is_noise[:, None])
         cache = write(cache, jax.tree.map(lambda kv: kv[:, 0], keys), start_B)
         wanted = x_BxGxD, q[:, 0], where.seen, is_noise
-        if where.rows_BxR is not None:
-            wanted = jax.tree.map(lambda rows: take_rows(rows, where.rows_BxR), wanted)
+        if (rows_BxR := where.rows_BxR) is not None:
+            wanted = jax.tree.map(lambda rows: take_rows(rows, rows_BxR), wanted)
         x_BxRxD, q_BxRxHxC, seen, is_noise = wanted
         attended = attention(q_BxRxHxC, cache, seen, live, self.cfg.precision)
         return self._mix(x_BxRxD[:, None], attended[:, None], None if is_noise is None else is_noise[:, None])[
@@ -211,7 +211,7 @@ def _products(cfg) -> dict[str, nn.Module]:
     """The matrices of a layer, and with each of them, in gated students, its delta."""
     heads, width = (cfg.num_heads, cfg.head_width), (cfg.d_model,)
     # Inputs, outputs, a bias, how many matrices there are side by side.
-    sizes = {
+    sizes: dict[str, tuple[tuple[int, ...], tuple[int, ...], bool, int]] = {
         "attn_out": (heads, width, cfg.attention_out_bias, 1),
         "mlp_in": (width, (cfg.mlp_width,), cfg.mlp_bias, 1),
         "mlp_out": ((cfg.mlp_width,), width, cfg.mlp_bias, 1),

@@ -24,8 +24,9 @@ _MOST_LOGITS = 2**25
 
 def norm(architecture: Architecture) -> nn.Module:
     """The normalisation before a product, with a scale and no bias; f32."""
-    layer = {"layer_norm": functools.partial(nn.LayerNorm, use_bias=False), "rms_norm": nn.RMSNorm}[architecture.norm]
-    return layer(epsilon=architecture.norm_epsilon)
+    if architecture.norm == "rms_norm":
+        return nn.RMSNorm(epsilon=architecture.norm_epsilon)
+    return nn.LayerNorm(epsilon=architecture.norm_epsilon, use_bias=False)
 
 
 class NoiseEncoder(nn.Module):

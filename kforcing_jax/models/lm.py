@@ -220,12 +220,12 @@ class PushForwardLM(LanguageModel):
     def begin(
         self,
         tokens_BxN: jax.Array,
-        noise_BxNxK: jax.Array,
-        tau_B: jax.Array,
+        noise_BxNxK: jax.Array | None = None,
+        tau_B: jax.Array | None = None,
         segments_BxN: jax.Array | None = None,
     ) -> Pass:
         """As of any model. In a gated student the text has a pass of its own, that of the teacher."""
-        if not self.cfg.is_gated:
+        if not self.cfg.is_gated or noise_BxNxK is None or tau_B is None:
             return super().begin(tokens_BxN, noise_BxNxK, tau_B, segments_BxN)
         positions_BxNx1 = text_positions(tokens_BxN.shape, segments_BxN)[..., None]
         text = self._pass(self.backbone.embed(tokens_BxN)[:, :, None], positions_BxNx1, 1, Text(segments_BxN))
