@@ -41,6 +41,7 @@ _PIECES_PER_BATCH = 64
 
 # Beside a tokenizer.json: which tokens mean something.
 SETTINGS = "tokenizer_config.json"
+MASK_NAME = "mask_token"
 SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
 OURS = "kforcing_jax"
 
@@ -50,7 +51,8 @@ class ModelTokens(NamedTuple):
 
     Attributes:
       vocab_size: ids of the model. There may be more than tokens: rows of its embedding that stand for nothing.
-      tokens: what tokenizers call their special tokens (bos_token, eos_token, ...), and which these are.
+      tokens: what tokenizers call their special tokens (bos_token, eos_token, ...), and which these are. Only models
+        that were trained here have a mask_token.
       adds_bos: whether texts begin with bos_token.
       chat_template: how messages become text (Jinja), where the model has such a template.
     """
@@ -63,7 +65,7 @@ class ModelTokens(NamedTuple):
     @classmethod
     def of_settings(cls, settings: dict[str, Any]) -> "ModelTokens":
         """From the content of a tokenizer_config.json that `settings` has given."""
-        tokens = tuple((name, settings[name]) for name in SPECIAL if name in settings)
+        tokens = tuple((name, settings[name]) for name in (*SPECIAL, MASK_NAME) if name in settings)
         own = settings[OURS]
         return cls(own["vocab_size"], tokens, own["adds_bos"], settings.get("chat_template"))
 
@@ -124,8 +126,8 @@ class Tokenizer:
 
     @property
     def mask_id(self) -> int | None:
-        """The id that stands for no token, and is never drawn; None where the vocabulary came along with a model."""
-        return None if self.of_model else self._first_id(_MASKS)
+        """The id that stands for no token, and is never drawn; none where the vocabulary came along with a model."""
+        return self._id_of(MASK_NAME) if self.of_model else self._first_id(_MASKS)
 
     @property
     def eos_id(self) -> int | None:

@@ -20,7 +20,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from kforcing_jax.data.places import expanded
-from kforcing_jax.data.tokenizers import SPECIAL, ModelTokens, Tokenizer
+from kforcing_jax.data.tokenizers import MASK_NAME, ModelTokens, Tokenizer
 from kforcing_jax.errors import ConfigError, RunError
 from kforcing_jax.interop import official
 from kforcing_jax.interop.config_json import CONFIG, config_fields
@@ -174,6 +174,11 @@ def _as_of_model(tokenizer: Tokenizer, vocab_size: int) -> Tokenizer:
     """What it says of itself then stands beside it."""
     if tokenizer.of_model:
         return tokenizer
-    ids = dict(zip(SPECIAL, (tokenizer.bos_id, tokenizer.eos_id, tokenizer.unknown_id), strict=False))
+    ids = {
+        "bos_token": tokenizer.bos_id,
+        "eos_token": tokenizer.eos_id,
+        "unk_token": tokenizer.unknown_id,
+        MASK_NAME: tokenizer.mask_id,
+    }
     tokens = tuple((name, str(tokenizer.backend.id_to_token(i))) for name, i in ids.items() if i is not None)
     return Tokenizer(tokenizer.backend, ModelTokens(vocab_size, tokens, tokenizer.begins_documents))

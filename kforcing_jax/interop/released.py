@@ -207,7 +207,8 @@ def load_for(path: str | Path, model: CausalLM, tokenizer: Tokenizer | None = No
 def _check_same_model(path, model, tokenizer):
     found = huggingface.describe(path)
     there = {name: getattr(found.architecture, name) for name in huggingface.FIELDS}
-    for name, value in (there | {"vocab_size": found.vocab_size}).items():
+    there |= {"vocab_size": found.vocab_size, "mask_id": found.note.get("mask_id")}
+    for name, value in there.items():
         if getattr(model.cfg, name) != value:
             raise RunError(
                 f"stages.ar.checkpoint = {str(path)!r} has {name} = {value}, the configuration says "

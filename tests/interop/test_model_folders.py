@@ -10,7 +10,8 @@ from flax.traverse_util import flatten_dict
 from interop.families import FAMILIES, random_tensors, write_folder, write_teacher
 from safetensors.numpy import load_file, save_file
 
-from kforcing_jax.config import MeshConfig
+from kforcing_jax.config import DataConfig, MeshConfig
+from kforcing_jax.data.tokenizers import train_tokenizer
 from kforcing_jax.errors import ConfigError
 from kforcing_jax.interop import huggingface, model_folders, stored_models
 from kforcing_jax.interop.safetensor_folders import read_header
@@ -223,3 +224,16 @@ def test_a_base_in_bfloat16_is_known_by_its_rounded_weights(tmp_path):
     assert again == model and others["backbone"]["embedding"]["embedding"].dtype == "bfloat16"
     equal(others, params)
     assert huggingface.read_note(tmp_path / "k2")["base_digest"] != stored_models.digest(base)
+
+
+def test_a_vocabulary_that_was_trained_here_keeps_its_mask(tmp_path):
+    tokenizer = train_tokenizer(DataConfig(tokenizer="bpe", vocab_size=280), ["the cat sat on the mat. "] * 9)
+    fields = FAMILIES["llama"] | {"vocab_size": tokenizer.vocab_size}
+    found = huggingface.describe(write_folder(tmp_path / "theirs", fields))
+    model = CausalLM(stored_models.model_config(found, {"mask_id": tokenizer.mask_id}))
+    huggingface.save(tmp_path / "ours", model, random_params(model), tokenizer)
+    again = huggingface.tokenizer(tmp_path / "ours")
+    ids = [(each.mask_id, each.eos_id, each.bos_id, each.vocab_size) for each in (tokenizer, again)]
+    assert ids[0] == ids[1] and ids[0][0] is not None
+    assert huggingface.load(tmp_path / "ours")[0].cfg.mask_id == tokenizer.mask_id
+    assert again.digest == tokenizer.digest
