@@ -55,8 +55,11 @@ def is_gguf(path: Path) -> bool:
         return False
     if path.suffix.lower() == ENDING:
         return True
-    with open(path, "rb") as file:
-        return file.read(4) == _MAGIC
+    try:
+        with open(path, "rb") as file:
+            return file.read(4) == _MAGIC
+    except OSError:
+        return False  # said by who opens it next
 
 
 def read_gguf(path: Path) -> GgufFile:

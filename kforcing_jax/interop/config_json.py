@@ -37,7 +37,7 @@ _IGNORED = {
 # What says something, but not with this value.
 _NEUTRAL = {
     **dict.fromkeys(("pretraining_tp", "embedding_multiplier", "residual_multiplier", "logits_scaling"), 1),
-    **dict.fromkeys(("logit_scale", "attention_multiplier_scale", "rope_percent", "rotary_pct"), 1),
+    **dict.fromkeys(("logit_scale", "rope_percent", "rotary_pct"), 1),
     "is_causal": True,
     "is_decoder": True,
 }

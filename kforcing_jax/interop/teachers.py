@@ -6,6 +6,7 @@ from typing import Any
 
 from kforcing_jax.architecture import Architecture, Rope
 from kforcing_jax.config import BackboneConfig, Config, DataConfig
+from kforcing_jax.data.choices import source
 from kforcing_jax.data.model_tokenizers import has_model, load_model_tokenizer
 from kforcing_jax.data.models import is_known
 from kforcing_jax.data.places import expanded
@@ -97,6 +98,8 @@ def _difference(prefix, name, ours, theirs, default):
 
 
 def _other_vocabulary(data: DataConfig, path: str, vocab_size: int):
+    if "tokenizer" not in source(data.source).fields:
+        yield f"data.source = {data.source!r} has a vocabulary of its own, and should be text"
     if data.vocab_size not in (vocab_size, DataConfig.vocab_size):
         yield f"data.vocab_size = {data.vocab_size} should be {vocab_size}"
     is_taken = data.tokenizer == DataConfig.tokenizer or _names_model(data.tokenizer, path)

@@ -3,11 +3,13 @@
 import importlib.util
 import json
 
+import httpx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from commands import run_command
+from serving_process import Serving
 
 from kforcing_jax.data.chat_template import ChatTemplate
 from kforcing_jax.data.models import located
@@ -63,23 +65,18 @@ def test_news_is_likely_and_less_so_with_rotary_rows_as_they_lie(loaded, path, m
     assert likely < 3.7 and unlikely > likely + 1
 
 
-def test_a_chat_is_answered(loaded, path):
-    model, params, tokenizer = loaded
-    template = ChatTemplate(huggingface.chat_template(path), dict(tokenizer.of_model.tokens))
-    text = template.render([{"role": "user", "content": "What is the capital of France?"}])
-    assert text.endswith("<|im_start|>assistant\n")
-    tokens = tokenizer.encode_marked(text)
+def test_a_chat_is_answered_through_the_server(loaded, path):
+    """With the template and the end of turns that the file carries."""
+    serving = Serving(f"--checkpoint={path}", "--slots=1", "--max_length=96")
+    asked = {"messages": [{"role": "user", "content": "What is the capital of France?"}]}
+    asked |= {"temperature": 1e-6, "max_tokens": 20, "seed": 1}
+    said = httpx.post(f"{serving.url}/v1/chat/completions", json=asked, timeout=300).json()
+    assert serving.end()[0] == 0
+    assert "Paris" in said["choices"][0]["message"]["content"], said
+    template = ChatTemplate(huggingface.chat_template(path), dict(loaded[2].of_model.tokens))
+    tokens = loaded[2].encode_marked(template.render(asked["messages"]))
     assert tokens.count(1) == 3, "what marks turns is one token"
-    answer = []
-    for _ in range(12):
-        answer.append(
-            int(
-                logits_of(model, params, [tokens + answer + [2] * (12 - len(answer))])[
-                    0, len(tokens) + len(answer) - 1
-                ].argmax()
-            )
-        )
-    assert "Paris" in tokenizer.decode(answer)
+    assert said["usage"]["prompt_tokens"] == len(tokens)
 
 
 @pytest.mark.skipif(

@@ -86,6 +86,13 @@ def test_all_fields_that_say_something_else_are_named(teacher):
     assert "\n" not in str(raised.value) and "d_model" not in str(raised.value)
 
 
+def test_a_source_without_text_cannot_have_such_a_teacher(teacher):
+    config = config_of(teacher)
+    config.data.source = "markov"
+    with pytest.raises(ConfigError, match=r"data\.source = 'markov' has a vocabulary of its own"):
+        with_teacher(parse(config))
+
+
 def test_fields_may_say_what_the_teacher_says(teacher):
     config = config_of(teacher, num_layers=2, d_model=32, num_heads=4, num_kv_heads=2, d_head=8)
     config.data.vocab_size, config.data.tokenizer = 320, str(teacher)
