@@ -130,8 +130,9 @@ def analyse(text: str) -> dict:
 def _needed(programs: Programs, mode: str, context: int) -> float:
     """Weights as they are split, and the cache of the rows and heads of a device."""
     shape, batch = programs.mesh.shape, programs.slots
-    weights = pass_cost(programs.models, mode, batch, 0).bytes
-    cache = pass_cost(programs.models, mode, batch, context).bytes - weights
+    with programs.on_mesh():
+        weights = pass_cost(programs.models, mode, batch, 0).bytes
+        cache = pass_cost(programs.models, mode, batch, context).bytes - weights
     return weights / (shape["fsdp"] * shape["tensor"]) + cache / programs.mesh.size
 
 

@@ -41,13 +41,16 @@ def pass_cost(models: Models, mode: str, slots: int, live: int) -> Cost:
 
 
 def _one_pass_cost(models, slots, live):
-    """Known tokens draw, the windows of all anchors pass the layers, one of them the output layer, in its turn."""
+    """Known tokens draw, the windows of all anchors pass the layers; the output layer passes one, or all at once."""
     k, windows, cfg = models.k, models.exact_windows, models.config("student")
     if k == 1:
         return _model_cost(models.causal.cfg, slots, live, known=1, drawn=1)
     through = _model_cost(cfg, slots, live, known=k, noise=windows * k, last=k + windows * (k - 1), drawn=0)
-    heads = _head_cost(cfg, slots, k) + _head_cost(cfg, slots, k - 1) + _head_delta_cost(cfg, slots, k - 1)
-    return through + heads + _noise(models, slots, windows * k)
+    if models.reads_output_once(slots):
+        heads = _head_cost(cfg, slots, k + windows * (k - 1))
+    else:
+        heads = _head_cost(cfg, slots, k) + _head_cost(cfg, slots, k - 1)
+    return through + heads + _head_delta_cost(cfg, slots, k - 1) + _noise(models, slots, windows * k)
 
 
 def _model_cost(cfg: ModelConfig, slots, live, known, noise=0, last=None, drawn=0):

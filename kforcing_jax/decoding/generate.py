@@ -113,7 +113,14 @@ def generate(
     sources = _seeds(seeds, len(checked)) if noise_BxT is None else _noise(noise_BxT, (len(checked), max_new_tokens))
     longest = max(map(len, checked)) + max_new_tokens
     sizes = len(checked), longest
-    made: dict[str, Any] = {"k": k, "mode": mode, "teacher": teacher, "dtype": dtype, "slots": slots, "exact_windows": exact_windows}
+    made: dict[str, Any] = {
+        "k": k,
+        "mode": mode,
+        "teacher": teacher,
+        "dtype": dtype,
+        "slots": slots,
+        "exact_windows": exact_windows,
+    }
     mode, engine = engine_for(model, params, sizes, **made)
     check_confidence("confidence", confidence, mode)
     shared: dict[str, Any] = {

@@ -21,10 +21,14 @@ from kforcing_jax.decoding.slots import Slots, at_positions, commit, put
 from kforcing_jax.models import CausalLM, ModelConfig, PushForwardLM
 from kforcing_jax.models.backbone import take_rows
 from kforcing_jax.models.cache import Cache
-from kforcing_jax.models.cached import Weights, Windows, append, call, ordered_logits
+from kforcing_jax.models.cached import Weights, Windows, append, call, ordered_logits, with_delta
+from kforcing_jax.sharding import platform
 
 # The models that a mode runs, where they are two.
 MODELS = {"student": ("student",), "ar": ("teacher",), "exact": ("student", "teacher")}
+
+# Rows that are multiplied with a matrix in not much more than the time of reading it.
+_ROWS_AT_ONCE = {"cpu": 16, "others": 64}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +81,14 @@ class Models:
     def is_one_pass(self) -> bool:
         """Whether a pass of mode `exact` verifies and drafts."""
         return self.is_shared and self.exact_windows > 0
+
+    def reads_output_once(self, slots: int) -> bool:
+        """Whether a pass of mode `exact` multiplies all that it may need with the output layer, and not in two turns.
+
+        The second turn takes the window that is used, and the time of reading the matrix once more.
+        """
+        rows = slots * (self.k + self.exact_windows * (self.k - 1))
+        return self.exact_windows == 1 or rows <= _ROWS_AT_ONCE.get(platform(), _ROWS_AT_ONCE["others"])
 
     @property
     def drafts_ahead(self) -> int:
@@ -237,13 +249,13 @@ def _exact_in_one_pass(models, live, weights, state, active_B):
     anchor_BxW = strides.likely_ends(state.slots.odds_BxD, settings.k_B, models.exact_windows)
     known_BxKxD, windows_BxWxDxD, state = _verify_and_draft(models, live, weights, state, active_B, anchor_BxW)
     slots, u_BxK = state.slots, at_positions(state.slots.noise_BxS, state.slots.length_B, models.k)
-    logits_BxKxV = ordered_logits(models.causal, weights["student"], known_BxKxD)
+    logits_BxKxV, of_windows = _teachers_logits(models, weights["student"], known_BxKxD, windows_BxWxDxD)
     drawn = _drawn(models.causal, slots, active_B, logits_BxKxV, u_BxK)
     slots = _scored(models.causal, slots, active_B, logits_BxKxV, drawn.tokens_BxM)
     keep_B = strides.exact(draft_BxD, drawn.tokens_BxM, settings.k_B - 1)
 
-    hidden_BxDxD, is_drafted_BxD = _of_the_window_after(windows_BxWxDxD, anchor_BxW, keep_B - 1)
-    logits_BxDxV = ordered_logits(models.student, weights["student"], hidden_BxDxD)
+    chosen, is_drafted_BxD = _of_the_window_after(of_windows, anchor_BxW, keep_B - 1)
+    logits_BxDxV = _students_logits(models, weights["student"], *chosen)
     drawn = drawn._replace(is_finite_B=drawn.is_finite_B & is_finite(logits_BxDxV))
     state = _commit(state._replace(slots=slots), drawn, keep_B, active_B)
     state = _with_all_but_the_last_read(models, state, active_B)
@@ -271,20 +283,43 @@ def _verify_and_draft(models, live, weights, state, active_B, anchor_BxW):
     return hidden_BxRxD[:, :k], of_windows, _after_a_pass(state, "student", caches, active_B)
 
 
-def _of_the_window_after(windows_BxWxDxX, anchor_BxW, accepted_B):
+def _teachers_logits(models, weights, known_BxKxD, windows_BxWxDxD):
+    """logits_BxKxV of known tokens; and of windows hidden states, with logits where one product gives those of all."""
+    rows, windows, drafts, width = windows_BxWxDxD.shape
+    if not models.reads_output_once(rows):
+        return ordered_logits(models.causal, weights, known_BxKxD), (windows_BxWxDxD,)
+    hidden_BxRxD = jnp.concatenate([known_BxKxD, windows_BxWxDxD.reshape(rows, windows * drafts, width)], axis=1)
+    logits_BxRxV = ordered_logits(models.causal, weights, hidden_BxRxD)
+    of_windows = logits_BxRxV[:, models.k :].reshape(rows, windows, drafts, -1)
+    return logits_BxRxV[:, : models.k], (windows_BxWxDxD, of_windows)
+
+
+def _students_logits(models, weights, hidden_BxDxD, text_BxDxV=None):
+    """Those of noise rows, given what the teacher makes of their hidden states or not."""
+    if text_BxDxV is None:
+        return ordered_logits(models.student, weights, hidden_BxDxD)
+    return with_delta(models.student, weights, text_BxDxV, hidden_BxDxD)
+
+
+def _of_the_window_after(of_windows, anchor_BxW, accepted_B):
     """(what a window has of the D tokens after the accepted drafts and one more, is_there_BxD).
 
     The window is that off the last accepted draft, or the nearest before it, which ends earlier; there may be none.
+    `of_windows` are arrays of shape (B, W, D, ...).
     """
-    drafts = windows_BxWxDxX.shape[2]
+    drafts = of_windows[0].shape[2]
     # Anchors ascend: as many as are not beyond the accepted ones.
     window_B = jnp.sum(anchor_BxW <= accepted_B[:, None], axis=1) - 1
     chosen_Bx1 = jnp.maximum(window_B, 0)[:, None]
     first_B = accepted_B - jnp.take_along_axis(anchor_BxW, chosen_Bx1, axis=1)[:, 0]
     offset_BxD = jnp.maximum(first_B, 0)[:, None] + jnp.arange(drafts)
     is_there_BxD = (window_B >= 0)[:, None] & (offset_BxD < drafts)
-    window_BxDxX = take_rows(windows_BxWxDxX, chosen_Bx1)[:, 0]
-    return take_rows(window_BxDxX, jnp.minimum(offset_BxD, drafts - 1)), is_there_BxD
+    offset_BxD = jnp.minimum(offset_BxD, drafts - 1)
+
+    def taken(windows_BxWxDxX):
+        return take_rows(take_rows(windows_BxWxDxX, chosen_Bx1)[:, 0], offset_BxD)
+
+    return tuple(map(taken, of_windows)), is_there_BxD
 
 
 def _with_drafts(models, state, active_B, logits_BxDxV, is_drafted_BxD, keep_B) -> Decoding:

@@ -157,10 +157,16 @@ def ordered_logits(model: CausalLM | PushForwardLM, params: Weights, hidden_xD: 
     if cfg.output_bias:
         logits_xV += backbone["output"]["bias"]
     if cfg.is_gated:
-        delta = Delta((cfg.d_model,), (cfg.vocab_size,), cfg.adapter_rank, cfg.precision)
-        added: Any = delta.apply({"params": backbone["output_delta"]}, hidden_xD)
-        logits_xV += added
+        return with_delta(model, params, logits_xV, hidden_xD)
     return masked(cfg, logits_xV, MASK_LOGIT)
+
+
+def with_delta(model: CausalLM | PushForwardLM, params: Weights, text_xV: jax.Array, hidden_xD: jax.Array) -> jax.Array:
+    """Ordered logits of noise rows of a gated student, from what its teacher makes of their hidden states."""
+    cfg = model.cfg
+    delta = Delta((cfg.d_model,), (cfg.vocab_size,), cfg.adapter_rank, cfg.precision)
+    added: Any = delta.apply({"params": params.rest["backbone"]["output_delta"]}, hidden_xD)
+    return masked(cfg, text_xV + added, MASK_LOGIT)
 
 
 def call(model: CausalLM | PushForwardLM, params: Weights, method: str, *args: Any) -> Any:

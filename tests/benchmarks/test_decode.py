@@ -52,9 +52,13 @@ def test_what_a_pass_of_a_gated_student_costs_by_hand():
     exact = pass_cost(models, "exact", slots=1, live=5)
     blocks = 2 * (12 * 16 * 4 + 3 * 16 * 2) + 4 * 4 * 5 * 4
     deltas = 2 * 4 * (3 * (4 + 4) + (4 + 4) + 2 * (4 + 16))
-    heads = 2 * 3 * 4 * 10 + 2 * (4 + 10)
+    heads = 2 * 4 * 4 * 10 + 2 * (4 + 10)
     assert exact.flops == blocks + deltas + heads + 2 * 4 * 9 * 16
     assert exact.bytes > ar.bytes / 3
+    # Of many texts only the windows that are used pass the output layer, after the draws.
+    more = pass_cost(models, "exact", slots=8, live=5)
+    assert more.flops == 8 * (exact.flops - 2 * 4 * 10)
+    assert more.bytes == exact.bytes + 4 * 4 * 10 + 7 * 2 * 5 * 4 * 4
 
 
 def test_what_a_pass_costs_by_hand():

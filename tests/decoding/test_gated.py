@@ -233,6 +233,7 @@ def test_attention_over_a_part_of_the_caches_gives_the_same_tokens(monkeypatch):
     """As on accelerators: windows lie beyond the longest text, and programs see as far."""
     for module in (cache, programs):
         monkeypatch.setattr(module, "platform", lambda: "gpu")
+    monkeypatch.setattr("kforcing_jax.decoding.passes.platform", lambda: "gpu")
     one = Engine(student=gated(LLAMA), slots=2, max_length=120, k=K)
     assert one.programs.lives == [128, 192]
     rng = np.random.default_rng(2)
