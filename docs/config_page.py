@@ -49,9 +49,12 @@ def page() -> str:
 
 
 def groups_of(cls: type) -> dict[str, type]:
-    """The groups of fields of a configuration, by name."""
-    types = typing.get_type_hints(cls)
-    return {name: kind for name, kind in types.items() if dataclasses.is_dataclass(kind)}
+    """The groups of fields of a configuration, and the groups in these, by name."""
+    found: dict[str, type] = {}
+    for name, kind in typing.get_type_hints(cls).items():
+        if dataclasses.is_dataclass(kind):
+            found |= {name: kind} | {f"{name}.{inner}": group for inner, group in groups_of(kind).items()}
+    return found
 
 
 def fields_of(cls: type, group: str) -> Iterator[Field]:
@@ -67,7 +70,18 @@ def fields_of(cls: type, group: str) -> Iterator[Field]:
 
 
 def comments_of(cls: type) -> dict[str, str]:
-    """Of every field of a dataclass, the comments right above it and at the end of its lines, as one text."""
+    """Of every field of a dataclass, the comments right above it and at the end of its lines, as one text.
+
+    Those of a class that it is made from stand for fields about which it says nothing itself.
+    """
+    found: dict[str, str] = {}
+    for each in reversed(cls.__mro__):
+        if dataclasses.is_dataclass(each):
+            found |= {name: text for name, text in _own_comments(each).items() if text or name not in found}
+    return found
+
+
+def _own_comments(cls):
     source = inspect.getsource(cls)
     comments = {
         token.start[0]: token.string.lstrip("# ")
@@ -98,7 +112,8 @@ def rule_of(path: str, kind: type) -> str:
         try:
             fields.parse(_with(path, value))
         except ConfigError as error:
-            start, message = f"{path} = ", str(error)
+            # Of all that a value makes wrong, what is said of the field itself comes first.
+            start, message = f"{path} = ", str(error).split(f"; {path.rpartition('.')[0]}.")[0]
             if message.startswith(start) and (rule := _as_rule(message.removeprefix(start))):
                 return rule
     return ""

@@ -3,9 +3,9 @@
 python launch/compile_for_tpu.py --config=configs/owt.py --topology=v5e:2x4
 python launch/compile_for_tpu.py --config=configs/lm1b.py --topology=v5e:1x1 --decode
 
-Needs libtpu (pip install -e ".[tpu]") and no TPU. Every stage is compiled in each of its precisions, as
-`kforcing_jax.main` would run it on that slice; with --decode the decoding of the AR model and of the largest window.
-The exit status is 1 when one of them does not fit.
+Needs libtpu (pip install -e ".[tpu]") and no TPU; of a `stages.ar.checkpoint` a folder with its config.json is enough.
+Every stage is compiled in each of its precisions, as `kforcing_jax.main` would run it on that slice; with --decode the
+decoding of the AR model and of the largest window. The exit status is 1 when one of them does not fit.
 
 What was compiled once is not compiled again: results are kept in the user's cache folder, by the program's text.
 """
@@ -38,9 +38,10 @@ import tpu_compiler
 from absl import flags
 
 from kforcing_jax import cli
-from kforcing_jax.config import Config
+from kforcing_jax.config import BackboneConfig, Config
 from kforcing_jax.data.choices import PACKINGS
 from kforcing_jax.data.model_tokenizers import has_model
+from kforcing_jax.data.models import located
 from kforcing_jax.data.packing import Batch
 from kforcing_jax.errors import ConfigError
 from kforcing_jax.interop.teachers import with_teacher
@@ -71,6 +72,7 @@ _CONTEXT = flags.DEFINE_list("context", "128,1024", "With --decode: tokens of ev
 _DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["float32", "bfloat16"], "With --decode: of the blocks and caches.")
 _JSON = flags.DEFINE_bool("json", False, "Print one JSON object, on one line, instead of a table.")
 
+_SIZES = ("num_layers", "d_model", "num_heads")
 _GIB = 2**30
 _TERA = 1e12
 
@@ -94,7 +96,7 @@ class Report:
 
 
 def main(_):
-    config = with_teacher(cli.config_from_flag(_CONFIG))
+    config = _with_sizes(cli.config_from_flag(_CONFIG))
     devices = tpu_compiler.devices_of(_TOPOLOGY.value)
     mesh = make_mesh(config.mesh, devices)
     check_divisible(config, mesh)
@@ -106,6 +108,18 @@ def main(_):
     if _JSON.value:
         print(json.dumps({"topology": _TOPOLOGY.value, "device": devices[0].device_kind} | result))
     sys.exit(0 if fits else 1)
+
+
+def _with_sizes(config: Config) -> Config:
+    """With those of its teacher, whose weights need not be here. Raises ConfigError where nothing says them."""
+    path, found, default = config.stages["ar"].checkpoint, with_teacher(config), BackboneConfig()
+    is_said = any(getattr(found.model, name) != getattr(default, name) for name in _SIZES)
+    if path and not is_said and not located(path).exists():
+        raise ConfigError(
+            f"stages.ar.checkpoint = {path!r} is not here, and model.num_layers, d_model, num_heads do not say its "
+            "sizes; a folder with its config.json alone is enough"
+        )
+    return found
 
 
 def _train(config, mesh, limit, pool) -> tuple[dict, bool]:

@@ -3,6 +3,7 @@
 What tiny promises is checked on the run of the notebook, in tests/launch/test_colab.py.
 """
 
+import dataclasses
 import json
 import runpy
 
@@ -31,6 +32,30 @@ def test_the_smoke_variant_is_the_same_run_in_tiny(name):
         assert getattr(real.data, field) == getattr(smoke.data, field)
     assert smoke.stages["k4"].bfloat16_fraction == real.stages["k4"].bfloat16_fraction
     assert smoke.model.d_model < real.model.d_model and smoke.stages["k4"].steps < 10
+
+
+def test_smollm2_in_tiny_is_the_same_model_and_text_as_with_chats():
+    get_config = runpy.run_path(str(REPOSITORY / "configs/smollm2.py"))["get_config"]
+    chat, smoke = parse(get_config("chat")), parse(get_config("smoke"))
+    assert chat.model == smoke.model and list(chat.stages) == list(smoke.stages)
+    assert dataclasses.replace(smoke.data, seq_len=chat.data.seq_len) == chat.data
+    for name, stage in chat.stages.items():
+        sampled = [(each.checkpoint, each.tau_min, each.tau_max, each.top_p) for each in (stage, smoke.stages[name])]
+        assert sampled[0] == sampled[1]
+    assert parse(get_config()).data.source == "news"
+    with pytest.raises(ConfigError, match="has no variant 'huge'; it has chat and smoke"):
+        get_config("huge")
+
+
+def test_llama_is_filled_in_by_its_teacher_or_as_one_of_8b():
+    get_config = runpy.run_path(str(REPOSITORY / "configs/llama.py"))["get_config"]
+    usual, large = parse(get_config()), parse(get_config("8b"))
+    assert usual.stages == large.stages and (usual.model.num_layers, usual.data.vocab_size) == (4, 96)
+    config = large.model  # 8,030,261,248 parameters, says its model card
+    blocks = config.num_layers * (sum(config.matrix_sizes) + 2 * config.d_model)
+    assert blocks + config.d_model * (1 + 2 * large.data.vocab_size) == 8_030_261_248
+    with pytest.raises(ConfigError, match="has no variant 'huge'; it has 8b"):
+        get_config("huge")
 
 
 @pytest.mark.parametrize(("name", "variant"), [("tiny", "x4"), ("news", "gpu")])

@@ -57,7 +57,8 @@ def run(workdir: Workdir, corpus: Corpus, mesh: Mesh, profile: ProfiledSteps | N
       ConfigError: a batch or the model cannot be split evenly over the mesh, a tracker is not installed, something of
         one's own fails, there is no room after the prompt of samples, or no stage has the steps to profile; before any
         stage starts.
-      DataError: a batch is larger than the corpus, before any stage starts.
+      DataError: a batch is larger than the corpus, or no text is long enough for an evaluation's prompt; before any
+        stage starts.
       RunError: as `train`; a stage came from something else than is there now; another process trains here; a
         tracker does not start.
     """
@@ -67,6 +68,7 @@ def run(workdir: Workdir, corpus: Corpus, mesh: Mesh, profile: ProfiledSteps | N
         profile.check(max(stage.steps for stage in workdir.config.stages.values()))
     check_own_parts(workdir.config, run_vocabulary(workdir, corpus), corpus.segmented)
     sample_of(workdir.config, "ar", _model(workdir, corpus, "ar"), corpus)
+    corpus.beginnings(1, workdir.config.evaluation.prompt_length)  # which the evaluation will want
     for name in names:
         corpus.check_batch_size(f"stages.{name.replace('-', '_')}.batch_size", workdir.config.stages[name].batch_size)
     with workdir.locked(), jax.set_mesh(mesh):

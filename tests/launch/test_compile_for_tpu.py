@@ -156,6 +156,10 @@ def test_what_does_not_fit_is_said_with_status_1(tmp_path):
         (["--stages=k9"], "--stage=k9 is not a stage of this config; there are ar, k1"),
         (["--config.mesh.data=3"], "stages.ar.batch_size = 32 is not divisible by mesh.data * mesh.fsdp"),
         (["--config.mesh.fsdp=3"], "3 does not divide the 8 devices"),
+        (
+            ["--config=configs/llama.py", "--config.stages.ar.checkpoint=no/model"],
+            "stages.ar.checkpoint = 'no/model' is not here, and model.num_layers, d_model, num_heads do not say",
+        ),
     ],
 )
 def test_mistakes_are_one_line(tmp_path, flags, message):
