@@ -8,7 +8,8 @@ import jax
 import numpy as np
 import pytest
 from commands import refused, run_command
-from interop.families import TEACHER, TEXT, write_folder, write_teacher, write_tokenizer
+from flax.traverse_util import flatten_dict
+from interop.families import BFLOAT16, TEACHER, TEXT, write_folder, write_teacher, write_tokenizer
 from micro import micro_config_dict
 
 from kforcing_jax.architecture import Rope
@@ -18,9 +19,11 @@ from kforcing_jax.interop import huggingface
 from kforcing_jax.interop.released import check_teacher_of, load_for
 from kforcing_jax.interop.teachers import with_teacher
 from kforcing_jax.interop.torch_zip import CheckpointFormatError
+from kforcing_jax.models import CausalLM
 from kforcing_jax.sharding import make_mesh
 from kforcing_jax.training import curriculum
-from kforcing_jax.training.checkpoints import load_stage
+from kforcing_jax.training.checkpoints import abstract_params, load_stage
+from kforcing_jax.training.recipes import Vocabulary, stage_model
 from kforcing_jax.training.records import run_vocabulary
 from kforcing_jax.workdir import Workdir
 
@@ -120,6 +123,22 @@ def test_a_teacher_that_cannot_be_read_is_said_before_anything_happens(tmp_path)
     out = run_command("main", *_flags(tmp_path, folder), f"--workdir={tmp_path / 'run'}")
     refused(out, "has no weights")
     assert not (tmp_path / "run").exists()
+
+
+def test_weights_that_nothing_trains_are_bfloat16_where_asked(tmp_path):
+    """As they are stored, imported, expected of checkpoints, and held beside what students add in f32."""
+    folder = write_teacher(tmp_path / "teacher", dtype=BFLOAT16)
+    config = config_of(folder, adapter_rank=2, weights_dtype="bfloat16")
+    config, vocabulary = with_teacher(parse(config)), Vocabulary(320, None, 2)
+    model, student = (stage_model(config, name, vocabulary) for name in ("ar", "k1"))
+    params = flatten_dict(load_for(folder, model))
+    expected = flatten_dict(abstract_params(model))
+    assert {path: leaf.dtype for path, leaf in params.items()} == {p: leaf.dtype for p, leaf in expected.items()}
+    assert {leaf.dtype.name for path, leaf in params.items() if path[-1] != "scale"} == {"bfloat16"}
+    assert {leaf.dtype.name for path, leaf in params.items() if path[-1] == "scale"} == {"float32"}
+    assert {leaf.dtype.name for leaf in flatten_dict(abstract_params(student)).values()} == {"float32"}
+    precise = load_for(folder, CausalLM(dataclasses.replace(model.cfg, weights_dtype="float32")))
+    jax.tree.map(np.testing.assert_array_equal, flatten_dict(precise), params)
 
 
 def test_a_model_of_another_shape_or_vocabulary_is_refused(teacher, tmp_path):
