@@ -149,7 +149,7 @@ class Decoding:
             Request(prompt_P, _NEW_TOKENS.value, seed=row, **program.settings)
             for row, prompt_P in enumerate(prompts_BxP)
         ]
-        self.tokens, self.passes = [], 0
+        self.tokens, self.passes, self.passes_of_all = [], 0, 0
 
     def run(self) -> float:
         """Seconds of the passes after the prompts."""
@@ -159,7 +159,8 @@ class Decoding:
         updates = {update.slot: update for update in self.engine.step()}
         seconds = time.perf_counter() - start
         self.tokens = [updates[slot].tokens for slot in slots]
-        self.passes = max(updates[slot].kept[0] for slot in slots)  # each of which kept a token
+        passes = [updates[slot].kept[0] for slot in slots]  # each of which kept a token
+        self.passes, self.passes_of_all = max(passes), sum(passes)
         return seconds
 
 
@@ -205,7 +206,7 @@ def _figures(name, decoding, times, context, peak):
     hashed = hashlib.sha256(np.concatenate(decoding.tokens).astype("<i4").tobytes()).hexdigest()[:16]
     return {
         "tokens_per_second": tokens / seconds,
-        "tokens_per_pass": tokens / len(decoding.tokens) / decoding.passes,
+        "tokens_per_pass": tokens / decoding.passes_of_all,
         "passes": decoding.passes,
         "milliseconds_a_pass": {
             "median": 1e3 * a_pass,
