@@ -71,7 +71,7 @@ def test_a_newcomer_gets_from_a_folder_to_a_server_with_the_pages_commands(tmp_p
     (tmp_path / "configs").symlink_to(REPOSITORY / "configs")
     printed = {}
     for command in commands(page):
-        _, _, module, *flags = shlex.split(command)
+        _, module, *flags = shlex.split(command.replace(" -m ", " "))
         module = module.removeprefix("kforcing_jax.")
         if module == "serve" or not any("mine" in flag for flag in flags):
             continue
