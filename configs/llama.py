@@ -11,17 +11,24 @@ What to change: `data.seq_len`, the longest text that will be decoded; `tau_min`
 as the model will be sampled (they decode at no other); `model.weights_dtype="float32"` for weights that were not stored
 as bfloat16, such as GGUF; `accumulation`, by the memory below; without several chips, `mesh.fsdp=1`.
 
-Hardware: a TPU slice, or GPUs. It has not been run. HBM a chip of an 8B teacher (the shape of Llama-3.1-8B, bfloat16),
-GiB, by
+Hardware: a TPU slice, or GPUs. It has been run with tiny models only (tests/test_own_model.py). HBM a chip of an 8B
+teacher (the shape of Llama-3.1-8B, bfloat16), GiB, by
 
     python launch/compile_for_tpu.py --config=configs/llama.py:8b --topology=v5e:4x4 --stage=k4 \
-        --config.stages.k4.accumulation=16
+        --config.stages.k4.accumulation=8
 
-(libtpu 0.0.42.1, jax 0.10.2, 2026-11-30; arguments are weights and state, the rest is of a step):
+(libtpu 0.0.42.1, jax 0.10.2, 2026-11-30; arguments are weights and state, the rest is a step's, TF its model FLOPs):
 
-| slice | stage | `accumulation` | rows at a time | arguments | temporary | of |
-| --- | --- | --- | --- | --- | --- | --- |
-| v5e:4x4 | k4 | 16 | 1 | 1.25 | 7.32 | 15.75 |
+| slice | stage | `accumulation` | rows at a time | arguments | temporary | of | TF a chip |
+| --- | --- | --- | --- | --- | --- | --- | --- |
+| v5e:4x4 | k1 | 8 | 2 | 1.17 | 5.42 | 15.75 | 760 |
+| v5e:4x4 | k4 | 16 | 1 | 1.25 | 7.32 | 15.75 | 3,740 |
+| v5e:4x4 | k4 | 8 | 2 | 1.25 | 13.01 | 15.75 | 3,740 |
+| v5e:8x8 | k4 | 2 | 2 | 0.38 | 10.33 | 15.75 | 934 |
+| v6e:4x4 | k4 | 4 | 4 | 1.25 | 22.18 | 31.25 | 3,740 |
+
+Every part of a step gathers the weights anew (k4 on v5e:4x4: 2.0 TB a chip and step in 16 parts, 1.0 in 8): as few
+parts as fit. 4,000 steps of k4 are 21 hours of 16 v5e at their peak, which no program reaches.
 
 Expected: exact text from the first step on. What such students have reached is measured on small models only
 (docs/results.md). Rank and rate are not tuned for large ones.
