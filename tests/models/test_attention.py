@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from compiling import OPTIMISED
 
+from kforcing_jax.models import attention
 from kforcing_jax.models.attention import block_length, choose_implementation, group_attention
 from kforcing_jax.models.keys import Causal, KeyValue, Past, Sliding, UpTo
 
@@ -139,6 +140,24 @@ def test_query_heads_that_share_keys_equal_heads_with_keys_of_their_own(rng, imp
         return attend(q, k, v, prefix_k, prefix_v, past, sharing=sharing)
 
     assert_same_values_and_gradients(shared, apart, arrays(rng, *shapes), rng)
+
+
+def test_the_gpu_kernel_gets_heads_that_share_keys_as_they_are(rng, monkeypatch):
+    """Its public function, here computed by XLA, pairs query heads with heads of keys as the others do."""
+    by_xla = jax.nn.dot_product_attention
+
+    def instead(*args, implementation, **settings):
+        assert implementation == "cudnn"
+        return by_xla(*args, implementation="xla", **settings)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", instead)
+    monkeypatch.setattr(attention, "platform", lambda: "gpu")
+    q, k, v = (x.astype(jnp.bfloat16) for x in arrays(rng, (2, 9, 1, 6, 8), (2, 9, 3, 8), (2, 9, 3, 8)))
+    nothing, text = KeyValue(*[jnp.zeros((2, 9, 0, 3, 8), jnp.bfloat16)] * 2), KeyValue(k, v)
+    assert choose_implementation(q, nothing, text, Causal(), None, "cudnn") == "cudnn"
+    out = group_attention(q, nothing, text, Causal(), None, "cudnn")
+    expected = group_attention(q, nothing, text, Causal(), None, "dense")
+    np.testing.assert_allclose(out.astype(jnp.float32), expected.astype(jnp.float32), atol=0.03)
 
 
 @pytest.mark.parametrize("implementation, length", [("dense", 9), ("blockwise", 140), ("splash", 128)])
