@@ -26,6 +26,7 @@ teacher (the shape of Llama-3.1-8B, bfloat16), GiB, by
 | v5e:4x4 | k4 | 8 | 2 | 1.25 | 13.01 | 15.75 | 3,740 |
 | v5e:8x8 | k4 | 2 | 2 | 0.38 | 10.33 | 15.75 | 934 |
 | v6e:4x4 | k4 | 4 | 4 | 1.25 | 22.18 | 31.25 | 3,740 |
+| v6e:4x8 | k4 | 2 | 4 | 0.67 | 20.13 | 31.25 | 1,870 |
 
 Every part of a step gathers the weights anew (k4 on v5e:4x4: 2.0 TB a chip and step in 16 parts, 1.0 in 8): as few
 parts as fit. 4,000 steps of k4 are 21 hours of 16 v5e at their peak, which no program reaches.
