@@ -27,7 +27,7 @@ EXTRAS = PROJECT["optional-dependencies"]
 PACKAGE = REPOSITORY / "kforcing_jax"
 PYTHONS = [line.rpartition(" ")[2] for line in PROJECT["classifiers"] if re.search(r":: 3\.\d+$", line)]
 # What machines of the cloud install from the lock, besides what everybody does.
-CLOUD = ("cuda12", "cuda13", "gcs", "lm1b", "parquet", "serve", "tensorboard", "tpu", "wandb")
+CLOUD = ("chat", "cuda12", "cuda13", "gcs", "lm1b", "parquet", "serve", "tensorboard", "tpu", "wandb")
 
 
 def python(*given, cwd) -> Result:
