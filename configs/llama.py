@@ -55,7 +55,8 @@ def get_config(variant: str = ""):
     shared: dict[str, Any] = dict(
         optimizer="muon", learning_rate=1e-2, schedule="cosine", warmup_steps=200, batch_size=256, accumulation=4
     )
-    # The teacher, too, is decoded in bfloat16: to the end it is taught as it will be drawn from.
+    # No step in f32: what that takes at 8B was not compiled. Such students decode as they were taught with
+    # --dtype=bfloat16, which commands have to be told.
     shared |= dict(steps=4000, tau_min=0.7, tau_max=0.7, top_p=0.9, bfloat16_fraction=1.0)
     config.stages.unlock()
     config.stages.ar = default_stage(checkpoint="Llama-3.1-8B-Instruct", batch_size=256)

@@ -38,7 +38,9 @@ class Rope:
         """What is wrong with the fields, one line each."""
         if self.scaling not in ROPE_SCALINGS:
             yield f"model.rope.scaling = {self.scaling!r} is not one of {', '.join(ROPE_SCALINGS)}"
-        for name in ("base", "factor", "beta_fast", "beta_slow", "attention_factor"):
+        if not 1 < self.base < float("inf"):
+            yield f"model.rope.base = {self.base} should be above 1, and finite"
+        for name in ("factor", "beta_fast", "beta_slow", "attention_factor"):
             if not 0 < getattr(self, name) < float("inf"):
                 yield f"model.rope.{name} = {getattr(self, name)} should be positive and finite"
         if self.scaling in ("llama3", "yarn") and self.original_length < 1:
@@ -88,11 +90,16 @@ class Architecture:
         return self.d_mlp or 4 * self.d_model
 
     @property
-    def matrix_sizes(self) -> tuple[int, ...]:
-        """Entries of the matrices of one block: queries, keys and values, attention's output, MLP."""
-        heads = self.d_model * self.head_width
-        mlp = [self.d_model * self.mlp_width] * (3 if self.mlp == "swiglu" else 2)
-        return heads * self.num_heads, 2 * heads * self.kv_heads, heads * self.num_heads, *mlp
+    def matrices(self) -> list[tuple[int, int]]:
+        """(inputs, outputs) of the matrices of one block: queries, keys, values, attention's output, MLP."""
+        width, heads, keys = self.d_model, self.num_heads * self.head_width, self.kv_heads * self.head_width
+        into_mlp = [(width, self.mlp_width)] * (2 if self.mlp == "swiglu" else 1)
+        return [(width, heads), (width, keys), (width, keys), (heads, width), *into_mlp, (self.mlp_width, width)]
+
+    @property
+    def block_entries(self) -> int:
+        """Of all matrices of one block."""
+        return sum(inputs * outputs for inputs, outputs in self.matrices)
 
     def problems(self) -> list[str]:
         """Everything that is wrong with the fields, one line each; none for one that can be built."""

@@ -16,7 +16,7 @@ def test_the_sizes_of_a_released_llama_give_its_parameters():
         num_layers=30, d_model=576, num_heads=9, num_kv_heads=3, d_mlp=1536, tied_embeddings=True, **LLAMA
     )
     norms = (2 * smol.num_layers + 1) * smol.d_model
-    assert smol.num_layers * sum(smol.matrix_sizes) + 49_152 * smol.d_model + norms == 134_515_008
+    assert smol.num_layers * smol.block_entries + 49_152 * smol.d_model + norms == 134_515_008
     assert (smol.head_width, smol.kv_heads, smol.problems()) == (64, 3, [])
 
 

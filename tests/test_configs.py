@@ -52,7 +52,7 @@ def test_llama_is_filled_in_by_its_teacher_or_as_one_of_8b():
     usual, large = parse(get_config()), parse(get_config("8b"))
     assert usual.stages == large.stages and (usual.model.num_layers, usual.data.vocab_size) == (4, 96)
     config = large.model  # 8,030,261,248 parameters, says its model card
-    blocks = config.num_layers * (sum(config.matrix_sizes) + 2 * config.d_model)
+    blocks = config.num_layers * (config.block_entries + 2 * config.d_model)
     assert blocks + config.d_model * (1 + 2 * large.data.vocab_size) == 8_030_261_248
     with pytest.raises(ConfigError, match="has no variant 'huge'; it has 8b"):
         get_config("huge")

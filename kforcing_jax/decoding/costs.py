@@ -60,7 +60,7 @@ def _model_cost(cfg: ModelConfig, slots, live, known, noise=0, last=None, drawn=
     """
     rows, width = known + noise, cfg.num_heads * cfg.head_width
     last = drawn if last is None else last
-    squares, keys = sum(cfg.matrix_sizes), sum(cfg.matrix_sizes[:2])
+    squares, keys = cfg.block_entries, sum(inputs * outputs for inputs, outputs in cfg.matrices[:3])
     # In the last layer the others give keys and values only (with queries, which are of all).
     through, projected = rows * (cfg.num_layers - 1) + last, rows - last
     flops = 2 * slots * (squares * through + keys * projected) + 4 * slots * width * live * through
@@ -87,10 +87,7 @@ def _head_delta_cost(cfg, slots, rows):
 
 def _deltas_cost(cfg, slots, rows):
     """What noise rows add to the matrices of the blocks."""
-    heads, keys = cfg.num_heads * cfg.head_width, cfg.kv_heads * cfg.head_width
-    shapes = [(cfg.d_model, heads), (cfg.d_model, keys), (cfg.d_model, keys), (heads, cfg.d_model)]
-    shapes += [(cfg.d_model, cfg.mlp_width)] * (len(cfg.matrix_sizes) - 3)
-    numbers = cfg.num_layers * sum(_delta_size(cfg, *shape) for shape in shapes)
+    numbers = cfg.num_layers * sum(_delta_size(cfg, *shape) for shape in cfg.matrices)
     return Cost(2 * slots * rows * numbers, numbers * _BYTES[cfg.dtype])
 
 

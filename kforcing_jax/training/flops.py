@@ -58,11 +58,7 @@ def _noise_flops(config, vocab_size, window):
 
 def delta_entries(model: BackboneConfig, vocab_size: int) -> int:
     """Entries of all deltas of a gated student: of every matrix of its blocks, and of the output layer."""
-    width, heads = model.d_model, model.num_heads * model.head_width
-    key_heads = model.kv_heads * model.head_width
-    of_block = [(width, heads), *[(width, key_heads)] * 2, (heads, width)]
-    of_block += [(width, model.mlp_width)] * (2 if model.mlp == "swiglu" else 1) + [(model.mlp_width, width)]
-    matrices = [*of_block * model.num_layers, (width, vocab_size)]
+    matrices = [*model.matrices * model.num_layers, (model.d_model, vocab_size)]
     if model.adapter_rank == FULL_RANK:
         return sum(inputs * outputs for inputs, outputs in matrices)
     return model.adapter_rank * sum(inputs + outputs for inputs, outputs in matrices)
@@ -91,5 +87,5 @@ def _pass_flops(config, vocab_size, group, past, drawn):
     """Forward FLOPs per position: `group` tokens that see half the text, `past` tokens of their anchor, each other."""
     model = config.model
     pairs = attended_pairs(config.data.seq_len, group) / config.data.seq_len + group * past
-    weights, width = sum(model.matrix_sizes), model.num_heads * model.head_width
+    weights, width = model.block_entries, model.num_heads * model.head_width
     return 2 * model.num_layers * (group * weights + 2 * width * pairs) + 2 * drawn * model.d_model * vocab_size

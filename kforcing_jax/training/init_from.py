@@ -137,16 +137,14 @@ def load_source(workdir: Workdir, name: str, corpus: Corpus, mesh: Mesh) -> tupl
     source = workdir.source(name)
     assert source is not None  # only stages with `init_from` come here
     run, stage = source
-    model, params, step = load_checkpoint(run, stage, corpus.tokenizer, mesh)
-    origin = {
-        "run": str(run.path.absolute()),
-        "stage": stage,
-        "step": step,
-        "weights": weights_digest(trained_part(model, params)),
-    }
     here = stage_model(workdir.config, name, run_vocabulary(workdir, corpus))
     if here.cfg.is_gated:
         _check_base(workdir, name, run, stage)
+    # Nothing of that run's teacher is read where a gated student's own weights are all that is wanted.
+    model, params, step = load_checkpoint(run, stage, corpus.tokenizer, mesh, base={} if here.cfg.is_gated else None)
+    weights = weights_digest(trained_part(model, params))
+    origin = {"run": str(run.path.absolute()), "stage": stage, "step": step, "weights": weights}
+    if here.cfg.is_gated:
         params = own_params(params)  # in this run's order: a student is bound to it
     else:
         _, params = official.in_order(model, params, here.cfg.cdf_order)

@@ -17,7 +17,6 @@ from kforcing_jax.config import StageConfig
 from kforcing_jax.data.packing import Batch
 from kforcing_jax.models import CausalLM, PushForwardLM
 from kforcing_jax.models.gated import with_own
-from kforcing_jax.models.lm import Rows
 from kforcing_jax.noise import sample_uniform
 from kforcing_jax.registry import LOSSES
 from kforcing_jax.training.losses import (
@@ -117,25 +116,34 @@ def distillation(
         return window_metrics(loss_BxNxK, agrees_BxNxK, weights_BxNxK, blocks_BxN)
 
     def losses(params, teacher_params, inputs):
-        if not student.cfg.is_gated:
-            return of_windows(params, teacher_params, inputs, None)
-        params, text = with_own(teacher_params, params), _text_rows(student, teacher_params, inputs.batch)
-        if stage.windows == 1:
-            return of_windows(params, teacher_params, inputs, text)
-        noise_MxBxNxK = jnp.stack(jnp.split(inputs.noise_BxNxK, stage.windows, axis=2))
+        return of_windows(params, teacher_params, inputs, None)
+
+    return Objective(draw_inputs, _gated(student, stage.windows, of_windows) if student.cfg.is_gated else losses)
+
+
+def _gated(student, windows, of_windows):
+    """The losses of a gated student, whose own parameters are trained, over several windows after every position.
+
+    `of_windows(params, teacher_params, inputs, text)` are those of one, from the known rows of a pass over the text.
+    """
+
+    def losses(params, teacher_params, inputs):
+        params = with_own(teacher_params, params)
+        # Nothing that is trained has a part in the text's rows.
+        text: Any = student.text_model.apply(
+            {"params": teacher_params}, inputs.batch.tokens, segments_BxN=inputs.batch.segments, method="begin"
+        )
+        known = jax.lax.stop_gradient(text.known)
+        if windows == 1:
+            return of_windows(params, teacher_params, inputs, known)
+        noise_MxBxNxK = jnp.stack(jnp.split(inputs.noise_BxNxK, windows, axis=2))
         means = jax.lax.map(
-            lambda noise_BxNxK: of_windows(params, teacher_params, inputs._replace(noise_BxNxK=noise_BxNxK), text),
+            lambda noise_BxNxK: of_windows(params, teacher_params, inputs._replace(noise_BxNxK=noise_BxNxK), known),
             noise_MxBxNxK,
         )
         return jax.tree.map(lambda x_M: x_M.sum(0), means)
 
-    return Objective(draw_inputs, losses)
-
-
-def _text_rows(student, params, batch) -> Rows:
-    """The known rows of a pass over the text, which nothing that is trained has a part in."""
-    text: Any = student.text_model.apply({"params": params}, batch.tokens, segments_BxN=batch.segments, method="begin")
-    return jax.lax.stop_gradient(text.known)
+    return losses
 
 
 def batch_loss(

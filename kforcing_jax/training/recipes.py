@@ -27,7 +27,8 @@ class Vocabulary(NamedTuple):
 
 
 def stage_model(config: Config, name: str, vocabulary: Vocabulary, dtype: str = "float32") -> CausalLM | PushForwardLM:
-    """The model of a stage, whose blocks compute in `dtype`; parameters are f32 in any case.
+    """The model of a stage, whose blocks compute in `dtype`; parameters are f32, but for a
+    teacher's of another `model.weights_dtype`.
 
     Where blocks compute in half precision, no product has to be better than the hardware's usual.
     """

@@ -25,10 +25,10 @@ _LOG = logging.getLogger("kforcing_jax")
 class Run:
     """A stage of a run at one of its checkpoints; `load_run` opens one.
 
-    `params` are the averaged weights, f32, whole on this process's first device. `window` is the number of tokens per
-    pass that the stage was trained with, 1 for the AR teacher; `tau_range` are the least and the largest temperature
-    that it knows, None where it takes any; `top_p` is that of the AR teacher's draws that it was taught. Texts end with
-    `eos_id`, None where nothing ends them.
+    `params` are the averaged weights, whole on this process's first device; in a gated student they lie beside its
+    teacher's. `window` is the number of tokens per pass that the stage was trained with, 1 for the AR teacher;
+    `tau_range` are the least and the largest temperature that it knows, None where it takes any; `top_p` is that of
+    the AR teacher's draws that it was taught. Texts end with `eos_id`, None where nothing ends them.
     """
 
     workdir: Workdir

@@ -65,7 +65,8 @@ def test_yarn_ramps_from_kept_to_divided_channels_and_scales_what_is_attended():
     "changes, line",
     [
         ({"scaling": "dynamic"}, r"model.rope.scaling = 'dynamic' is not one of default, linear, llama3, yarn"),
-        ({"base": 0.0}, r"model.rope.base = 0.0 should be positive and finite"),
+        ({"base": 1.0}, r"model.rope.base = 1.0 should be above 1, and finite"),
+        ({"factor": 0.0}, r"model.rope.factor = 0.0 should be positive and finite"),
         ({"scaling": "yarn"}, r"model.rope.original_length = 0 should be at least 1 with yarn"),
         (
             {"scaling": "llama3", "original_length": 8, "low_freq_factor": 4.0},
