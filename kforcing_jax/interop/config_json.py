@@ -219,8 +219,7 @@ def _family_of(a: Architecture) -> str:
     """The one that has all that a backbone has."""
     if problems := list(_not_of_the_family(a)):
         raise CheckpointFormatError(
-            f"not a backbone of the Llama family ({'; '.join(problems)}), which this layout is for; write a "
-            ".safetensors or .ckpt"
+            f"not a backbone of the Llama family ({'; '.join(problems)}), which this layout is for"
         )
     biases = (a.qkv_bias, a.attention_out_bias, a.mlp_bias)
     families = {
@@ -234,6 +233,11 @@ def _family_of(a: Architecture) -> str:
         said = f"qkv_bias, attention_out_bias, mlp_bias = {', '.join(map(str, biases))}, qk_norm = {a.qk_norm}"
         raise CheckpointFormatError(f"no family of {', '.join(families)} has {said} and such a window together")
     return found
+
+
+def is_of_family(a: Architecture) -> bool:
+    """Whether its norms, MLPs and output layer are those of the family."""
+    return not any(_not_of_the_family(a))
 
 
 def _not_of_the_family(a):

@@ -6,10 +6,11 @@ there; here those of equal numbers of heads lie in one, stacked on the first axi
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from kforcing_jax.architecture import Architecture
 from kforcing_jax.interop.torch_zip import CheckpointFormatError
@@ -145,6 +146,12 @@ def digest(tensors: Iterable[tuple[str, np.ndarray]]) -> str:
         for first in range(0, len(tensor), _ROWS_AT_ONCE):
             whole.update(np.ascontiguousarray(tensor[first : first + _ROWS_AT_ONCE], np.float32).data)
     return whole.hexdigest()
+
+
+def digest_of_leaves(params: Mapping[str, Any]) -> str:
+    """The same of the parameters of a backbone that is not of the family, by their own names, in vocabulary order."""
+    leaves = flatten_dict(params)
+    return digest((".".join(path), np.asarray(leaves[path])) for path in sorted(leaves))
 
 
 def aligned_array(shape: list[int], dtype: np.dtype) -> np.ndarray:

@@ -23,11 +23,12 @@ from kforcing_jax.data.places import expanded
 from kforcing_jax.data.tokenizers import MASK_NAME, ModelTokens, Tokenizer
 from kforcing_jax.errors import ConfigError, RunError
 from kforcing_jax.interop import official
-from kforcing_jax.interop.config_json import CONFIG, config_fields
-from kforcing_jax.interop.llama_weights import Weight, digest, noise_encoder, weights_of
+from kforcing_jax.interop.config_json import CONFIG, config_fields, is_of_family
+from kforcing_jax.interop.llama_weights import Weight, digest, digest_of_leaves, noise_encoder, weights_of
 from kforcing_jax.interop.safetensor_folders import INDEX, WEIGHTS
 from kforcing_jax.interop.stored_models import ADAPTER
 from kforcing_jax.interop.tensor_files import NOTE
+from kforcing_jax.interop.torch_zip import CheckpointFormatError
 from kforcing_jax.models import CausalLM, PushForwardLM
 from kforcing_jax.models.gated import base_params, own_params
 from kforcing_jax.sharding import to_host
@@ -43,7 +44,7 @@ def save(
     largest_file: int = _LARGEST_FILE,
     **note: object,
 ) -> None:
-    """Writes a model of the Llama family into a new folder, whole or not at all.
+    """Writes a model of the Llama family, or a gated student of any backbone, into a new folder, whole or not at all.
 
     Args:
       folder: its parent is there, itself it is not, or is empty.
@@ -54,12 +55,12 @@ def save(
 
     Raises:
       ConfigError: something is in the folder.
-      CheckpointFormatError: the backbone is not of the Llama family.
+      CheckpointFormatError: not a gated student, and the backbone is not of the Llama family.
       RunError: it cannot be written; nothing is left behind.
     """
     target = check_new_folder(folder)
+    fields = {} if model.cfg.is_gated else _fields_of(model.cfg, note)
     note = _whole_note(model, params, note)
-    fields = config_fields(model.cfg, model.cfg.vocab_size, int(note.get("seq_len") or 0))  # type: ignore[call-overload]
     temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
     try:
         temporary.mkdir()
@@ -95,9 +96,20 @@ def check_new_folder(folder: str | Path) -> Path:
 def weights_digest(model: CausalLM | PushForwardLM, params: dict) -> str:
     """Of a teacher's weights, or of those that a gated student has of its teacher; in whatever order of the CDF."""
     _, params = official.in_order(model, params, None)
-    leaves = flatten_dict(base_params(params))
+    base = base_params(params)
+    if not is_of_family(model.cfg):
+        return digest_of_leaves(base)
+    leaves = flatten_dict(base)
     weights = weights_of(model.cfg, model.cfg.vocab_size)
     return digest(tensor for weight in weights for tensor in weight.write(_whole(leaves[weight.path])))
+
+
+def _fields_of(cfg, note) -> dict[str, Any]:
+    try:
+        return config_fields(cfg, cfg.vocab_size, int(note.get("seq_len") or 0))
+    except CheckpointFormatError as error:
+        others = "; write a .safetensors or .ckpt" if official.can_hold(cfg) else ", and no other has such a model"
+        raise CheckpointFormatError(f"{error}{others}") from None
 
 
 def _whole_note(model, params, note) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from kforcing_jax.architecture import Architecture, Rope
 from kforcing_jax.config import WEIGHTS_DTYPES
 from kforcing_jax.interop import tensor_files
+from kforcing_jax.interop.config_json import is_of_family
 from kforcing_jax.interop.torch_zip import CheckpointFormatError, StoredTensor, describe
 from kforcing_jax.models import CausalLM, ModelConfig, PushForwardLM
 from kforcing_jax.models.rotary import rotary_frequencies
@@ -178,22 +179,31 @@ def to_state_dict(model: CausalLM | PushForwardLM, params: dict) -> dict[str, np
     return {_PREFIX + name: tensor for name, tensor in state.items()}
 
 
+def can_hold(cfg: ModelConfig) -> bool:
+    """Whether these files have all pieces of a model."""
+    return not _other_pieces(cfg)
+
+
 def _check_pieces(cfg: ModelConfig):
+    if wrong := _other_pieces(cfg):
+        folder = cfg.is_gated or is_of_family(cfg)
+        raise CheckpointFormatError(
+            f"a .ckpt or .safetensors of the released layout has no {', '.join(wrong)}"
+            f"{'; write a folder, in the layout of Hugging Face' if folder else ', and no other layout has all of it'}"
+        )
+
+
+def _other_pieces(cfg: ModelConfig) -> list[str]:
     ours = ModelConfig(
         vocab_size=cfg.vocab_size, mask_id=0, num_layers=1, d_model=cfg.d_model, num_heads=cfg.d_model // cfg.head_width
     )
     names = [field.name for field in dataclasses.fields(Architecture) if field.name not in ("num_layers", "d_model")]
     meant = {"num_kv_heads": "kv_heads", "d_head": "head_width", "d_mlp": "mlp_width"}
-    wrong = [
+    return [
         f"model.{name} = {getattr(cfg, name)!r}"
         for name in (*names, "adapter_rank")
         if getattr(cfg, meant.get(name, name)) != getattr(ours, meant.get(name, name))
     ]
-    if wrong:
-        raise CheckpointFormatError(
-            f"a .ckpt or .safetensors of the released layout has no {', '.join(wrong)}; write a folder, in the layout "
-            "of Hugging Face"
-        )
 
 
 def save(path: str | Path, model: CausalLM | PushForwardLM, params: dict, **note: object) -> None:

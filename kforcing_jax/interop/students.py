@@ -1,4 +1,4 @@
-"""Students of the Llama family, out of folders that `model_folders` writes."""
+"""Students out of folders that `model_folders` writes: of the Llama family, and gated ones of any backbone."""
 
 import json
 from pathlib import Path
@@ -10,13 +10,16 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
 from kforcing_jax.data.places import expanded
-from kforcing_jax.interop.config_json import CONFIG
+from kforcing_jax.interop import official
+from kforcing_jax.interop.config_json import CONFIG, Described
+from kforcing_jax.interop.llama_weights import digest_of_leaves
 from kforcing_jax.interop.official import check_note
 from kforcing_jax.interop.safetensor_folders import Tensor, read_header
 from kforcing_jax.interop.stored_models import (
     ADAPTER,
     describe,
     digest,
+    is_model,
     load_params,
     model_config,
     reported,
@@ -24,8 +27,8 @@ from kforcing_jax.interop.stored_models import (
 )
 from kforcing_jax.interop.tensor_files import NOTE
 from kforcing_jax.interop.torch_zip import CheckpointFormatError
-from kforcing_jax.models import PushForwardLM, init_params
-from kforcing_jax.models.gated import own_params, with_own
+from kforcing_jax.models import CausalLM, PushForwardLM, init_params
+from kforcing_jax.models.gated import in_weights_dtype, own_params, with_own
 
 
 def holds_student(path: str | Path) -> bool:
@@ -52,8 +55,8 @@ def load_student(
 
     Args:
       path: its folder.
-      base: of a gated student, whose folder has only what noise rows add: the folder or GGUF file of its teacher, by
-        default the one that it names.
+      base: of a gated student, whose folder has only what noise rows add: the folder, GGUF file or released checkpoint
+        of its teacher, by default the one that it names.
       dtype, mesh: as of `huggingface.load`; what noise rows add is f32 in any case.
 
     Raises:
@@ -69,15 +72,41 @@ def load_student(
         base = base or note.get("base")
         if base is None:
             raise CheckpointFormatError("it adds to a teacher that it does not name; give that as the base")
-        cfg = model_config(describe(base), note, dtype)
-        found = digest(base, note.get("weights_dtype", "float32"))
+        if is_model(base):
+            cfg = model_config(describe(base), note, dtype)
+            found = digest(base, note.get("weights_dtype", "float32"))
+        else:
+            teacher, text = _released_teacher(base)
+            cfg = model_config(Described(teacher.cfg, teacher.cfg.vocab_size), note, dtype)
+            found = digest_of_leaves(in_weights_dtype(note.get("weights_dtype", "float32"), text))
         if found != note.get("base_digest"):
             raise CheckpointFormatError(
                 f"it was trained on another base than {base} (weights {str(note.get('base_digest'))[:8]}; those of "
                 f"{base} are {found[:8]})"
             )
         own = _own(expanded(path) / ADAPTER, cfg, mesh)
-    return PushForwardLM(cfg), with_own(load_params(base, cfg, mesh=mesh), own)
+    params = load_params(base, cfg, mesh=mesh) if is_model(base) else _placed(teacher, text, cfg, mesh)
+    return PushForwardLM(cfg), with_own(params, own)
+
+
+def _released_teacher(base) -> tuple[CausalLM, dict]:
+    """In vocabulary order."""
+    model, params = official.load(base)
+    if not isinstance(model, CausalLM):
+        raise CheckpointFormatError(f"the base {base} is a student, and no AR model")
+    model, params = official.in_order(model, params, None)
+    return CausalLM(model.cfg), params
+
+
+def _placed(teacher, params, cfg, mesh) -> dict:
+    """A teacher's weights as those of a model that has them."""
+    leaves = flatten_dict(in_weights_dtype(cfg.weights_dtype, official.in_order(teacher, params, cfg.cdf_order)[1]))
+    return unflatten_dict(
+        {
+            path: jax.device_put(leaf, sharding)
+            for (path, leaf), sharding in zip(leaves.items(), shardings_of(leaves, mesh), strict=True)
+        }
+    )
 
 
 def _note_of(adapter) -> dict[str, Any]:

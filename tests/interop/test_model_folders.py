@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from kforcing_jax.config import DataConfig, MeshConfig
 from kforcing_jax.data.tokenizers import train_tokenizer
 from kforcing_jax.errors import ConfigError
-from kforcing_jax.interop import huggingface, model_folders, stored_models
+from kforcing_jax.interop import huggingface, model_folders, official, stored_models
 from kforcing_jax.interop.safetensor_folders import read_header
 from kforcing_jax.interop.torch_zip import CheckpointFormatError
 from kforcing_jax.models import CausalLM, ModelConfig, PushForwardLM, init_params
@@ -129,6 +129,33 @@ def test_a_gated_student_is_what_it_adds_to_its_base(tmp_path, name, rank):
     note = huggingface.read_note(tmp_path / "k2")
     assert (note["adapter_rank"], note["base"], note["top_p"]) == (rank, str(base), 0.9)
     assert note["base_digest"] == stored_models.digest(base)
+
+
+@pytest.mark.parametrize("shards", [False, True])
+def test_a_gated_student_of_our_own_backbone_adds_to_a_released_file(tmp_path, shards):
+    sizes = {"vocab_size": 12, "mask_id": 11, "num_layers": 2, "d_model": 16, "num_heads": 2}
+    teacher = CausalLM(ModelConfig(**sizes, cdf_order=CdfOrder.shuffled(12, 5)))
+    text = random_params(teacher)
+    official.save(tmp_path / "ar.safetensors", teacher, text)
+    model = PushForwardLM(dataclasses.replace(teacher.cfg, adapter_rank=3))
+    params = with_own(text, own_params(random_params(model, seed=1)))
+    huggingface.save(tmp_path / "k2", model, params, **TRAINED)
+    mesh = make_mesh(MeshConfig(data=1, fsdp=2, tensor=2), jax.devices()[:4]) if shards else None
+    again, others, _ = huggingface.load_any(tmp_path / "k2", tmp_path / "ar.safetensors", mesh=mesh)
+    assert again == model
+    equal(others, params)
+    official.save(tmp_path / "other.safetensors", teacher, random_params(teacher, seed=2))
+    with pytest.raises(CheckpointFormatError, match="trained on another base than"):
+        huggingface.load_student(tmp_path / "k2", tmp_path / "other.safetensors")
+
+
+def test_no_two_refusals_point_at_each_other(tmp_path):
+    cfg = ModelConfig(vocab_size=7, mask_id=6, num_layers=1, d_model=8, num_heads=2, num_kv_heads=1)
+    model = CausalLM(cfg)
+    with pytest.raises(CheckpointFormatError, match="no other has such a model"):
+        huggingface.save(tmp_path / "x", model, random_params(model))
+    with pytest.raises(CheckpointFormatError, match="no other layout has all of it"):
+        official.save(tmp_path / "x.safetensors", model, random_params(model))
 
 
 def test_an_adapter_on_another_base_is_refused(tmp_path):
