@@ -222,7 +222,8 @@ def _from_checkpoint() -> Decoder:
 
     path, needs_tokenizer = CHECKPOINT.value, _PROMPT_IDS.value is None
     assert path is not None  # `check_one_model`
-    released = open_released(path, TOKENIZER.value, WEIGHTS.value, needs_tokenizer, BASE.value)
+    dtype = _DTYPE.value
+    released = open_released(path, TOKENIZER.value, WEIGHTS.value, needs_tokenizer, BASE.value, dtype=dtype)
     model, params, tokenizer, release = released[:4]
     if isinstance(model, CausalLM):
         cli.refuse_flags(["k", "confidence", "teacher"], f"with {path}, an AR model")
@@ -234,7 +235,7 @@ def _from_checkpoint() -> Decoder:
         cli.refuse_flags(["teacher"], f"with {path}, a student that has its teacher")
     elif _MODE.value != "student" and not _TEACHER.value:
         raise ConfigError(f"--mode={_MODE.value} needs an AR model, and {path} is a student: give one by --teacher")
-    teacher = open_teacher(_TEACHER.value, released)[:2] if _TEACHER.value else None
+    teacher = open_teacher(_TEACHER.value, released, dtype=dtype)[:2] if _TEACHER.value else None
     if release and not tokenizer:
         print(f"the tokenizer {release.tokenizer} is not here: ids in, ids out", file=sys.stderr)
     k = released.tokens_per_pass(K.value)

@@ -150,7 +150,8 @@ def _from_checkpoint(path: str) -> Loaded:
     from kforcing_jax.interop.released import open_released, open_teacher
     from kforcing_jax.models import CausalLM
 
-    released = open_released(path, TOKENIZER.value, WEIGHTS.value, needs_tokenizer=False, base=BASE.value)
+    where: dict[str, Any] = {"dtype": _DTYPE.value, "mesh": _mesh()}
+    released = open_released(path, TOKENIZER.value, WEIGHTS.value, needs_tokenizer=False, base=BASE.value, **where)
     student: tuple | None = None
     teacher: tuple | None = None
     if isinstance(released.model, CausalLM):
@@ -160,7 +161,7 @@ def _from_checkpoint(path: str) -> Loaded:
         if released.model.cfg.is_gated:
             cli.refuse_flags(["teacher"], f"with {path}, a student that has its teacher")
         student = released.model, released.params
-        teacher = open_teacher(_TEACHER.value, released)[:2] if _TEACHER.value else None
+        teacher = open_teacher(_TEACHER.value, released, **where)[:2] if _TEACHER.value else None
     if released.tokenizer is None:
         _LOG.info("no tokenizer is here: prompts are ids, and so are answers")
     folder = expanded(TOKENIZER.value) if TOKENIZER.value and expanded(TOKENIZER.value).is_dir() else None
@@ -178,14 +179,14 @@ def _from_checkpoint(path: str) -> Loaded:
     )
 
 
-def _mesh(heads: int):
-    """None without --tensor."""
+def _mesh(heads: int | None = None):
+    """None without --tensor. Heads that are not known yet are looked at once they are."""
     if _TENSOR.value == 1:
         return None
     from kforcing_jax.config import MeshConfig
     from kforcing_jax.sharding import make_mesh
 
-    if heads % _TENSOR.value:
+    if heads is not None and heads % _TENSOR.value:
         raise ConfigError(f"--tensor={_TENSOR.value} does not divide the {heads} heads of the model")
     return make_mesh(MeshConfig(data=1, fsdp=1, tensor=_TENSOR.value))
 

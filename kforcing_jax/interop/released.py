@@ -1,5 +1,6 @@
 """How a command or a run takes a released model: with its tokenizer, as a student, as a teacher."""
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -15,7 +16,7 @@ from kforcing_jax.errors import ConfigError, DataError, RunError
 from kforcing_jax.interop import huggingface, official
 from kforcing_jax.interop.official import RELEASES, Release
 from kforcing_jax.interop.torch_zip import CheckpointFormatError
-from kforcing_jax.models import CausalLM, PushForwardLM
+from kforcing_jax.models import CausalLM, ModelConfig, PushForwardLM
 from kforcing_jax.sharding import parameter_shardings
 
 # Tokens per pass of a student whose file does not say: 4 is what was released.
@@ -96,19 +97,23 @@ def open_released(
     weights: str = "state_dict",
     needs_tokenizer: bool = True,
     base: str | None = None,
+    *,
+    dtype: str | None = None,
+    mesh: Mesh | None = None,
 ) -> Released:
     """A released file with its tokenizer: `tokenizer` (a name or path), or the one that its vocabulary size says.
 
     Or a folder or GGUF file of the Llama family, with the tokenizer that came along; `base` is the teacher of a gated
-    student in a folder, by default the one that it names. Unless `needs_tokenizer`, there is no tokenizer when that one
-    is not to be had.
+    student in a folder, by default the one that it names. `dtype` is that of its weights, and `mesh` where they lie;
+    released files are f32 on the first device. Unless `needs_tokenizer`, there is no tokenizer when that one is not to
+    be had.
 
     Raises:
       CheckpointFormatError: as `official.load` and `huggingface.load`.
       DataError: the tokenizer is not to be had, or has another vocabulary than the checkpoint.
     """
     if huggingface.is_model(path):
-        return _open_model(path, tokenizer, weights, needs_tokenizer, base)
+        return _open_model(path, tokenizer, weights, needs_tokenizer, base, {"dtype": dtype, "mesh": mesh})
     if base:
         raise CheckpointFormatError(f"{path}: a base ({base}) is for a folder of a gated student; leave that out")
     model, params = official.load(path, weights=weights)
@@ -127,10 +132,10 @@ def open_released(
     return Released(model, params, loaded, release, note)
 
 
-def _open_model(path, tokenizer, weights, needs_tokenizer, base) -> Released:
+def _open_model(path, tokenizer, weights, needs_tokenizer, base, settings) -> Released:
     if weights != "state_dict":
         raise CheckpointFormatError(f"{path}: no averaged weights ({weights}) in a folder or GGUF file; leave that out")
-    model, params, note = huggingface.load_any(path, base)
+    model, params, note = _load_any(path, base, **settings)
     loaded = None
     try:
         loaded = load_pretrained(tokenizer) if tokenizer else huggingface.tokenizer(path)
@@ -140,6 +145,12 @@ def _open_model(path, tokenizer, weights, needs_tokenizer, base) -> Released:
     if loaded and tokenizer:
         _check_vocabulary(path, tokenizer, loaded, model.cfg, note)
     return Released(model, params, loaded, None, note)
+
+
+def _load_any(path, base=None, **settings):
+    """Products of f32 numbers, those of the output layer, are as exact as without a dtype of the weights."""
+    model, params, note = huggingface.load_any(path, base, **settings)
+    return type(model)(dataclasses.replace(model.cfg, precision=ModelConfig.precision)), params, note
 
 
 def _check_vocabulary(path, name, tokenizer, cfg, note):
@@ -155,15 +166,19 @@ def _check_vocabulary(path, name, tokenizer, cfg, note):
         )
 
 
-def open_teacher(path: str | Path, student: Released) -> Released:
+def open_teacher(
+    path: str | Path, student: Released, *, dtype: str | None = None, mesh: Mesh | None = None
+) -> Released:
     """The released AR model that a student's tokens are compared with, in the student's order of tokens on [0, 1).
+
+    `dtype` and `mesh` are as of `open_released`.
 
     Raises:
       CheckpointFormatError: as `official.load` and `huggingface.load`.
       DataError: it is not an AR model, or has another vocabulary than the student.
     """
     if huggingface.is_model(path):
-        model, params, note = huggingface.load_any(path)
+        model, params, note = _load_any(path, dtype=dtype, mesh=mesh)
     else:
         (model, params), note = official.load(path), official.read_note(path)
     if not isinstance(model, CausalLM):

@@ -8,16 +8,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from commands import refused, run_command
+from interop.families import write_teacher
 from micro import micro_config, micro_config_dict
 from vocabularies import vocabulary
 
-from kforcing_jax.config import DataConfig, parse
+from kforcing_jax.config import DataConfig, MeshConfig, parse
 from kforcing_jax.data.pretrained import digest
 from kforcing_jax.data.tokenizers import train_tokenizer
 from kforcing_jax.errors import DataError, RunError
-from kforcing_jax.interop import official
-from kforcing_jax.interop.released import check_teacher_of, load_for, open_released
+from kforcing_jax.interop import huggingface, official
+from kforcing_jax.interop.released import check_teacher_of, load_for, open_released, open_teacher
 from kforcing_jax.models import CausalLM, ModelConfig, PushForwardLM, init_params
+from kforcing_jax.models.gated import base_params, with_own
 from kforcing_jax.sharding import make_mesh
 from kforcing_jax.training import curriculum
 from kforcing_jax.training.checkpoints import finished_stages, load_stage
@@ -208,6 +210,37 @@ def test_an_exported_student_keeps_to_what_its_file_says(tmp_path, monkeypatch):
     released = open_released(tmp_path / "k2.safetensors")
     assert (released.window, released.seq_len, released.eos_id, released.tau_range) == (2, 12, 3, None)
     assert released.top_p == 1
+
+
+@pytest.mark.parametrize("what", ["teacher", "ordinary", "gated"])
+def test_a_folder_is_loaded_in_a_dtype_and_onto_a_mesh_at_once(tmp_path, monkeypatch, what):
+    teacher = write_teacher(tmp_path / "teacher")
+    mesh = make_mesh(MeshConfig(data=1, fsdp=1, tensor=2), jax.devices()[:2])
+    if what != "teacher":
+        cfg = huggingface.load(teacher)[0].cfg
+        model = PushForwardLM(dataclasses.replace(cfg, adapter_rank=2 if what == "gated" else 0))
+        params = init_params(model, jax.random.key(0))
+        if what == "gated":
+            params = with_own(params, huggingface.load(teacher)[1])
+        huggingface.save(tmp_path / what, model, params, base=str(teacher), window=2, tau_min=1.0, tau_max=1.0)
+    placed = []
+    monkeypatch.setattr(jax, "make_array_from_callback", recorded(jax.make_array_from_callback, placed))
+    released = open_released(tmp_path / what, needs_tokenizer=False, dtype="bfloat16", mesh=mesh)
+    text = base_params(released.params)["backbone"]
+    assert text["embedding"]["embedding"].dtype == text["blocks"]["mlp_in"]["kernel"].dtype == "bfloat16"
+    assert {leaf.sharding.mesh for leaf in jax.tree.leaves(released.params)} == {mesh}
+    assert placed and all(sharding.mesh == mesh for sharding in placed)
+    assert (released.model.cfg.dtype, released.model.cfg.precision) == ("bfloat16", "highest")
+    compared = open_teacher(teacher, released, dtype="bfloat16", mesh=mesh)
+    assert compared.params["backbone"]["embedding"]["embedding"].dtype == "bfloat16"
+
+
+def recorded(function, shardings):
+    def called(shape, sharding, *others):
+        shardings.append(sharding)
+        return function(shape, sharding, *others)
+
+    return called
 
 
 def test_a_student_of_a_nucleus_decodes_from_that_one_alone(tmp_path):
