@@ -64,8 +64,11 @@ def verified(teacher, request, text, drafts):
     tokens = []
     for offset in range(len(drafts) + 1):
         logits_V = penalised(next_logits(teacher, text + tokens), request, text + tokens, teacher)
-        cdf_V = np.cumsum(softmax(truncated(logits_V / request.tau, request.top_k, request.top_p)))
-        tokens.append(int(np.argmax(cdf_V / cdf_V[-1] > uniforms(request, len(text) + offset, 1)[0])))
+        probabilities_V = softmax(truncated(logits_V / request.tau, request.top_k, request.top_p))
+        order = teacher[0].cfg.cdf_order
+        tokens_V = np.arange(len(logits_V)) if order is None else order.tokens_V
+        cdf_V = np.cumsum(probabilities_V[tokens_V])
+        tokens.append(int(tokens_V[np.argmax(cdf_V / cdf_V[-1] > uniforms(request, len(text) + offset, 1)[0])]))
         if offset < len(drafts) and tokens[-1] != drafts[offset]:
             break
     return tokens

@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kforcing_jax.models.backbone import Appended, Block, ModelConfig
 from kforcing_jax.models.cache import Cache, Seen
+from kforcing_jax.models.gated import base_params, own_params, with_own
 from kforcing_jax.models.layers import MASK_LOGIT, Delta, masked
 from kforcing_jax.models.lm import CausalLM, PushForwardLM
 from kforcing_jax.models.rotary import rotary_angles
@@ -26,8 +27,10 @@ class Weights(NamedTuple):
     """The parameters of a model as decoding wants them: the blocks one by one, in the compute dtype."""
 
     blocks: tuple[dict, ...]
-    head_VxD: jax.Array  # of the output layer, f32: a CPU multiplies a few rows with it in half the time of (D, V)
-    rest: dict  # embedding, final normalisation, bias of the output layer, noise encoder: f32
+    # Of the output layer, in the dtype of the parameters: a CPU multiplies a few rows with it in half the time of
+    # (D, V).
+    head_VxD: jax.Array
+    rest: dict  # embedding, final normalisation, bias of the output layer, noise encoder: as in the parameters
 
 
 # By what they were made of; forgotten with the parameters that they were made from.
@@ -37,12 +40,21 @@ _MADE: dict[tuple, Weights] = {}
 def weights(cfg: ModelConfig, params: dict, mesh: Mesh | None = None) -> Weights:
     """Takes the stacked blocks apart and casts their matrices: once for the same arrays, as long as they live.
 
-    Arrays of numpy may change, so what is made of them is made again.
+    Of a gated student its teacher's and its own are made apart: students of one teacher hold that once. Arrays of numpy
+    may change, so what is made of them is made again.
     """
+    if not cfg.is_gated:
+        return _made(cfg, params, mesh)
+    base, own = (_made(cfg, part, mesh) for part in (base_params(params), own_params(params)))
+    blocks = tuple(ours | added for ours, added in zip(base.blocks, own.blocks, strict=True))
+    return Weights(blocks, base.head_VxD, with_own(base.rest, own.rest))
+
+
+def _made(cfg, params, mesh) -> Weights:
     leaves = jax.tree.leaves(params)
     if not all(isinstance(leaf, jax.Array) for leaf in leaves):
         return _placed(split(cfg, params), mesh)
-    key = cfg.dtype, mesh, *map(id, leaves)
+    key = cfg.dtype, cfg.cdf_order, mesh, *map(id, leaves)  # all that `split` reads of `cfg`
     if key not in _MADE:
         made = _MADE[key] = _placed(split(cfg, params), mesh)
         for leaf in leaves:  # once one of them is gone, its id may be another array's
@@ -56,16 +68,20 @@ def _placed(made, mesh):
 
 
 def split(cfg: ModelConfig, params: dict) -> Weights:
-    """`weights`, of arrays that may be abstract."""
+    """`weights`, of arrays that may be abstract. Of a student's own part alone there is no output layer: None."""
     backbone = dict(params["backbone"])
     stacked, output = backbone.pop("blocks"), dict(backbone.pop("output", {}))
-    kernel = output.pop("kernel", None)
-    head_VxD = cfg.ordered_rows(backbone["embedding"]["embedding"]) if kernel is None else jnp.swapaxes(kernel, 0, 1)
+    head_VxD: Any = None
+    if "kernel" in output:
+        head_VxD = jnp.swapaxes(output.pop("kernel"), 0, 1)
+    elif "embedding" in backbone:
+        head_VxD = cfg.ordered_rows(backbone["embedding"]["embedding"])
 
     def one(layer):
         return jax.tree_util.tree_map_with_path(lambda path, x: _cast(cfg, path, x[layer]), stacked)
 
-    rest = jax.tree.map(jnp.asarray, params | {"backbone": backbone | {"output": output}})
+    backbone |= {"output": output} if output else {}
+    rest = jax.tree.map(jnp.asarray, params | {"backbone": backbone})
     return Weights(tuple(map(one, range(cfg.num_layers))), head_VxD, rest)
 
 
@@ -81,7 +97,8 @@ def weight_shardings(whole: Weights, mesh: Mesh) -> Any:
         shardings = parameter_shardings({"blocks": stacked}, mesh)["blocks"]
         return jax.tree.map(lambda s: NamedSharding(mesh, PartitionSpec(*s.spec[1:])), shardings)
 
-    head: Any = NamedSharding(mesh, PartitionSpec(None, ("fsdp", "tensor")))
+    # (V, D), as an embedding is.
+    head: Any = parameter_shardings({"embedding": {"embedding": whole.head_VxD}}, mesh)["embedding"]["embedding"]
     return Weights(tuple(map(one, whole.blocks)), head, parameter_shardings(whole.rest, mesh))
 
 
@@ -153,6 +170,7 @@ def _places(cfg, start_B, size, windows) -> tuple[jax.Array, Seen]:
 def ordered_logits(model: CausalLM | PushForwardLM, params: Weights, hidden_xD: jax.Array) -> jax.Array:
     """f32 logits_xV in the order of the CDF; of a gated student those of noise rows."""
     cfg, backbone = model.cfg, params.rest["backbone"]
+    # A bf16 matrix is made f32 here, as in `Output`: what other products round could be another token than training's.
     logits_xV = jnp.einsum("...D,VD->...V", hidden_xD, params.head_VxD, precision=cfg.precision)
     if cfg.output_bias:
         logits_xV += backbone["output"]["bias"]

@@ -14,7 +14,9 @@ from step_by_step import decode_step_by_step, next_logits
 from kforcing_jax.config import MeshConfig
 from kforcing_jax.decoding import Engine, Request, generate, memory, programs, stream
 from kforcing_jax.errors import ConfigError, DataError, RunError
+from kforcing_jax.interop.official import in_order
 from kforcing_jax.models import CausalLM, ModelConfig, PushForwardLM, cache, cached, init_params
+from kforcing_jax.noise import CdfOrder
 from kforcing_jax.sharding import make_mesh, parameter_shardings
 
 
@@ -427,6 +429,17 @@ def test_weights_of_other_parameters_are_others(tiny_config):
         changed = params | {"backbone": params["backbone"] | {"output": output}}
         assert float(cached.weights(tiny_config, changed).head_VxD[0, 0]) == scale
         del output, changed
+
+
+def test_another_order_of_tied_embeddings_has_another_output_layer(tiny_config):
+    """`in_order` gives the same arrays, as these are in vocabulary order in any case."""
+    model = CausalLM(dataclasses.replace(tiny_config, tied_embeddings=True))
+    params = init_params(model, jax.random.key(9))
+    shuffled, same = in_order(model, params, CdfOrder.shuffled(13, 5))
+    embedding_VxD = params["backbone"]["embedding"]["embedding"]
+    assert same["backbone"]["embedding"]["embedding"] is embedding_VxD
+    for cfg in (model.cfg, shuffled.cfg):
+        np.testing.assert_array_equal(cached.weights(cfg, params).head_VxD, cfg.ordered_rows(embedding_VxD))
 
 
 def test_weights_are_cast_once_and_forgotten_with_the_parameters(tiny_config):

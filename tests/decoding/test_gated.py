@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 from arrivals import LONGEST, K, check_logprobs, random_request, serve, serve_updates
 from compiling import count_compilations
+from flax.traverse_util import flatten_dict
 from step_by_step import Decoded, decode_step_by_step, penalised, softmax, uniforms, verified, window_logits
 
 from kforcing_jax.config import MeshConfig
 from kforcing_jax.decoding import Engine, Request, generate, programs, stream
 from kforcing_jax.errors import DataError
-from kforcing_jax.models import CausalLM, ModelConfig, PushForwardLM, cache, init_params
-from kforcing_jax.models.gated import base_params
+from kforcing_jax.models import CausalLM, ModelConfig, PushForwardLM, cache, cached, init_params
+from kforcing_jax.models.gated import base_params, is_own, own_params, with_own
 from kforcing_jax.noise import CdfOrder
 from kforcing_jax.sharding import make_mesh, parameter_shardings
 
@@ -38,6 +39,7 @@ LLAMA = ModelConfig(
     output_bias=False,
     sliding_window=7,
     adapter_rank=-1,
+    cdf_order=CdfOrder.shuffled(13, 7),
 )
 
 
@@ -210,6 +212,21 @@ def test_weights_and_caches_are_there_once():
     assert engine(windows=0).programs.state.slots.draft_BxD.shape == (3, 0)
 
 
+@pytest.mark.parametrize("cfg", [PAPERS, LLAMA], ids=["papers", "llama"])
+def test_students_of_one_teacher_share_its_weights_and_not_their_own(cfg):
+    params, before = gated(cfg)[1], len(cached._MADE)
+    other = with_own(params, jax.tree.map(lambda x: x + 1, own_params(params)))
+    one, two = (cached.weights(cfg, of) for of in (params, other))
+    teachers = cached.weights(dataclasses.replace(cfg, adapter_rank=0), base_params(params))
+    assert one.head_VxD is two.head_VxD is teachers.head_VxD
+    leaves = [flatten_dict(whole.blocks[1]) for whole in (one, two, teachers)]
+    assert leaves[0].keys() == leaves[1].keys() > leaves[2].keys()
+    for path, leaf in leaves[0].items():
+        assert (leaf is leaves[1][path]) == (leaf is leaves[2].get(path)) == (not is_own(path)), path
+    del other, two, leaves, leaf
+    assert len(cached._MADE) <= before + 2
+
+
 def test_caches_are_not_copied():
     """In bytes: what a program needs besides its arguments is a small part of the caches."""
     cfg = ModelConfig(vocab_size=64, mask_id=63, num_layers=4, d_model=64, num_heads=2, adapter_rank=4)
@@ -242,15 +259,16 @@ def test_attention_over_a_part_of_the_caches_gives_the_same_tokens(monkeypatch):
     assert serve(one, requests)[0] == expected
 
 
-def test_a_mesh_gives_the_same_tokens():
+@pytest.mark.parametrize("cfg", [PAPERS, LLAMA], ids=["papers", "fewer key/value heads"])
+def test_a_mesh_gives_the_same_tokens(cfg):
     mesh = make_mesh(MeshConfig(data=2, tensor=2), jax.devices()[:4])
-    model, params = gated()
+    model, params = gated(cfg)
     there = model, jax.device_put(params, parameter_shardings(params, mesh))
     meshed = Engine(student=there, slots=3, max_length=LONGEST, k=K, exact_windows=2)
     assert meshed.programs.mesh is mesh
     requests = [Request([3, seed], 20, seed=seed, mode="exact") for seed in range(5)]
     ar = [dataclasses.replace(request, mode="ar") for request in requests]
-    assert serve(meshed, requests + ar)[0] == serve(plain_engine(), ar)[0] * 2
+    assert serve(meshed, requests + ar)[0] == serve(plain_engine(cfg), ar)[0] * 2
 
 
 def test_half_precision_depends_on_no_neighbour():
