@@ -20,6 +20,7 @@ from kforcing_jax.data.places import expanded
 from kforcing_jax.errors import ConfigError, RunError
 
 if TYPE_CHECKING:
+    from kforcing_jax.architecture import Architecture
     from kforcing_jax.data.tokenizers import Tokenizer
 
 for _name in ("checkpoint", "tokenizer", "weights", "base", "k"):
@@ -133,7 +134,7 @@ def _from_run(path: str) -> Loaded:
     if not begun:
         raise RunError(f"{workdir.path} has no stage with a checkpoint; run kforcing_jax.main on it again")
     name = _NAME.value or workdir.path.absolute().name
-    mesh = _mesh(config.model.num_heads)
+    mesh = _mesh(config.model)
     student, k, tau_range, top_p = None, 1, None, 1.0
     if _STAGE.value != "ar" and (_STAGE.value or begun != ["ar"]):
         finished, unfinished = finished_stages(workdir), unfinished_stages(workdir)
@@ -179,16 +180,27 @@ def _from_checkpoint(path: str) -> Loaded:
     )
 
 
-def _mesh(heads: int | None = None):
-    """None without --tensor. Heads that are not known yet are looked at once they are."""
+def _mesh(*models: "Architecture"):
+    """None without --tensor. What is not known yet of a model is looked at once it is."""
     if _TENSOR.value == 1:
         return None
     from kforcing_jax.config import MeshConfig
     from kforcing_jax.sharding import make_mesh
 
-    if heads is not None and heads % _TENSOR.value:
-        raise ConfigError(f"--tensor={_TENSOR.value} does not divide the {heads} heads of the model")
+    for model in models:
+        _check_shares(model)
     return make_mesh(MeshConfig(data=1, fsdp=1, tensor=_TENSOR.value))
+
+
+def _check_shares(model):
+    """Raises ConfigError where --tensor does not divide what it splits; query heads are multiples of the others."""
+    for what, size in (
+        ("key/value heads", model.kv_heads),
+        ("columns of the MLP", model.mlp_width),
+        ("channels", model.d_model),
+    ):
+        if size % _TENSOR.value:
+            raise ConfigError(f"--tensor={_TENSOR.value} does not divide the {size} {what} of the model")
 
 
 def _app(loaded: Loaded):
@@ -260,8 +272,7 @@ def _engine(loaded: Loaded):
         raise ConfigError("--max_length is missing: nothing says how long the texts of this checkpoint are")
     if loaded.seq_len and length > loaded.seq_len:
         raise ConfigError(f"--max_length={length} exceeds the {loaded.seq_len} tokens of the texts of training")
-    model, _ = next(pair for pair in (loaded.student, loaded.teacher) if pair is not None)
-    mesh = _mesh(model.cfg.num_heads)
+    mesh = _mesh(*(pair[0].cfg for pair in (loaded.student, loaded.teacher) if pair is not None))
     settings: dict[str, Any] = {"student": loaded.student, "teacher": loaded.teacher, "max_length": length}
     settings |= {"k": loaded.k, "dtype": _DTYPE.value, "mesh": mesh, "exact_windows": _EXACT_WINDOWS.value}
 

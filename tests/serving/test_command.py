@@ -7,6 +7,7 @@ import socket
 import httpx
 import pytest
 from commands import refused, run_command
+from interop.families import TEACHER, write_teacher
 from micro import micro_config
 from serving_process import Serving
 
@@ -58,7 +59,7 @@ def test_it_says_what_it_compiled_and_has_serves_and_ends_with_a_signal(run):
         (["--workdir=RUN", "--max_length=9"], "8 tokens of the texts of training"),
         (["--workdir=RUN", "--mode=exact", "--stage=ar"], "--mode=exact is not possible"),
         (["--workdir=RUN", "--confidence=2"], "--confidence=2.0"),
-        (["--workdir=RUN", "--tensor=3"], "2 heads"),
+        (["--workdir=RUN", "--tensor=3"], "2 key/value heads"),
         (["--workdir=RUN", "--teacher=x.ckpt"], "--teacher has no effect"),
         (["--workdir=RUN", "--num_samples=2"], "--num_samples has no effect"),
         (["--workdir=RUN", "--port=70000"], "port"),
@@ -70,6 +71,20 @@ def test_it_says_what_it_compiled_and_has_serves_and_ends_with_a_signal(run):
 def test_what_cannot_be_served_is_refused_in_one_line(run, flags, says):
     flags = [flag.replace("RUN", str(run)) for flag in flags]
     refused(run_command("serve", *flags, *([] if "--port=70000" in flags else ["--port=0"])), says)
+
+
+@pytest.mark.parametrize(
+    "sizes, says",
+    [
+        ({}, "the 2 key/value heads"),
+        ({"num_key_value_heads": 4, "intermediate_size": 50}, "the 50 columns of the MLP"),
+        ({"num_key_value_heads": 4, "hidden_size": 34, "head_dim": 8}, "the 34 channels"),
+    ],
+)
+def test_devices_that_do_not_divide_what_they_share_are_refused(tmp_path, sizes, says):
+    folder = write_teacher(tmp_path / "model", TEACHER | sizes)
+    result = run_command("serve", f"--checkpoint={folder}", "--tensor=4", "--max_length=8", "--slots=1", "--port=0")
+    refused(result, f"--tensor=4 does not divide {says} of the model")
 
 
 def test_a_port_that_is_taken_is_refused_before_anything_is_loaded(run):
