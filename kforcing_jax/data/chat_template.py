@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from kforcing_jax.data.beside_tokenizers import TEMPLATE, read_object, read_text, template_in, token_in
 from kforcing_jax.data.places import expanded
 from kforcing_jax.data.tokenizers import SETTINGS, SPECIAL, Tokenizer
 from kforcing_jax.data.whole_file import write_text
 from kforcing_jax.errors import DataError
 
-TEMPLATE = "chat_template.jinja"
 # Around what `{% generation %}` encloses, until the text is done: no text has them, Unicode keeps them for such a use.
 _OPENS, _CLOSES = "\ufdd0", "\ufdd1"
 
@@ -41,7 +41,7 @@ class ChatTemplate:
         Raises:
           DataError: the file cannot be read, or is no template; a folder has none.
         """
-        found = cls.find(path) if path.is_dir() else cls(_read(path))
+        found = cls.find(path) if path.is_dir() else cls(read_text(path))
         if found is None:
             raise DataError(f"{path} has no chat template: neither {TEMPLATE} nor a {SETTINGS} with one")
         return found
@@ -53,14 +53,8 @@ class ChatTemplate:
         Raises:
           DataError: it is damaged.
         """
-        settings, alone = {}, folder / TEMPLATE
-        if (folder / SETTINGS).is_file():
-            try:
-                settings = json.loads(_read(folder / SETTINGS))
-            except ValueError as error:
-                raise DataError(f"{folder / SETTINGS} is not JSON ({error})") from None
-        source = _read(alone) if alone.is_file() else _default(settings.get("chat_template"))
-        tokens = {name: _content(settings[name]) for name in SPECIAL if settings.get(name)}
+        source, settings = template_in(folder), read_object(folder / SETTINGS)
+        tokens = {name: token for name in SPECIAL if (token := token_in(settings, name))}
         return None if source is None else cls(source, tokens)
 
     def __post_init__(self):
@@ -195,22 +189,3 @@ def _today(form):
 
 def _refuse(message):
     raise _jinja2().TemplateError(message)
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
-
-
-def _default(template) -> str | None:
-    """Some tokenizers have several, by name."""
-    if isinstance(template, list):
-        named = {entry.get("name"): entry.get("template") for entry in template}
-        return named.get("default")
-    return template
-
-
-def _content(token) -> str:
-    return token["content"] if isinstance(token, dict) else token

@@ -1,12 +1,11 @@
 """The tokenizer that comes along with a model, in its folder or GGUF file: with the model's ids, and without a mask."""
 
 import contextlib
-import json
 from pathlib import Path
-from typing import Any
 
 import tokenizers as hf
 
+from kforcing_jax.data.beside_tokenizers import TEMPLATE, read_object, read_text, template_in, token_in
 from kforcing_jax.data.gguf_files import is_gguf, read_gguf
 from kforcing_jax.data.gguf_tokenizers import gguf_tokenizer
 from kforcing_jax.data.models import is_known, located
@@ -16,7 +15,7 @@ from kforcing_jax.errors import DataError
 
 # Values of `model_type` in the config.json of models that are read here.
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
-_CONFIG, _TOKENIZER, _TEMPLATE = "config.json", "tokenizer.json", "chat_template.jinja"
+_CONFIG, _TOKENIZER = "config.json", "tokenizer.json"
 
 
 def has_model(path: str | Path) -> bool:
@@ -25,7 +24,7 @@ def has_model(path: str | Path) -> bool:
         return True
     file = expanded(path)
     with contextlib.suppress(DataError):
-        return is_gguf(file) or (file.is_dir() and _json(file / _CONFIG).get("model_type") in MODEL_TYPES)
+        return is_gguf(file) or (file.is_dir() and read_object(file / _CONFIG).get("model_type") in MODEL_TYPES)
     return False
 
 
@@ -53,7 +52,7 @@ def load_model_tokenizer(path: str | Path) -> Tokenizer:
 def model_files(path: str | Path) -> list[Path]:
     """Of the tokenizer of a model, those that are there."""
     file = located(path)
-    names = (_TOKENIZER, SETTINGS, _TEMPLATE, _CONFIG)
+    names = (_TOKENIZER, SETTINGS, TEMPLATE, _CONFIG)
     return [file] if file.is_file() else [file / name for name in names if (file / name).is_file()]
 
 
@@ -66,12 +65,7 @@ def chat_template(path: str | Path) -> str | None:
     file = located(path)
     if is_gguf(file):
         return read_gguf(file).values.get("tokenizer.chat_template")
-    if (file / _TEMPLATE).is_file():
-        return _text(file / _TEMPLATE)
-    template = _json(file / SETTINGS).get("chat_template")
-    if isinstance(template, list):  # several, by name
-        template = {entry.get("name"): entry.get("template") for entry in template}.get("default")
-    return template
+    return template_in(file)
 
 
 def _of_gguf(file) -> Tokenizer:
@@ -87,7 +81,7 @@ def _of_folder(folder) -> Tokenizer:
         others = [name for name in ("tokenizer.model", "vocab.json") if (folder / name).is_file()]
         hint = f"; {others[0]} alone is not read: save the fast tokenizer of transformers there" if others else ""
         raise DataError(f"the folder has no {_TOKENIZER}{hint}")
-    text = _text(folder / _TOKENIZER)
+    text = read_text(folder / _TOKENIZER)
     try:
         backend = hf.Tokenizer.from_str(text)
     except Exception as error:  # the library raises bare Exception
@@ -98,19 +92,20 @@ def _of_folder(folder) -> Tokenizer:
 
 
 def _said(folder, backend) -> ModelTokens:
-    config, settings = _json(folder / _CONFIG), _json(folder / SETTINGS)
+    config, settings = read_object(folder / _CONFIG), read_object(folder / SETTINGS)
     if OURS in settings:
         try:
             return ModelTokens.of_settings(settings)
         except (KeyError, TypeError) as error:
             raise DataError(f"{folder / SETTINGS} is damaged: {OURS} has no {error}") from None
-    tokens = {name: _content(settings.get(name)) for name in SPECIAL}
-    if "eos_token" not in settings:
-        tokens["eos_token"] = _token_of(backend, config.get("eos_token_id"))
+    tokens = {name: token_in(settings, name) for name in SPECIAL}
+    for name in ("bos_token", "eos_token"):
+        tokens[name] = tokens[name] or _token_of(backend, config.get(f"{name}_id"))
+    adds_bos, before = settings.get("add_bos_token"), _put_before(backend)
+    if adds_bos is None:  # what is put around a text says it, and which token that is
+        adds_bos = before not in (None, tokens["eos_token"])
+        tokens["bos_token"] = before if adds_bos else tokens["bos_token"]
     known = {name: token for name, token in tokens.items() if token and backend.token_to_id(token) is not None}
-    adds_bos = settings.get("add_bos_token")
-    if adds_bos is None and "bos_token" in known:  # what is put around a text says it
-        adds_bos = backend.encode("").ids[:1] == [backend.token_to_id(known["bos_token"])]
     vocab_size = config.get("vocab_size")
     if type(vocab_size) is not int or vocab_size < 1:
         raise DataError(f"{folder / _CONFIG} says vocab_size = {vocab_size!r}, expected the ids of the model")
@@ -123,22 +118,8 @@ def _token_of(backend, ids) -> str | None:
     return backend.id_to_token(first) if type(first) is int and first >= 0 else None
 
 
-def _content(token) -> str | None:
-    return token.get("content") if isinstance(token, dict) else token
-
-
-def _text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{file} cannot be read: {getattr(error, 'strerror', None) or error}") from None
-
-
-def _json(file: Path) -> dict[str, Any]:
-    """Nothing where there is no such file."""
-    if not file.is_file():
-        return {}
-    try:
-        return dict(json.loads(_text(file)))
-    except (ValueError, TypeError) as error:
-        raise DataError(f"{file} is not a JSON object ({error})") from None
+def _put_before(backend) -> str | None:
+    """What the tokenizer puts before every text, where that is a token of its own."""
+    first = backend.encode("").ids[:1]
+    special = {i for i, token in backend.get_added_tokens_decoder().items() if token.special}
+    return backend.id_to_token(first[0]) if special.issuperset(first) and first else None

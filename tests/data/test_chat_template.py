@@ -63,7 +63,7 @@ def test_what_is_no_template_is_refused_when_it_is_read(source):
 
 def test_damaged_settings_and_missing_files_are_named(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text("{")
-    with pytest.raises(DataError, match=r"tokenizer_config\.json is not JSON"):
+    with pytest.raises(DataError, match=r"tokenizer_config\.json is not a JSON object"):
         ChatTemplate.find(tmp_path)
     with pytest.raises(DataError, match=r"nowhere\.jinja cannot be read"):
         ChatTemplate.load(tmp_path / "nowhere.jinja")

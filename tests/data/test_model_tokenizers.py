@@ -80,6 +80,30 @@ def test_what_is_put_around_a_text_says_it_too(folder):
     assert load_model_tokenizer(folder).begins_documents
 
 
+@pytest.mark.parametrize("settings", [None, {"bos_token": None, "eos_token": None}], ids=["none", "null"])
+@pytest.mark.parametrize("named", [True, False])
+def test_beginning_and_end_are_those_of_the_config_where_settings_name_none(folder, settings, named):
+    backend = byte_level_tokenizer()
+    begin, end = ("<|im_start|>", 1), 2
+    backend.post_processor = hf.processors.TemplateProcessing(f"{begin[0]} $A", special_tokens=[begin])
+    backend.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").unlink()
+    if settings is not None:
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    ids = {"bos_token_id": 1, "eos_token_id": end} if named else {"eos_token_id": end}
+    (folder / "config.json").write_text(json.dumps(TEACHER | ids))
+    tokenizer = load_model_tokenizer(folder)
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (1, 2)
+    assert tokenizer.encode_prompt("cat") == [1, *tokenizer.encode("cat")]
+
+
+def test_a_beginning_that_is_named_but_not_put_before_texts_is_none(folder):
+    (folder / "tokenizer_config.json").unlink()
+    (folder / "config.json").write_text(json.dumps(TEACHER | {"bos_token_id": 1, "eos_token_id": 2}))
+    tokenizer = load_model_tokenizer(folder)
+    assert tokenizer.bos_id is None and tokenizer.eos_id == 2
+
+
 def test_the_end_is_that_of_the_config_where_settings_are_silent(folder):
     (folder / "tokenizer_config.json").unlink()
     assert load_model_tokenizer(folder).eos_id is None

@@ -1,0 +1,45 @@
+"""What lies beside a tokenizer.json: settings, with tokens that mean something, and a chat template."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from kforcing_jax.data.tokenizers import SETTINGS
+from kforcing_jax.errors import DataError
+
+TEMPLATE = "chat_template.jinja"
+
+
+def read_text(file: Path) -> str:
+    """The content of a file. Raises DataError."""
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{file} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """A JSON object; nothing where there is no such file. Raises DataError."""
+    if not file.is_file():
+        return {}
+    try:
+        return dict(json.loads(read_text(file)))
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{file} is not a JSON object ({error})") from None
+
+
+def template_in(folder: Path) -> str | None:
+    """The chat template of a folder: a file of its own, or in the settings. Raises DataError where it is damaged."""
+    if (folder / TEMPLATE).is_file():
+        return read_text(folder / TEMPLATE)
+    template = read_object(folder / SETTINGS).get("chat_template")
+    if isinstance(template, list):  # several, by name
+        template = {entry.get("name"): entry.get("template") for entry in template}.get("default")
+    return template
+
+
+def token_in(settings: Mapping[str, Any], name: str) -> str | None:
+    """A token of the settings, which is its text or an object with it."""
+    token = settings.get(name)
+    return (token.get("content") if isinstance(token, dict) else token) or None
