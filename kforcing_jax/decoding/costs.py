@@ -75,9 +75,9 @@ def _model_cost(cfg: ModelConfig, slots, live, known, noise=0, last=None, drawn=
 
 
 def _head_cost(cfg, slots, rows):
-    """The output layer; of a batch of rows it is read once."""
+    """The output layer; of a batch of rows it is read once, in the dtype of the parameters."""
     numbers = cfg.d_model * cfg.vocab_size
-    return Cost(2 * slots * rows * numbers, numbers * _F32)
+    return Cost(2 * slots * rows * numbers, numbers * _BYTES[cfg.weights_dtype])
 
 
 def _head_delta_cost(cfg, slots, rows):

@@ -1,5 +1,6 @@
 """The benchmark of decoding: programs in turns, and figures with what they are compared to."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -67,6 +68,8 @@ def test_what_a_pass_costs_by_hand():
     ar = pass_cost(models, "ar", slots=3, live=5)
     assert ar.flops == 3 * (2 * 12 * 16 + 2 * 4 * 10 + 4 * 4 * 5)
     assert ar.bytes == 4 * (12 * 16 + 4 * 10 + 2 * 3 * 5 * 4)
+    half = CausalLM(dataclasses.replace(cfg, weights_dtype="bfloat16"))  # products of f32, an output layer of bf16
+    assert pass_cost(Models(None, half, 1), "ar", slots=3, live=5).bytes == ar.bytes - 2 * 4 * 10
     student = pass_cost(models, "student", slots=1, live=5)
     # Of 2 known rows keys, values and queries; of 2 noise rows everything, their encoder too.
     assert student.flops == 2 * (2 * 12 * 16 + 2 * 3 * 16 + 2 * 4 * 10 + 2 * 9 * 16) + 4 * 4 * 5 * 2
