@@ -86,7 +86,11 @@ def main(_: Sequence[str]) -> None:
     from kforcing_jax.serving.server import bind, serve
 
     bound = bind(_HOST.value, _PORT.value)  # a port that is taken is said before minutes of loading
-    app = _app(_loaded())
+    loaded = _loaded()
+    template, mode = _template(loaded), _mode(loaded)
+    engine = _engine(loaded)
+    loaded = loaded._replace(student=None, teacher=None)  # slots get what the stacked weights took
+    app = _app(loaded, _with_slots(engine), template, mode)
     host, port = bound.getsockname()[:2]
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     name = app.state.service.served.name
@@ -203,7 +207,7 @@ def _check_shares(model):
             raise ConfigError(f"--tensor={_TENSOR.value} does not divide the {size} {what} of the model")
 
 
-def _app(loaded: Loaded):
+def _app(loaded: Loaded, engine, template, mode):
     """The application on an engine that has compiled all that it will need."""
     from kforcing_jax.serving.app import Service, create_app
     from kforcing_jax.serving.metrics import Metrics
@@ -211,8 +215,6 @@ def _app(loaded: Loaded):
     from kforcing_jax.serving.scheduler import Scheduler
     from kforcing_jax.serving.worker import Worker
 
-    template, mode = _template(loaded), _mode(loaded)
-    engine = _engine(loaded)
     served = Served(
         name=loaded.name,
         engine=engine,
@@ -262,10 +264,8 @@ def _template(loaded):
 
 
 def _engine(loaded: Loaded):
-    import jax
-
+    """One with weights of its own, for texts as long as they may be."""
     from kforcing_jax.decoding import Engine
-    from kforcing_jax.decoding.memory import slots_that_fit
 
     length = _MAX_LENGTH.value or loaded.seq_len
     if length is None:
@@ -275,14 +275,20 @@ def _engine(loaded: Loaded):
     mesh = _mesh(*(pair[0].cfg for pair in (loaded.student, loaded.teacher) if pair is not None))
     settings: dict[str, Any] = {"student": loaded.student, "teacher": loaded.teacher, "max_length": length}
     settings |= {"k": loaded.k, "dtype": _DTYPE.value, "mesh": mesh, "exact_windows": _EXACT_WINDOWS.value}
+    return Engine(**settings)
 
-    def engine_of(slots):
-        return Engine(slots=slots, **settings)
+
+def _with_slots(engine):
+    """The engine with those of --slots, or as many as fit."""
+    import jax
+
+    from kforcing_jax.decoding.memory import slots_that_fit
 
     if _SLOTS.value:
-        return engine_of(_SLOTS.value)
+        return engine.with_slots(_SLOTS.value)
     _LOG.info("compiling for as many slots as fit")
-    return engine_of(slots_that_fit(engine_of, _MOST_SLOTS_ON_A_CPU if jax.default_backend() == "cpu" else _MOST_SLOTS))
+    most = _MOST_SLOTS_ON_A_CPU if jax.default_backend() == "cpu" else _MOST_SLOTS
+    return engine.with_slots(slots_that_fit(engine.with_slots, most))
 
 
 def _warm_up(engine):

@@ -10,6 +10,7 @@ noise belongs to its seed and its positions.
 """
 
 import concurrent.futures
+import copy
 import dataclasses
 import os
 import threading
@@ -114,6 +115,15 @@ class Engine:
         self.release()
 
     # What a caller sees.
+
+    def with_slots(self, slots: int) -> "Engine":
+        """Another one of the same weights, without requests: what they were made of need not be there any more."""
+        check_count("slots", slots)
+        other = copy.copy(self)
+        other.programs = programs_for(self.models, slots, self.max_length, self.programs.mesh)
+        other._compiled, other.seconds = {}, 0.0
+        other.release()
+        return other
 
     @property
     def free_slots(self) -> int:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -418,6 +419,19 @@ def test_half_precision_is_that_of_the_blocks_alone(student):
     assert dtypes == kernels == {"bfloat16"}
     assert weights.head_VxD.dtype == weights.rest["noise_encoder"]["mlp_in"]["kernel"].dtype == jnp.float32
     assert len(serve(engine, [Request([1, 2], 12)])[0][0]) == 12
+
+
+def test_other_slots_need_no_parameters(student):
+    request, params = Request([1, 2], 12, seed=3), jax.tree.map(jnp.copy, student[1])
+    one = Engine(student=(student[0], params), slots=1, max_length=LONGEST, k=K)
+    one.insert(request)
+    stacked = weakref.ref(params["backbone"]["blocks"]["mlp_in"]["kernel"])
+    del params
+    more = one.with_slots(3)
+    assert stacked() is None and more.weights is one.weights and (one.free_slots, more.free_slots) == (0, 3)
+    assert serve(more, [request] * 3)[0] == serve(one.with_slots(1), [request])[0] * 3
+    with pytest.raises(DataError, match="slots = 0"):
+        one.with_slots(0)
 
 
 def test_weights_of_other_parameters_are_others(tiny_config):

@@ -5,12 +5,15 @@ import re
 import socket
 
 import httpx
+import jax
 import pytest
 from commands import refused, run_command
 from interop.families import TEACHER, write_teacher
 from micro import micro_config
 from serving_process import Serving
 
+from kforcing_jax.decoding import memory
+from kforcing_jax.errors import ConfigError
 from kforcing_jax.sharding import make_mesh
 from kforcing_jax.training import curriculum
 from kforcing_jax.workdir import Workdir
@@ -85,6 +88,19 @@ def test_devices_that_do_not_divide_what_they_share_are_refused(tmp_path, sizes,
     folder = write_teacher(tmp_path / "model", TEACHER | sizes)
     result = run_command("serve", f"--checkpoint={folder}", "--tensor=4", "--max_length=8", "--slots=1", "--port=0")
     refused(result, f"--tensor=4 does not divide {says} of the model")
+
+
+def test_slots_are_counted_once_the_stacked_weights_are_gone(tmp_path, monkeypatch):
+    folder, shapes = write_teacher(tmp_path / "model", TEACHER | {"intermediate_size": 52}), []
+
+    def counted(engine_of, most):
+        shapes.extend(array.shape for array in jax.live_arrays())
+        raise ConfigError(f"{most} slots were asked for")
+
+    monkeypatch.setattr(memory, "slots_that_fit", counted)
+    result = run_command("serve", f"--checkpoint={folder}", "--port=0", "--max_length=16")
+    assert result.status == 2 and "16 slots were asked for" in result.err, result.err
+    assert shapes.count((32, 52)) == 2 * 2 and (2, 32, 52) not in shapes
 
 
 def test_a_port_that_is_taken_is_refused_before_anything_is_loaded(run):
