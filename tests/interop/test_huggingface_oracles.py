@@ -9,7 +9,7 @@ from kforcing_jax.decoding import generate
 from kforcing_jax.interop import huggingface
 
 pytestmark = pytest.mark.extras
-torch = pytest.importorskip("torch", reason='torch is not installed (pip install -e ".[torch,scorer]")')
+torch = pytest.importorskip("torch", reason='torch is not installed (pip install -e ".[oracles]")')
 transformers = pytest.importorskip("transformers")
 
 LENGTH = 40

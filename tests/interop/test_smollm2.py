@@ -81,7 +81,7 @@ def test_a_chat_is_answered_through_the_server(loaded, path):
 
 @pytest.mark.skipif(
     not all(map(importlib.util.find_spec, ("torch", "transformers", "accelerate"))),
-    reason="torch, transformers and accelerate, with which it reads GGUF, are not installed",
+    reason='not installed: torch, transformers, accelerate (pip install -e ".[oracles]")',
 )
 def test_logits_and_tokens_are_those_of_transformers(loaded, path):
     import torch
