@@ -1,10 +1,12 @@
 """config.json of the Llama family on the Hugging Face hub, as an `Architecture`, and written from one.
 
-Read are Llama, Mistral, Qwen2 and Qwen3, with the defaults of transformers' own classes for what a file leaves out.
+Read are Llama, Mistral, Qwen2 and Qwen3. A file has to say the sizes: vocab_size, hidden_size, intermediate_size,
+num_hidden_layers and num_attention_heads. What else it leaves out is as in transformers' own classes.
 What changes what a model computes and is not known here is refused by its name; see `Fields.refuse_unknown`.
 """
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -32,7 +34,8 @@ _IGNORED = {
     *("output_scores", "forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values", "suppress_tokens"),
     *("begin_suppress_tokens", "exponential_decay_length_penalty", "unsloth_version", "unsloth_fixed", "language"),
     *("tokenizer_model_max_length", "tokenizer_padding_side", "padding_side", "neftune_noise_alpha", "name"),
-    *("chat_template", "license", "model_name"),
+    *("chat_template", "license", "model_name", "attn_implementation", "loss_type"),
+    *("max_sequence_length", "max_seq_length", "seq_length"),
 }
 # What says something, but not with this value.
 _NEUTRAL = {
@@ -47,6 +50,7 @@ class _Family(NamedTuple):
     """What a `model_type` has of its own."""
 
     class_name: str
+    max_length: int
     kv_heads: int | None = None  # where the file does not say; None: all heads
     head_width: int | None = None  # None: d_model / num_heads
     biases: tuple[str, ...] = ()  # that the file may say
@@ -55,11 +59,12 @@ class _Family(NamedTuple):
 
 
 _FAMILIES = {
-    "llama": _Family("LlamaForCausalLM", biases=("attention_bias", "mlp_bias")),
-    "mistral": _Family("MistralForCausalLM", kv_heads=8, window="always"),
-    "qwen2": _Family("Qwen2ForCausalLM", kv_heads=32, fixed={"qkv_bias": True}, window="optional"),
+    "llama": _Family("LlamaForCausalLM", 2048, biases=("attention_bias", "mlp_bias")),
+    "mistral": _Family("MistralForCausalLM", 131_072, kv_heads=8, window="always"),
+    "qwen2": _Family("Qwen2ForCausalLM", 32_768, kv_heads=32, fixed={"qkv_bias": True}, window="optional"),
     "qwen3": _Family(
         "Qwen3ForCausalLM",
+        32_768,
         kv_heads=32,
         head_width=128,
         biases=("attention_bias",),
@@ -68,6 +73,18 @@ _FAMILIES = {
     ),
 }
 _MISTRAL_WINDOW = 4096
+# What fields of ours are called in a file.
+_NAMES = {
+    "num_layers": "num_hidden_layers",
+    "d_model": "hidden_size",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "d_head": "head_dim",
+    "d_mlp": "intermediate_size",
+    "norm_epsilon": "rms_norm_eps",
+    "rope.base": "rope_theta",
+    "rope.original_length": "original_max_position_embeddings",
+}
 
 
 class Described(NamedTuple):
@@ -110,8 +127,8 @@ def described(content: dict) -> Described:
         raise CheckpointFormatError(f"model_type = {kind!r} is not one of {', '.join(_FAMILIES)}")
     family = _FAMILIES[kind]
     sizes = _sizes(fields, family)
-    max_length = fields.take("max_position_embeddings", int, 0)
-    vocab_size = fields.take("vocab_size", int)
+    max_length = fields.take("max_position_embeddings", int, family.max_length)
+    vocab_size = fields.take_size("vocab_size")
     _check_activation(fields)
     architecture = Architecture(
         **sizes,
@@ -121,28 +138,35 @@ def described(content: dict) -> Described:
         tied_embeddings=fields.take("tie_word_embeddings", bool, False),
         rope=read_rope(fields, max_length),
     )
-    if vocab_size < 1:
-        fields.problem("vocab_size", f"= {vocab_size} should be at least 1")
     note = fields.take(NOTE, dict, {})
     fields.refuse_unknown(_IGNORED, _NEUTRAL)
     if not fields.problems:  # sizes that are missing stand for nothing
-        fields.problems += architecture.problems()
+        fields.problems += map(_by_names_of_the_file, architecture.problems())
     fields.refuse()
     return Described(architecture, vocab_size, max_length, note)
 
 
 def _sizes(fields, family):
-    heads, width = fields.take("num_attention_heads", int), fields.take("hidden_size", int)
-    kv_heads = fields.take("num_key_value_heads", int, family.kv_heads or heads)
-    head_width = fields.take("head_dim", int, family.head_width or 0)
+    heads, width = fields.take_size("num_attention_heads"), fields.take_size("hidden_size")
+    # One that is null is that of all heads, in every family.
+    by_default = heads if "num_key_value_heads" in fields.values else family.kv_heads or heads
+    kv_heads = fields.take_size("num_key_value_heads", by_default)
+    head_width = fields.take_size("head_dim", family.head_width or 0)
     return {
-        "num_layers": fields.take("num_hidden_layers", int),
+        "num_layers": fields.take_size("num_hidden_layers"),
         "d_model": width,
         "num_heads": heads,
         "num_kv_heads": 0 if kv_heads == heads else kv_heads,
         "d_head": 0 if head_width * heads == width else head_width,
-        "d_mlp": fields.take("intermediate_size", int),
+        "d_mlp": fields.take_size("intermediate_size"),
     }
+
+
+def _by_names_of_the_file(problem: str) -> str:
+    def name(found):
+        return _NAMES.get(found[1], found[1].removeprefix("rope."))
+
+    return re.sub(r"\bmodel\.([a-z_]+(?:\.[a-z_]+)?)", name, problem)
 
 
 def _check_activation(fields):
@@ -160,30 +184,29 @@ def _biases(fields, family):
 
 def _window(fields, family, num_layers) -> int:
     """Of all layers; a mix of layers becomes a problem."""
-    if family.window == "none":
-        return 0
-    there = "sliding_window" in fields.values
-    window = fields.take("sliding_window", int, 0 if there else _MISTRAL_WINDOW)
-    if family.window == "optional" and not fields.take("use_sliding_window", bool, False):
-        window = 0
-    kinds = _kinds_of_layers(fields, family, window, num_layers)
-    if kinds <= {"full_attention"}:
-        return 0
-    if kinds != {"sliding_attention"}:
-        fields.problem("layer_types", f"is a mix of {', '.join(sorted(kinds))}: only models of like layers are known")
-    elif window < 1:
-        fields.problem("layer_types", "says sliding_attention, and sliding_window or use_sliding_window does not")
-    return window
-
-
-def _kinds_of_layers(fields, family, window, num_layers) -> set[str]:
-    said = fields.values.get("layer_types")
-    fields.take("layer_types", list, [])
-    if isinstance(said, list) and said:
-        return {str(kind) for kind in said}
+    window = _said_window(fields, family)
     full = fields.take("max_window_layers", int, 28) if family.window == "optional" else 0
     kinds = {"sliding_attention"} if window and full < num_layers else set()
-    return kinds | ({"full_attention"} if full > 0 or not window else set())
+    kinds |= {"full_attention"} if full > 0 or not window else set()
+    said = {str(kind) for kind in fields.take("layer_types", list, [])} or kinds
+    if len(said) > 1:
+        fields.problem("layer_types", f"is a mix of {', '.join(sorted(said))}: only models of like layers are known")
+    elif said == {"sliding_attention"} and window < 1:
+        fields.problem("layer_types", "says sliding_attention, and nothing else that there is a window")
+    elif said != kinds and (family.window != "optional" or not said <= {"full_attention", "sliding_attention"}):
+        fields.problem("layer_types", f"says {', '.join(said)}, and sliding_window = {window or None}")
+    return window if said == {"sliding_attention"} else 0
+
+
+def _said_window(fields, family) -> int:
+    """Before it is clear which layers have it; 0: none."""
+    if family.window == "none":
+        return 0
+    by_default = 0 if "sliding_window" in fields.values else _MISTRAL_WINDOW
+    window = fields.take("sliding_window", int, by_default)
+    if family.window == "optional" and not fields.take("use_sliding_window", bool, False):
+        return 0
+    return window
 
 
 def config_fields(architecture: Architecture, vocab_size: int, max_length: int) -> dict:

@@ -43,6 +43,13 @@ class Fields:
             return _nothing(kind) if default is _REQUIRED else default
         return value
 
+    def take_size(self, name: str, default: Any = _REQUIRED) -> int:
+        """The same of a number that is at least 1; no 0 stands for "as usual" in what others write."""
+        value, said = self.take(name, int, default), self.values.get(name)
+        if type(said) is int and said < 1:
+            self.problem(name, f"= {said} should be at least 1")
+        return value
+
     def has(self, name: str) -> bool:
         """Whether the field says anything."""
         return self.values.get(name) is not None

@@ -8,6 +8,7 @@ from kforcing_jax.interop.fields import Fields
 _BASE = 10_000.0
 # Notes of how a model was made.
 _IGNORED = ("finetuned", "original_rope_theta")
+_NEUTRAL = {"factor": 1}
 _WITH_LENGTH = ("llama3", "yarn")
 
 
@@ -32,7 +33,7 @@ def read_rope(config: Fields, max_length: int) -> Rope:
         fields.problem("rope_type", f"= {kind!r} is not one of {', '.join(ROPE_SCALINGS)}")
         return Rope()
     rope = Rope(base=base, scaling=kind, **_OF_KIND[kind](fields, *_lengths(config, fields, max_length)))
-    fields.refuse_unknown(_IGNORED)
+    fields.refuse_unknown(_IGNORED, _NEUTRAL)
     return rope
 
 

@@ -24,6 +24,14 @@ def test_old_and_new_fields_say_the_same():
     assert rope_of(new) == rope_of(old) == Rope(base=5e5, scaling="linear", factor=2.0)
 
 
+@pytest.mark.parametrize("factor", [1, 1.0, None])
+def test_a_factor_of_one_says_nothing(factor):
+    assert rope_of({"rope_parameters": {"rope_type": "default", "factor": factor}}) == Rope()
+    fields = Fields({"rope_parameters": {"rope_type": "default", "factor": 2.0}})
+    read_rope(fields, 4096)
+    assert fields.problems == ["rope_parameters.factor = 2.0 is not known here"]
+
+
 def test_without_any_field_the_base_is_ten_thousand():
     assert rope_of({}) == Rope() == rope_of({"rope_scaling": None, "rope_theta": None})
 
