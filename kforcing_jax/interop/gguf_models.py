@@ -6,6 +6,7 @@ on the hub, channel c and c + C / 2 are. `qwen2` and `qwen3` are kept as they ar
 
 import math
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,6 +36,8 @@ _NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+# Of Llama 3: its length, and the turns in it above which frequencies stay.
+_LENGTH, _HIGH = 8192, 4.0
 _NAME = re.compile(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)")
 _INTERLEAVED = re.compile(r"\.self_attn\.[qk]_proj\.(weight|bias)$")
 # What architectures say that changes nothing here, or is looked at elsewhere.
@@ -90,19 +93,19 @@ def describe_gguf(path: Path) -> Described:
     prefix = f"{kind}."
     said = {name.removeprefix(prefix): value for name, value in file.values.items() if name.startswith(prefix)}
     fields = Fields(said, prefix=prefix)
-    heads, width = fields.take("attention.head_count", int), fields.take("embedding_length", int)
-    head_width = fields.take("attention.key_length", int, width // max(heads, 1))
-    kv_heads = fields.take("attention.head_count_kv", int, heads)
+    heads, width = fields.take_size("attention.head_count"), fields.take_size("embedding_length")
+    head_width = fields.take_size("attention.key_length", width // max(heads, 1))
+    kv_heads = fields.take_size("attention.head_count_kv", heads)
     embedding = file.tensors.get("token_embd.weight")
     max_length = fields.take("context_length", int, 0)
     architecture = Architecture(
         **LLAMA | _biases(file.tensors),
-        num_layers=fields.take("block_count", int),
+        num_layers=fields.take_size("block_count"),
         d_model=width,
         num_heads=heads,
         num_kv_heads=0 if kv_heads == heads else kv_heads,
         d_head=0 if head_width * heads == width else head_width,
-        d_mlp=fields.take("feed_forward_length", int),
+        d_mlp=fields.take_size("feed_forward_length"),
         norm_epsilon=fields.take("attention.layer_norm_rms_epsilon", float),
         qk_norm=family.qk_norm,
         sliding_window=fields.take("attention.sliding_window", int, 0),
@@ -186,21 +189,40 @@ def _from_factors(fields, divisors_C: np.ndarray, base: float, head_width: int) 
     factor = float(divisors_C.max())
     frequencies_C = base ** (-np.arange(0, head_width, 2) / head_width)
     kept_C = (1 / divisors_C - 1 / factor) / (1 - 1 / factor)
+    for length, high in _bounds(frequencies_C, kept_C):
+        rope = Rope(base=base, scaling="llama3", factor=factor, original_length=length, high_freq_factor=high)
+        turns_C = length * frequencies_C / (2 * math.pi)
+        again_C = np.clip((turns_C - 1) / (high - 1), 0, 1)
+        if np.allclose(again_C + (1 - again_C) / factor, 1 / divisors_C, rtol=1e-3):
+            return rope
+    fields.problems.append(f"{_ROPE_FACTORS} is not a scaling as Llama 3's, and others are not read")
+    return plain
+
+
+def _bounds(frequencies_C: np.ndarray, kept_C: np.ndarray) -> Iterator[tuple[int, float]]:
+    """(length, turns above which frequencies stay) that may give these shares, the likeliest first.
+
+    Narrow heads have few frequencies between the bounds. With two of them there is one line through them, with less
+    there are many, which compute the same: Llama's own bounds are tried first.
+    """
     between = (kept_C > 1e-4) & (kept_C < 1 - 1e-4)
-    rope = plain
+    turn = 2 * math.pi
     if between.sum() >= 2:
         slope, offset = np.polyfit(frequencies_C[between], kept_C[between], 1)
         if offset < 0 < slope:
             high = 1 - 1 / offset
-            rope = Rope(
-                base=base,
-                scaling="llama3",
-                factor=factor,
-                original_length=max(round(2 * math.pi * slope * (high - 1)), 1),
-                high_freq_factor=float(round(high, 4)),
-            )
-    turns_C = rope.original_length * frequencies_C / (2 * math.pi)
-    again_C = np.clip((turns_C - 1) / (rope.high_freq_factor - 1), 0, 1)
-    if not np.allclose(again_C + (1 - again_C) / factor, 1 / divisors_C, rtol=1e-3):
-        fields.problems.append(f"{_ROPE_FACTORS} is not a scaling as Llama 3's, and others are not read")
-    return rope
+            yield max(round(turn * slope * (high - 1)), 1), float(round(high, 4))
+        return
+    divided = frequencies_C[kept_C <= 1e-4].max()
+    whole = frequencies_C[kept_C >= 1 - 1e-4].min(initial=math.inf)
+    if between.any():
+        frequency, share = frequencies_C[between][0], kept_C[between][0]
+        yield max(round(turn * (1 + (_HIGH - 1) * share) / frequency), 1), _HIGH
+        lowest = max(divided, (frequency - share * whole) / (1 - share))
+        length = max(round(2 * turn / (lowest + frequency)), 1)
+        yield length, float(1 + (length * frequency / turn - 1) / share)
+    elif whole < math.inf:
+        yield _LENGTH, _HIGH
+        yield max(round(turn * math.sqrt(_HIGH / (whole * divided))), 1), _HIGH
+        ratio = math.sqrt(whole / divided)
+        yield max(round(turn / (divided * math.sqrt(ratio))), 1), ratio

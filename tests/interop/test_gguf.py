@@ -9,7 +9,8 @@ from kforcing_jax.architecture import Rope
 from kforcing_jax.errors import DataError
 from kforcing_jax.interop import huggingface
 from kforcing_jax.interop.config_json import described
-from kforcing_jax.interop.gguf_models import _NAMES
+from kforcing_jax.interop.fields import Fields
+from kforcing_jax.interop.gguf_models import _NAMES, _from_factors
 from kforcing_jax.interop.torch_zip import CheckpointFormatError
 
 gguf = pytest.importorskip("gguf")
@@ -126,6 +127,27 @@ def test_the_scaling_of_llama_3_is_worked_out_from_what_is_kept_of_it(tmp_path, 
     factors = {"rope_freqs.weight": llama3_factors(rope, 128)}
     found, _ = huggingface.architecture(write_gguf(tmp_path / "m.gguf", fields, random_tensors(fields), extra=factors))
     assert found.rope == rope
+
+
+@pytest.mark.parametrize("head_width", [4, 8, 16, 32, 64])
+@pytest.mark.parametrize("length", [8192, 5000])
+@pytest.mark.parametrize("high", [4.0, 1.2, 3.0, 40.0])
+def test_the_scaling_of_narrow_heads_computes_the_same(head_width, length, high):
+    rope = Rope(base=5e5, scaling="llama3", factor=8.0, original_length=length, high_freq_factor=high)
+    factors = llama3_factors(rope, head_width)
+    fields = Fields({})
+    found = _from_factors(fields, factors.astype(np.float64), rope.base, head_width)
+    assert not fields.problems
+    np.testing.assert_allclose(llama3_factors(found, head_width), factors, rtol=1e-3)
+    if (length, high) == (8192, 4.0) and head_width > 4:  # two frequencies do not say the factor
+        assert found == rope
+
+
+def test_a_size_of_zero_is_named(tmp_path):
+    fields = FAMILIES["llama"] | _NO_ROPE
+    path = write_gguf(tmp_path / "m.gguf", fields, random_tensors(fields), metadata={"attention.head_count_kv": 0})
+    with pytest.raises(CheckpointFormatError, match=r"attention\.head_count_kv = 0 should be at least 1"):
+        huggingface.load(path)
 
 
 def test_factors_that_are_no_such_scaling_are_refused(tmp_path):
