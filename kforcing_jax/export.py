@@ -3,8 +3,8 @@
 python -m kforcing_jax.export --workdir=runs/tiny --stage=k4 --output=tiny_k4.safetensors
 python -m kforcing_jax.export --workdir=runs/llama --stage=k2 --output=llama_k2
 
-The second form is the layout of the Hugging Face hub. Of a gated student the folder has what noise rows add, and not
-the teacher.
+The second form is the layout of the Hugging Face hub. Of a gated student, of any backbone, it has what noise rows
+add, and not the teacher: who reads it gives that as --base.
 """
 
 import os

@@ -1,5 +1,6 @@
 """The export command: a finished stage as a file that loads as the same model, one line per mistake."""
 
+import json
 import os
 
 import jax
@@ -7,10 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from commands import refused, run_command
-from micro import CONFIG_FILE
+from micro import CONFIG_FILE, micro_config_dict
 
+from kforcing_jax.config import parse
 from kforcing_jax.interop import official
 from kforcing_jax.models import CausalLM, PushForwardLM
+from kforcing_jax.sharding import make_mesh
+from kforcing_jax.training import curriculum
 from kforcing_jax.training.checkpoints import load_stage
 from kforcing_jax.workdir import Workdir
 
@@ -53,6 +57,26 @@ def test_a_finished_stage_is_written_as_a_file_that_loads_as_the_same_model(run,
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
     assert out.out == f"{output}: {kind.__name__} of stage {stage}, {size:,} parameters, vocabulary of 5\n"
     assert list(tmp_path.iterdir()) == [output]
+
+
+@pytest.mark.smoke
+def test_a_gated_student_of_our_own_backbone_is_a_folder_that_adds_to_the_exported_teacher(tmp_path):
+    config = micro_config_dict()
+    config.model.adapter_rank = 2
+    workdir = Workdir.claim(tmp_path / "run", parse(config))
+    curriculum.run(workdir, workdir.corpus(), make_mesh(workdir.config.mesh))
+    teacher, student = tmp_path / "ar.safetensors", tmp_path / "k2"
+    out = run_command("export", f"--workdir={tmp_path / 'run'}", f"--output={tmp_path / 'k2.safetensors'}")
+    refused(out, "model.adapter_rank = 2; write a folder")
+    for flags in (["--stage=ar", f"--output={teacher}"], [f"--output={student}"]):
+        out = run_command("export", f"--workdir={tmp_path / 'run'}", *flags)
+        assert out.status == 0, out.err
+    asked = ["--prompt_ids=1,2", "--max_new_tokens=5", "--mode=exact", "--json"]
+    here = run_command("generate", f"--checkpoint={student}", f"--base={teacher}", *asked)
+    assert here.status == 0, here.err
+    there = run_command("generate", f"--workdir={tmp_path / 'run'}", *asked)
+    assert json.loads(here.out)["tokens"] == json.loads(there.out)["tokens"]
+    refused(run_command("generate", f"--checkpoint={student}", *asked), "give that as the base")
 
 
 def test_what_there_is_no_stage_or_run_for_is_refused_and_nothing_is_written(run, tmp_path):
