@@ -9,9 +9,9 @@ import numpy as np
 from kforcing_jax.models.keys import KeyValue
 
 
-def mask_attention(q_BxNxGxHxC, own, text, reach, past=None, implementation="auto", precision="highest"):
+def mask_attention(q_BxNxGxHxC, own, text, reach, past=None, implementation="auto", precision="highest", sliding=None):
     """`attention.group_attention` over a text, by laying out all text, then all windows."""
-    del reach, past, implementation, precision  # the public function has no precision; on a CPU there is one
+    del reach, past, implementation, precision, sliding  # the public function has no precision; on a CPU there is one
     batch, length, group, heads, width = q_BxNxGxHxC.shape
 
     def flat(text_BxNxHxC, windows):
