@@ -130,8 +130,10 @@ def test_a_request_that_takes_too_long_ends_with_504(start):
 
 def test_what_the_engine_raises_is_a_500_for_those_in_it_and_the_server_goes_on(held):
     held.engine.failures.append(ValueError("a secret detail"))
-    socks = [connect(held, head(body(seed=seed))) for seed in range(3)]
-    held.wait_until(lambda: held.scheduler.running + held.scheduler.waiting == 3)  # the first is in the step
+    socks = [connect(held, head(body(seed=0)))]
+    held.wait_until(lambda: held.scheduler.running == 1)  # the first is in the step, which the gate holds
+    socks += [connect(held, head(body(seed=seed))) for seed in (1, 2)]
+    held.wait_until(lambda: held.scheduler.running + held.scheduler.waiting == 3)
     held.engine.gate.set()
     answers = [sock.recv(10_000).decode() for sock in socks]
     assert sorted(answer.split(" ")[1] for answer in answers) == ["200", "200", "500"]
