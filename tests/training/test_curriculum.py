@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 from micro import micro_config, micro_config_dict
+from trained_runs import train
 
 from kforcing_jax.config import parse
 from kforcing_jax.errors import DataError, RunError
@@ -20,13 +21,6 @@ from kforcing_jax.training.records import stage_progress
 from kforcing_jax.workdir import Workdir
 
 K2_FROM_AR = {"k2-from-ar": dict(window=2, teacher="ar", steps=5, batch_size=4)}
-
-
-def train(path, config):
-    workdir = Workdir.claim(path, config)
-    corpus = workdir.corpus()
-    curriculum.run(workdir, corpus, make_mesh(config.mesh))
-    return workdir, corpus
 
 
 @pytest.fixture(scope="module")

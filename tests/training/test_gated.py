@@ -10,6 +10,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from micro import micro_config_dict
+from trained_runs import train
 
 from kforcing_jax.architecture import LLAMA
 from kforcing_jax.config import StageConfig, parse
@@ -24,7 +25,6 @@ from kforcing_jax.training.flops import delta_entries, step_flops
 from kforcing_jax.training.objectives import distillation
 from kforcing_jax.training.records import stage_progress
 from kforcing_jax.training.rollout import rollout
-from kforcing_jax.workdir import Workdir
 
 V, B, N = 13, 2, 6
 FIELDS = dict(vocab_size=V, mask_id=None, num_layers=2, d_model=12, num_heads=4, num_kv_heads=2, d_head=6, **LLAMA)
@@ -101,13 +101,6 @@ def config(rank=2, **stages):
     plain = micro_config_dict(**stages)
     plain.model.update(adapter_rank=rank, num_kv_heads=1, **LLAMA)
     return parse(plain)
-
-
-def train(path, settings):
-    workdir = Workdir.claim(path, settings)
-    corpus = workdir.corpus()
-    curriculum.run(workdir, corpus, make_mesh(settings.mesh))
-    return workdir, corpus
 
 
 @pytest.fixture(scope="module")
