@@ -16,14 +16,14 @@ OPTIMISED = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_pa
 
 @contextlib.contextmanager
 def count_compilations():
-    """A list that grows by an entry whenever XLA compiles something, or fetches it from the cache."""
+    """A list that grows by a function's name whenever XLA compiles one, or fetches it from the cache."""
     import jax  # whose settings `conftest` makes before it is imported
 
     compiled = []
 
-    def listen(name, *_, **__):
+    def listen(name, *_, **about):
         if "backend_compile" in name:
-            compiled.append(name)
+            compiled.append(about.get("fun_name", name))
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     yield compiled
