@@ -9,11 +9,10 @@ import runpy
 
 import pytest
 from commands import REPOSITORY, run_command, start_command
+from golden_configs import CONFIGS, golden_path, text_of
 
 from kforcing_jax.config import parse
 from kforcing_jax.errors import ConfigError
-
-CONFIGS = sorted((REPOSITORY / "configs").glob("*.py"))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -21,6 +20,13 @@ def test_every_config_is_valid_and_says_how_it_is_run(path):
     module = runpy.run_path(str(path))
     assert parse(module["get_config"]()).students
     assert f"--config=configs/{path.name}" in module["__doc__"]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_no_field_changes_unseen(path):
+    assert text_of(path) == golden_path(path).read_text(encoding="utf-8"), (
+        "if it is meant: python tests/golden_configs.py, and look at the diff"
+    )
 
 
 @pytest.mark.parametrize("name", ["lm1b", "owt"])
