@@ -9,7 +9,9 @@ from `config.json` or GGUF. Nothing here needs JAX.
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator
+from typing import NamedTuple
 
 # Pre-normalisation of every block, and of the output layer. layer_norm has a scale and no bias.
 NORMS = ("layer_norm", "rms_norm")
@@ -52,6 +54,20 @@ class Rope:
             )
 
 
+class Product(NamedTuple):
+    """A product with one matrix of a block, or with several side by side along the first axis of the outputs."""
+
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    has_bias: bool
+    parts: int = 1
+
+    @property
+    def matrices(self) -> list[tuple[int, int]]:
+        """(inputs, outputs) of each."""
+        return [(math.prod(self.inputs), math.prod(self.outputs) // self.parts)] * self.parts
+
+
 @dataclasses.dataclass(frozen=True)
 class Architecture:
     """Sizes and pieces of a pre-normalised decoder with rotary positions; the defaults are the paper's pieces."""
@@ -90,11 +106,31 @@ class Architecture:
         return self.d_mlp or 4 * self.d_model
 
     @property
+    def products(self) -> dict[str, Product]:
+        """Of one block, by the names that they have among the parameters."""
+        width, mlp, heads = (self.d_model,), (self.mlp_width,), (self.num_heads, self.head_width)
+        if self.kv_heads == self.num_heads:
+            of_attention = {"attn_qkv": Product(width, (3, *heads), self.qkv_bias, 3)}
+        else:
+            of_attention = {
+                "attn_q": Product(width, heads, self.qkv_bias),
+                "attn_kv": Product(width, (2, self.kv_heads, self.head_width), self.qkv_bias, 2),
+            }
+        gate = {"mlp_gate": Product(width, mlp, self.mlp_bias)} if self.mlp == "swiglu" else {}
+        return (
+            of_attention
+            | gate
+            | {
+                "attn_out": Product(heads, width, self.attention_out_bias),
+                "mlp_in": Product(width, mlp, self.mlp_bias),
+                "mlp_out": Product(mlp, width, self.mlp_bias),
+            }
+        )
+
+    @property
     def matrices(self) -> list[tuple[int, int]]:
-        """(inputs, outputs) of the matrices of one block: queries, keys, values, attention's output, MLP."""
-        width, heads, keys = self.d_model, self.num_heads * self.head_width, self.kv_heads * self.head_width
-        into_mlp = [(width, self.mlp_width)] * (2 if self.mlp == "swiglu" else 1)
-        return [(width, heads), (width, keys), (width, keys), (heads, width), *into_mlp, (self.mlp_width, width)]
+        """(inputs, outputs) of the matrices of one block; those of queries, keys and values first."""
+        return [matrix for product in self.products.values() for matrix in product.matrices]
 
     @property
     def block_entries(self) -> int:

@@ -209,24 +209,10 @@ def _norms(cfg) -> dict[str, nn.Module]:
 
 def _products(cfg) -> dict[str, nn.Module]:
     """The matrices of a layer, and with each of them, in gated students, its delta."""
-    heads, width = (cfg.num_heads, cfg.head_width), (cfg.d_model,)
-    # Inputs, outputs, a bias, how many matrices there are side by side.
-    sizes: dict[str, tuple[tuple[int, ...], tuple[int, ...], bool, int]] = {
-        "attn_out": (heads, width, cfg.attention_out_bias, 1),
-        "mlp_in": (width, (cfg.mlp_width,), cfg.mlp_bias, 1),
-        "mlp_out": ((cfg.mlp_width,), width, cfg.mlp_bias, 1),
-    }
-    if cfg.kv_heads == cfg.num_heads:
-        sizes["attn_qkv"] = width, (3, *heads), cfg.qkv_bias, 3
-    else:
-        sizes["attn_q"] = width, heads, cfg.qkv_bias, 1
-        sizes["attn_kv"] = width, (2, cfg.kv_heads, cfg.head_width), cfg.qkv_bias, 2
-    if cfg.mlp == "swiglu":
-        sizes["mlp_gate"] = width, (cfg.mlp_width,), cfg.mlp_bias, 1
     pieces: dict[str, nn.Module] = {}
-    for name, (inputs, outputs, bias, parts) in sizes.items():
+    for name, (inputs, outputs, has_bias, parts) in cfg.products.items():
         axes = tuple(range(-len(inputs), 0))
-        pieces[name] = nn.DenseGeneral(outputs, axis=axes, use_bias=bias, dtype=cfg.dtype, precision=cfg.precision)
+        pieces[name] = nn.DenseGeneral(outputs, axis=axes, use_bias=has_bias, dtype=cfg.dtype, precision=cfg.precision)
         if cfg.is_gated:
             pieces[f"{name}_delta"] = Delta(inputs, outputs, cfg.adapter_rank, cfg.precision, cfg.dtype, parts)
     return pieces
