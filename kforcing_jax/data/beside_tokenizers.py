@@ -24,9 +24,12 @@ def read_object(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        return dict(json.loads(read_text(file)))
-    except (ValueError, TypeError) as error:
+        content = json.loads(read_text(file))
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{file} is not a JSON object ({error})") from None
+    if not isinstance(content, dict):
+        raise DataError(f"{file} is not a JSON object")
+    return content
 
 
 def template_in(folder: Path) -> str | None:
@@ -35,11 +38,18 @@ def template_in(folder: Path) -> str | None:
         return read_text(folder / TEMPLATE)
     template = read_object(folder / SETTINGS).get("chat_template")
     if isinstance(template, list):  # several, by name
-        template = {entry.get("name"): entry.get("template") for entry in template}.get("default")
-    return template
+        named = (entry for entry in template if isinstance(entry, dict))
+        template = next((entry.get("template") for entry in named if entry.get("name") == "default"), None)
+    return _text(template, folder, "chat_template")
 
 
-def token_in(settings: Mapping[str, Any], name: str) -> str | None:
-    """A token of the settings, which is its text or an object with it."""
+def token_in(settings: Mapping[str, Any], name: str, folder: Path) -> str | None:
+    """A token of the settings of a folder, which is its text or an object with it. Raises DataError for another."""
     token = settings.get(name)
-    return (token.get("content") if isinstance(token, dict) else token) or None
+    return _text(token.get("content") if isinstance(token, dict) else token, folder, name) or None
+
+
+def _text(value, folder, name) -> str | None:
+    if value and not isinstance(value, str):
+        raise DataError(f"{folder / SETTINGS}: {name} = {value!r:.60} should be a text")
+    return value if isinstance(value, str) else None

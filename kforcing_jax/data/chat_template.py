@@ -54,7 +54,7 @@ class ChatTemplate:
           DataError: it is damaged.
         """
         source, settings = template_in(folder), read_object(folder / SETTINGS)
-        tokens = {name: token for name in SPECIAL if (token := token_in(settings, name))}
+        tokens = {name: token for name in SPECIAL if (token := token_in(settings, name, folder))}
         return None if source is None else cls(source, tokens)
 
     def __post_init__(self):

@@ -98,7 +98,7 @@ def _said(folder, backend) -> ModelTokens:
             return ModelTokens.of_settings(settings)
         except (KeyError, TypeError) as error:
             raise DataError(f"{folder / SETTINGS} is damaged: {OURS} has no {error}") from None
-    tokens = {name: token_in(settings, name) for name in SPECIAL}
+    tokens = {name: token_in(settings, name, folder) for name in SPECIAL}
     for name in ("bos_token", "eos_token"):
         tokens[name] = tokens[name] or _token_of(backend, config.get(f"{name}_id"))
     adds_bos, before = settings.get("add_bos_token"), _put_before(backend)

@@ -109,7 +109,7 @@ def read_config(path: Path) -> Described:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointFormatError(f"{path} cannot be read: {error.strerror or error}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointFormatError(f"{path} is not JSON ({error})") from None
     if not isinstance(content, dict):
         raise CheckpointFormatError(f"{path} should hold a JSON object, with model_type and so on")
@@ -124,10 +124,11 @@ def described(content: dict) -> Described:
     fields = Fields(content)
     kind = fields.take("model_type", str, "")
     if kind not in _FAMILIES:
-        raise CheckpointFormatError(f"model_type = {kind!r} is not one of {', '.join(_FAMILIES)}")
+        said = content.get("model_type")
+        raise CheckpointFormatError(f"model_type = {said!r:.60} is not one of {', '.join(_FAMILIES)}")
     family = _FAMILIES[kind]
     sizes = _sizes(fields, family)
-    max_length = fields.take("max_position_embeddings", int, family.max_length)
+    max_length = fields.take_length("max_position_embeddings", family.max_length)
     vocab_size = fields.take_size("vocab_size")
     _check_activation(fields)
     architecture = Architecture(
@@ -139,6 +140,7 @@ def described(content: dict) -> Described:
         rope=read_rope(fields, max_length),
     )
     note = fields.take(NOTE, dict, {})
+    _refuse_quantised(fields)
     fields.refuse_unknown(_IGNORED, _NEUTRAL)
     if not fields.problems:  # sizes that are missing stand for nothing
         fields.problems += map(_by_names_of_the_file, architecture.problems())
@@ -175,6 +177,13 @@ def _check_activation(fields):
         fields.problem("hidden_act", f"= {name!r} should be 'silu'")
 
 
+def _refuse_quantised(fields):
+    for name in ("quantization_config", "compression_config"):
+        if said := fields.take(name, dict, {}):
+            method = said.get("quant_method", "of some kind")
+            fields.problem(name, f"({method}): quantised weights are not read, only floating ones, and GGUF files")
+
+
 def _biases(fields, family):
     said = {name: fields.take(name, bool, False) for name in family.biases}
     attention = said.get("attention_bias", False)
@@ -203,10 +212,10 @@ def _said_window(fields, family) -> int:
     if family.window == "none":
         return 0
     by_default = 0 if "sliding_window" in fields.values else _MISTRAL_WINDOW
-    window = fields.take("sliding_window", int, by_default)
     if family.window == "optional" and not fields.take("use_sliding_window", bool, False):
+        fields.take("sliding_window", int, 0)
         return 0
-    return window
+    return fields.take_length("sliding_window", by_default)
 
 
 def config_fields(architecture: Architecture, vocab_size: int, max_length: int) -> dict:

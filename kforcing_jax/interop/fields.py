@@ -6,6 +6,7 @@ from typing import Any
 from kforcing_jax.interop.torch_zip import CheckpointFormatError
 
 _REQUIRED: Any = object()
+_LARGEST = 2**1023  # whole numbers of JSON have no end, others have
 _WORDS = {
     int: "a whole number",
     float: "a number",
@@ -36,7 +37,7 @@ class Fields:
             if default is _REQUIRED:
                 self.problem(name, "is missing")
             return _nothing(kind) if default is _REQUIRED else default
-        if kind is float and type(value) is int:
+        if kind is float and type(value) is int and abs(value) < _LARGEST:
             value = float(value)
         if type(value) is not kind:
             self.problem(name, f"= {value!r:.60} should be {_WORDS[kind]}")
@@ -48,6 +49,14 @@ class Fields:
         value, said = self.take(name, int, default), self.values.get(name)
         if type(said) is int and said < 1:
             self.problem(name, f"= {said} should be at least 1")
+        return value
+
+    def take_length(self, name: str, default: Any = _REQUIRED) -> int:
+        """The same of a number that is at least 0, which says that there is none."""
+        value = self.take(name, int, default)
+        if value < 0:
+            self.problem(name, f"= {value} should be at least 0")
+            return 0
         return value
 
     def has(self, name: str) -> bool:

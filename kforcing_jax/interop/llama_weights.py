@@ -66,7 +66,8 @@ class Weight(NamedTuple):
             for j, part in enumerate(parts):
                 at: Any = (i, *[slice(None)] * self.inputs, j)
                 name, target = self.names[part].format(layer), whole[at]
-                target[...] = self._one(rows, name, ins, outs)
+                with np.errstate(over="ignore"):  # looked for next
+                    target[...] = self._one(rows, name, ins, outs)
                 if not np.isfinite(target).all():
                     raise CheckpointFormatError(f"tensor {name} holds values that are not finite; it is of no use")
         return leaf

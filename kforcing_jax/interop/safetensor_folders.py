@@ -47,15 +47,15 @@ class Tensor(NamedTuple):
 
 
 def tensors_of(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a folder by name: those that an index names, or else of its one file, or of all its files.
+    """All tensors of a folder by name: of its one file, or else those that an index names, or of all its files.
 
     Raises:
       CheckpointFormatError: there are none, a file is missing, cut short or damaged, or two have a tensor of one name.
     """
-    index = folder / INDEX
-    if index.is_file():
+    index, whole = folder / INDEX, folder / WEIGHTS
+    if index.is_file() and not whole.is_file():
         return _indexed(folder, _weight_map(index))
-    files = [folder / WEIGHTS] if (folder / WEIGHTS).is_file() else sorted(folder.glob("*.safetensors"))
+    files = [whole] if whole.is_file() else sorted(folder.glob("*.safetensors"))
     if not files:
         others = sorted(path.name for pattern in _OTHERS for path in folder.glob(pattern))
         hint = f"; {others[0]} is of another layout: save it as safetensors" if others else ""
@@ -71,10 +71,11 @@ def tensors_of(folder: Path) -> dict[str, Tensor]:
 
 def _weight_map(index) -> dict[str, str]:
     try:
-        files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        content = json.loads(index.read_text(encoding="utf-8"))
+        files = content.get("weight_map") if isinstance(content, dict) else None
         if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
-            raise TypeError("weight_map should say the file of every tensor")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError("weight_map should say the file of every tensor")
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointFormatError(f"{index} is no index of safetensors ({error})") from None
     for file in files.values():
         if Path(file).name != file:
@@ -110,7 +111,7 @@ def read_header(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         tensors = dict(_tensors(file, header, 8 + length))
     except OSError as error:
         raise CheckpointFormatError(f"{file} cannot be read: {error.strerror or error}") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, CheckpointFormatError):
             raise
         raise CheckpointFormatError(f"{file} is damaged, or no safetensors file ({error})") from None

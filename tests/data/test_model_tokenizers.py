@@ -136,6 +136,9 @@ def test_more_tokens_than_the_model_has_ids_are_refused(folder):
         (lambda f: (f / "tokenizer.json").rename(f / "tokenizer.model"), "tokenizer.model alone is not read"),
         (lambda f: (f / "tokenizer.json").write_text("{}"), "is not a tokenizer"),
         (lambda f: (f / "tokenizer_config.json").write_text("[1"), "is not a JSON object"),
+        (lambda f: (f / "tokenizer_config.json").write_text("[]"), "is not a JSON object"),
+        (lambda f: (f / "tokenizer_config.json").write_text('{"eos_token": 3}'), "eos_token = 3 should be a text"),
+        (lambda f: (f / "tokenizer_config.json").write_text('{"chat_template": {"a": 1}}'), "chat_template = {'a': 1}"),
         (lambda f: (f / "config.json").write_text('{"model_type": "llama"}'), "vocab_size = None"),
     ],
 )

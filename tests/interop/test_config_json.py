@@ -150,6 +150,11 @@ def test_layers_that_are_not_as_the_window_are_refused(name, kind, said):
     assert said in refused(FAMILIES[name] | {"layer_types": [kind] * 2})
 
 
+def test_a_window_below_zero_is_named_where_it_has_an_effect():
+    assert refused(FAMILIES["mistral"] | {"sliding_window": -1}) == "sliding_window = -1 should be at least 0"
+    assert of("qwen2", sliding_window=-1).sliding_window == 0
+
+
 @pytest.mark.parametrize(
     "changes", [{"max_window_layers": 1}, {"layer_types": ["full_attention", "sliding_attention"]}]
 )
@@ -163,7 +168,10 @@ def test_a_mix_of_layers_is_refused(changes):
     [
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
         ({"model_type": "mixtral"}, "model_type = 'mixtral' is not one of llama, mistral, qwen2, qwen3"),
-        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantization_config"),
+        ({"model_type": ["llama"]}, "model_type = ['llama'] is not one of"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantization_config (gptq): quantised weights"),
+        ({"max_position_embeddings": -5}, "max_position_embeddings = -5 should be at least 0"),
+        ({"rope_theta": 10**400}, "should be a number"),
         ({"pretraining_tp": 2}, "pretraining_tp = 2"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.25}}, "partial_rotary_factor = 0.25"),
@@ -229,7 +237,7 @@ def test_files_of_the_hub_are_read(name):
     assert found.sliding_window == (4096 if name == "Mistral-v0.1" else 0)
 
 
-@pytest.mark.parametrize("content", [None, "{", "[1]"])
+@pytest.mark.parametrize("content", [None, "{", "[1]", "[" * 100_000], ids=["none", "cut", "a list", "nested"])
 def test_a_file_that_is_no_config_is_refused(tmp_path, content):
     path = tmp_path / "config.json"
     if content is not None:

@@ -64,6 +64,15 @@ def test_several_files_are_one_model(tmp_path, index):
     jax.tree.map(np.testing.assert_array_equal, huggingface.load(folder)[1], whole)
 
 
+def test_a_whole_file_comes_before_an_index(tmp_path):
+    """As in transformers; the index is left from what was there before."""
+    whole, before = (random_tensors(FAMILIES["qwen3"], seed) for seed in (1, 2))
+    folder = write_shards(write_folder(tmp_path, FAMILIES["qwen3"]), before)
+    save_file(whole, folder / "model.safetensors", metadata={"format": "pt"})
+    norm = huggingface.load(folder)[1]["backbone"]["final_norm"]["scale"]
+    np.testing.assert_array_equal(norm, whole["model.norm.weight"])
+
+
 def test_a_model_without_its_output_layer_has_names_without_a_prefix(tmp_path):
     tensors = random_tensors(FAMILIES["llama"])
     bare = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
@@ -225,8 +234,9 @@ def test_an_index_that_names_what_a_file_has_not_is_refused(tmp_path):
     assert "has no model." in refused(folder)
     index.write_text(json.dumps({"weight_map": {"model.norm.weight": "../elsewhere.safetensors"}}))
     assert "not a file beside it" in refused(folder)
-    index.write_text("[]")
-    assert "no index of safetensors" in refused(folder)
+    for content in ("[]", "{}", "", '{"weight_map": {"model.norm.weight": 3}}', "[" * 100_000):
+        index.write_text(content)
+        assert "no index of safetensors" in refused(folder)
 
 
 WRONG_TENSORS = {
@@ -247,9 +257,11 @@ def test_tensors_that_are_not_the_models_are_named(tmp_path, wrong):
     assert re.search(said, refused(folder))
 
 
-def test_numbers_that_are_not_finite_are_refused(tmp_path):
-    tensors = random_tensors(FAMILIES["llama"])
-    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = np.nan
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("value", [np.nan, -np.inf, 1e300], ids=["nan", "infinite", "too large for f32"])
+def test_numbers_that_are_not_finite_are_refused(tmp_path, value):
+    tensors = random_tensors(FAMILIES["llama"], dtype=np.float64)
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = value
     with pytest.raises(
         CheckpointFormatError, match=r"layers\.1\.mlp\.up_proj\.weight holds values that are not finite"
     ):
@@ -268,6 +280,9 @@ def test_a_file_that_is_no_safetensors_is_refused(tmp_path):
     folder = write_folder(tmp_path / "m", FAMILIES["llama"])
     (folder / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 12\n")
     assert "safetensors file" in refused(folder)
+    header = b"[" * 100_000
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    assert "is damaged" in refused(folder)
     header = b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,9]}}'
     (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(9))
     assert "not as many bytes" in refused(folder)
