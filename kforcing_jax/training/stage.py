@@ -139,6 +139,8 @@ def train(
                 if stops:
                     raise KeyboardInterrupt
             first = max(first, phase.last_step)
+        if interruption.is_asked_for(steps + 1):  # while the last step was validated and saved
+            raise KeyboardInterrupt
 
 
 class _AfterStep:

@@ -391,6 +391,20 @@ def test_a_signal_stops_after_a_step_which_is_kept(tmp_path, number, caplog):
     np.testing.assert_array_equal(stopped["w"], run(tmp_path / "whole", make_stage())["w"])
 
 
+@pytest.mark.usefixtures("interruptible")
+def test_a_signal_during_the_last_validation_stops_before_the_next_stage(tmp_path):
+    class Signalled(Validations):
+        def __call__(self, params):
+            os.kill(os.getpid(), signal.SIGINT)
+            while signal.getsignal(signal.SIGINT) != signal.default_int_handler:
+                time.sleep(0.01)
+            return super().__call__(params)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, validated(Signalled()), validate_every=100)
+    assert latest_step(tmp_path) == 7
+
+
 def test_an_ignored_signal_stays_ignored(tmp_path):
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
 
