@@ -109,6 +109,67 @@ class Architecture:
     def products(self) -> dict[str, Product]:
         """Of one block, by the names that they have among the parameters."""
         width, mlp, heads = (self.d_model,), (self.mlp_width,), (self.num_heads, self.head_width)
+        products = {"attn_qkv": Product(width, (3, *heads), self.qkv_bias, 3)}
+        if self.kv_heads != self.num_heads:
+            shared = 2, self.kv_heads, self.head_width
+            products = {
+                "attn_q": Product(width, heads, self.qkv_bias),
+                "attn_kv": Product(width, shared, self.qkv_bias, 2),
+            }
+        products["attn_out"] = Product(heads, width, self.attention_out_bias)
+        if self.mlp == "swiglu":
+            products["mlp_gate"] = Product(width, mlp, self.mlp_bias)
+        products["mlp_in"] = Product(width, mlp, self.mlp_bias)
+        products["mlp_out"] = Product(mlp, width, self.mlp_bias)
+        return products
+
+    @property
+    def matrices(self) -> list[tuple[int, int]]:
+        """(inputs, outputs) of each."""
+        return [(math.prod(self.inputs), math.prod(self.outputs) // self.parts)] * self.parts
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """Sizes and pieces of a pre-normalised decoder with rotary positions; the defaults are the paper's pieces."""
+
+    num_layers: int
+    d_model: int
+    num_heads: int
+    num_kv_heads: int = 0  # heads of keys and values, each shared by num_heads / num_kv_heads; 0: num_heads
+    d_head: int = 0  # width of a head; 0: d_model / num_heads
+    d_mlp: int = 0  # width of the MLP; 0: 4 d_model
+    norm: str = "layer_norm"  # layer_norm | rms_norm
+    norm_epsilon: float = 1e-5
+    mlp: str = "gelu"  # gelu | swiglu
+    mlp_bias: bool = True
+    qkv_bias: bool = False
+    attention_out_bias: bool = False
+    qk_norm: bool = False  # RMS normalisation of every head's queries and keys, before they are rotated
+    sliding_window: int = 0  # a token sees so many, itself included; 0: all
+    tied_embeddings: bool = False  # the output layer is the embedding
+    output_bias: bool = True
+    rope: Rope = Rope()
+
+    @property
+    def head_width(self) -> int:
+        """Channels of one head, C; even."""
+        return self.d_head or self.d_model // self.num_heads
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of keys and values."""
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def mlp_width(self) -> int:
+        """Columns of the MLP, F."""
+        return self.d_mlp or 4 * self.d_model
+
+    @property
+    def products(self) -> dict[str, Product]:
+        """Of one block, by the names that they have among the parameters."""
+        width, mlp, heads = (self.d_model,), (self.mlp_width,), (self.num_heads, self.head_width)
         if self.kv_heads == self.num_heads:
             of_attention = {"attn_qkv": Product(width, (3, *heads), self.qkv_bias, 3)}
         else:
