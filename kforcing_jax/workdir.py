@@ -225,6 +225,8 @@ def _lock_file(folder: Path):
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / ".lock").open("a")  # not "w": a refused run changes nothing here
+    except FileExistsError:
+        raise RunError(f"{folder} is a file; a work directory is a folder, use another one") from None
     except OSError as error:
         raise _not_writable(folder, error) from None
     try:
@@ -287,7 +289,8 @@ def _check_same_run(path, before, config):
     with contextlib.suppress(ConfigError):
         before = dataclasses.asdict(parse(before))  # what was not a field yet had the value of its default
     before, now = _flatten(before), _flatten(dataclasses.asdict(config))
-    for name, value in before.items():
+    # What the whole run shares comes first: another config altogether is to be seen as one.
+    for name, value in sorted(before.items(), key=lambda field: field[0].startswith("stages.")):
         if now.get(name) == value:
             continue
         stage = name.split(".")[1] if name.startswith("stages.") else None

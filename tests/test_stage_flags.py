@@ -68,6 +68,10 @@ def test_a_stage_is_taken_out(file):
         (["stages.k3.window=3"], "stages.k3.window = 3 does not double the window of an earlier stage"),
         (["stages.k4.window=8"], "stages.k4 has window = 8 .* it should be called k8"),
         (["stages.k4.window=four"], "stages.k4.window = 'four' should be a whole number"),
+        (
+            ["stages.k2.steps=9", "stages.k2=none"],
+            r"stages.k2.steps has no effect: stages.k2 = none leaves .* out",
+        ),
         (["stages.k1=none"], "stages.k2.window = 2 does not double the window of an earlier stage"),
         (["stages.ar=none"], "stages.ar is missing"),
         (

@@ -84,6 +84,19 @@ def test_a_field_is_held_by_what_came_from_it_alone(tmp_path):
         Workdir.claim(tmp_path, other(config, k1=dict(learning_rate=0.5)))
 
 
+def test_another_config_altogether_is_named_by_what_the_whole_run_shares(tmp_path):
+    config = micro_config()
+    begun(tmp_path, config, ar=[5], k1=[5])
+    with pytest.raises(RunError, match=r"belongs to a different config: seed = 0 there, 7 here"):
+        Workdir.claim(tmp_path, dataclasses.replace(other(config, ar=dict(steps=9)), seed=7))
+
+
+def test_a_file_in_place_of_a_work_directory_is_called_one(tmp_path):
+    (tmp_path / "run").touch()
+    with pytest.raises(RunError, match=r"run is a file; a work directory is a folder"):
+        Workdir.claim(tmp_path / "run", micro_config())
+
+
 def test_a_trained_stage_does_not_leave_unseen(tmp_path):
     config = micro_config()
     begun(tmp_path, config, ar=[5], k1=[5])

@@ -34,6 +34,7 @@ def change_stages(stages: dict[str, Any], overrides: Mapping[str, str]) -> dict[
     new = [(key, text) for key, text in _values(fields, "window").items() if _found(stages, key) is None]
     for key, text in sorted(new, key=lambda stage: (len(stage[1]), stage[1])):  # of ascending windows
         _add(stages, key, text)
+    _check_removed_alone(removed, fields, stages)
     teachers = {key: text for key, text in _values(fields, "teacher").items() if text in ("previous", "ar")}
     keys = {stage_name(k): _with_teacher(stages, _key(stages, f"stages.{k}"), text) for k, text in teachers.items()}
     rest = {field: text for field, text in overrides.items() if field not in removed and field not in fields}
@@ -41,6 +42,13 @@ def change_stages(stages: dict[str, Any], overrides: Mapping[str, str]) -> dict[
         _, key, name = field.split(".", 2)
         rest[f"stages.{keys.get(stage_name(key)) or _key(stages, f'stages.{key}')}.{name}"] = text
     return rest
+
+
+def _check_removed_alone(removed, fields, stages):
+    for field in fields:
+        key = field.split(".")[1]
+        if stage_name(key) in (stage_name(stage.partition(".")[2]) for stage in removed) and not _found(stages, key):
+            raise ConfigError(f"{field} has no effect: stages.{key} = none leaves that stage out; give one of the two")
 
 
 def _depth(field) -> int:
