@@ -5,7 +5,7 @@ import datetime
 import json
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax
@@ -49,7 +49,7 @@ class StageLog:
     """Averages metrics between reports, watches for NaN and knows how long the stage has left.
 
     What metrics.jsonl says of later steps than `first`, the stage's last one so far, belongs to no model any more and
-    is removed. `spacing` is the number of steps in which there is one validation and one checkpoint.
+    is removed. `spacings` are the steps between validations and between checkpoints, where there are any.
     """
 
     def __init__(
@@ -61,10 +61,11 @@ class StageLog:
         workload: Workload,
         spent: Spent,
         trackers: Trackers,
-        spacing: int = 1,
+        spacings: Mapping[str, int] | None = None,
     ):
         self._path, self._stage, self._first, self._steps = path, stage, first, steps
-        self._workload, self._spent, self._trackers, self._spacing = workload, spent, trackers, spacing
+        self._workload, self._spent, self._trackers = workload, spent, trackers
+        self._spacings = spacings or {"validating": 1, "saving": 1}
         self._last_report = spent.here["stepping"]
         self._on_device: list[tuple[int, dict]] = []
         self._since_report: list[dict[str, float]] = []
@@ -122,9 +123,9 @@ class StageLog:
 
     def _eta(self, step, each):
         """Seconds to the last step: steps as the last ones, saving and validating as often and as long as so far."""
-        here = self._spent.here
+        here, done = self._spent.here, step - self._first
         # One validation right after a restart is not one for every step.
-        beside = (here["saving"] + here["validating"]) / max(step - self._first, self._spacing)
+        beside = sum(here[part] / max(done, spacing) for part, spacing in self._spacings.items())
         return (self._steps - step) * (each + beside)
 
     def _line(self, record, eta):

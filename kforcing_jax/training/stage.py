@@ -115,8 +115,9 @@ def train(
         spent.go_on_from(progress["seconds"], progress.get("seconds_by_part"))
         _LOG.info(f"{stage.name:<11} goes on from step {first}/{steps}")
         say_what_changed(stage.name, stage.config, progress, first)
+    spacings = {"validating": logging.validate_every, "saving": logging.checkpoint_every}
     log = StageLog(
-        metrics_path, stage.name, first, steps, _workload(stage, mesh), spent, trackers or Trackers(), _spacing(logging)
+        metrics_path, stage.name, first, steps, _workload(stage, mesh), spent, trackers or Trackers(), spacings
     )
     after_step = _AfterStep(stage, logging, checkpoints, log, spent, progress, first)
     batches = stage.batches(first)
@@ -183,11 +184,6 @@ class _AfterStep:
             progress = _progress(self._stage, state, step, self._spent, self._validated) | {"lengths": self._lengths}
             self._checkpoints.save(state, step, progress)
         self._saves.saved()
-
-
-def _spacing(logging: LoggingConfig) -> int:
-    """Steps in which there is one of everything that interrupts them."""
-    return max(logging.validate_every, logging.checkpoint_every)
 
 
 def _is_due(step: int, every: int) -> bool:

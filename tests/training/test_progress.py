@@ -29,9 +29,9 @@ def clock(monkeypatch):
     return clock
 
 
-def make_log(tmp_path, spent, workload=None, steps=100, trackers=None):
+def make_log(tmp_path, spent, workload=None, steps=100, trackers=None, spacings=None):
     workload = workload or Workload(tokens=50)
-    return StageLog(tmp_path / "metrics.jsonl", "k1", 0, steps, workload, spent, trackers or Trackers())
+    return StageLog(tmp_path / "metrics.jsonl", "k1", 0, steps, workload, spent, trackers or Trackers(), spacings)
 
 
 def records(tmp_path):
@@ -74,6 +74,18 @@ def test_the_time_left_leaves_compilation_out_and_expects_as_much_saving_and_val
     steps(log, clock, 11, 20, seconds=2)
     log.report(20, {})
     assert caplog.messages[-1].endswith("ETA 4:00")  # 80 steps of 2 s, and 1 s a step beside them
+
+
+def test_validations_that_come_oftener_than_checkpoints_are_expected_as_often(tmp_path, clock, caplog):
+    caplog.set_level("INFO", "kforcing_jax")
+    spent = Spent()
+    log = make_log(tmp_path, spent, steps=1000, spacings={"validating": 25, "saving": 500})
+    for first in (1, 26):
+        steps(log, clock, first, first + 24, seconds=0.1)
+        with spent.on("validating"):
+            clock.now += 3
+        log.report(first + 24, {})
+    assert caplog.messages[-1].endswith("ETA 3:29")  # 950 steps of .1 s and 38 validations, no checkpoint yet
 
 
 def test_the_share_of_peak_is_of_one_device(tmp_path, clock, caplog):
