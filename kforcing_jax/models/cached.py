@@ -7,7 +7,9 @@ beyond the length that a caller goes on from hold nothing that is ever seen.
 Every layer has its own arrays, and its own weights: a loop over passes updates them in place.
 """
 
+import contextlib
 import weakref
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -61,6 +63,17 @@ def _made(cfg, params, mesh) -> Weights:
             weakref.finalize(leaf, _MADE.pop, key, None)
         return made
     return _MADE[key]
+
+
+@contextlib.contextmanager
+def weights_forgotten_after() -> Iterator[None]:
+    """What `weights` makes in this context is forgotten at its end, though its parameters live on: they are trained."""
+    before = set(_MADE)
+    try:
+        yield
+    finally:
+        for key in set(_MADE) - before:
+            _MADE.pop(key, None)
 
 
 def _placed(made, mesh):

@@ -20,6 +20,7 @@ from kforcing_jax.data.pipeline import Corpus
 from kforcing_jax.decoding.generate import engine_for, generate
 from kforcing_jax.errors import ConfigError, UserError
 from kforcing_jax.models import CausalLM, PushForwardLM
+from kforcing_jax.models.cached import weights_forgotten_after
 from kforcing_jax.models.gated import with_own
 from kforcing_jax.sharding import put_validation, replicated
 from kforcing_jax.training.agreement import RowSums, agreement_by_row
@@ -64,8 +65,9 @@ class Sample:
     def compile(self, params: dict) -> None:
         """All that `text` needs."""
         longest = len(self.prompt) + self.new_tokens
-        mode, engine = engine_for(self.model, params, (1, longest), k=self.k)
-        engine.prepare(mode, longest)
+        with weights_forgotten_after():
+            mode, engine = engine_for(self.model, params, (1, longest), k=self.k)
+            engine.prepare(mode, longest)
 
     def text(self, params: dict) -> str:
         """Prompt and continuation. All processes of a run have to call this together.
@@ -74,17 +76,18 @@ class Sample:
           DataError: logits that are not finite.
           RunError: the device's memory does not suffice.
         """
-        done = generate(
-            self.model,
-            params,
-            [self.prompt],
-            max_new_tokens=self.new_tokens,
-            k=self.k,
-            tau=self.tau,
-            seeds=[self.seed],
-            eos_id=self.eos_id,
-            top_p=self.top_p,
-        )
+        with weights_forgotten_after():
+            done = generate(
+                self.model,
+                params,
+                [self.prompt],
+                max_new_tokens=self.new_tokens,
+                k=self.k,
+                tau=self.tau,
+                seeds=[self.seed],
+                eos_id=self.eos_id,
+                top_p=self.top_p,
+            )
         return self.decode(done.tokens[0, : done.lengths[0]])
 
 

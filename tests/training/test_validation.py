@@ -1,6 +1,7 @@
 """Validation in the loop against its definitions: the objective, evaluation.fidelity.agreement, decoding.generate."""
 
 import dataclasses
+import gc
 import json
 
 import jax
@@ -122,6 +123,20 @@ def test_later_validations_compile_nothing_and_the_sample_is_that_of_generate(
     assert changed["validation_loss"] != first["validation_loss"]
     expected = generate(*push_forward_lm, [[1, 2, 4]], max_new_tokens=6, k=WINDOW, seeds=[7])
     assert first["sample"] == str(expected.tokens[0].tolist())
+
+
+def test_a_sample_leaves_no_copy_of_the_weights(push_forward_lm, sample_settings):
+    """A stage's teacher lives as long as the stage, and so would what decoding makes of it."""
+    model, params = push_forward_lm
+    sample = Sample(model, **sample_settings)
+    first, second = (jax.tree.map(jnp.copy, params) for _ in range(2))
+    texts = [sample.text(first)]
+    gc.collect()
+    before = len(jax.live_arrays())
+    sample.compile(second)
+    texts.append(sample.text(second))
+    gc.collect()
+    assert len(jax.live_arrays()) <= before and texts[0] == texts[1]
 
 
 def test_weights_that_are_no_numbers_have_a_loss_that_is_none_and_no_sample(
