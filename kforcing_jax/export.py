@@ -41,6 +41,7 @@ def main(_: Sequence[str]) -> None:
 
     import jax
 
+    from kforcing_jax.data.beside_tokenizers import template_in
     from kforcing_jax.interop import huggingface, official
     from kforcing_jax.training.checkpoints import finished_stages, load_stage
     from kforcing_jax.workdir import Workdir
@@ -51,8 +52,8 @@ def main(_: Sequence[str]) -> None:
     model, params = load_stage(workdir, stage, tokenizer)
     note = note_of(workdir.config, stage, tokenizer)
     if is_folder:
-        base = base_of(workdir.config) if model.cfg.is_gated else None
-        huggingface.save(output, model, params, tokenizer, **note, base=base)
+        note["base"] = base_of(workdir.config) if model.cfg.is_gated else None
+        huggingface.save(output, model, params, tokenizer, chat_template=template_in(workdir.data_path), **note)
     else:
         official.save(output, model, params, **note)
     size, vocab_size = sum(leaf.size for leaf in jax.tree.leaves(params)), model.cfg.vocab_size

@@ -53,7 +53,7 @@ _REQUEST_TIMEOUT = flags.DEFINE_float("request_timeout", 600, "Seconds that a re
 _DRAIN_SECONDS = flags.DEFINE_float("drain_seconds", 30, "After SIGTERM, for what has begun.", lower_bound=0)
 _NAME = flags.DEFINE_string("name", None, "Of the model, for clients; by default that of the directory or file.")
 _CHAT_TEMPLATE = flags.DEFINE_string(
-    "chat_template", None, "A .jinja, or a folder that has one; by default the tokenizer's."
+    "chat_template", None, "A .jinja, or a folder that has one; by default that of training, or the tokenizer's."
 )
 _API_KEY = flags.DEFINE_string("api_key", None, "That clients have to have; KFORCING_API_KEY says it unseen.")
 
@@ -256,11 +256,13 @@ def _template(loaded):
     if _CHAT_TEMPLATE.value:
         if loaded.tokenizer is None:
             raise ConfigError("--chat_template has no effect without a tokenizer; give --tokenizer")
-        return ChatTemplate.load(expanded(_CHAT_TEMPLATE.value))
+        return ChatTemplate.load(expanded(_CHAT_TEMPLATE.value)).of(loaded.tokenizer)
     of_model = loaded.tokenizer.of_model if loaded.tokenizer else None
-    if of_model and of_model.chat_template:
-        return ChatTemplate(of_model.chat_template, dict(of_model.tokens))
-    return ChatTemplate.find(loaded.tokenizer_folder) if loaded.tokenizer_folder else None
+    # Beside the data of a run it is the one of training, which need not be that of the model.
+    found = ChatTemplate.find(loaded.tokenizer_folder) if loaded.tokenizer_folder else None
+    if found is None and of_model and of_model.chat_template:
+        found = ChatTemplate(of_model.chat_template)
+    return found.of(loaded.tokenizer) if found and of_model else found
 
 
 def _engine(loaded: Loaded):

@@ -67,7 +67,12 @@ class ChatTemplate:
         write_text(folder / TEMPLATE, self.source)
 
     def of(self, tokenizer: Tokenizer) -> "ChatTemplate":
-        """The template with the beginning and end of texts of a tokenizer, where its own folder names none."""
+        """The template with the beginning and end of texts of a tokenizer, where its own folder names none.
+
+        A model's tokenizer says all of them, so that training and serving take the same.
+        """
+        if tokenizer.of_model:
+            return dataclasses.replace(self, tokens=self.tokens | dict(tokenizer.of_model.tokens))
         ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
         known = {name: tokenizer.backend.id_to_token(i) for name, i in ids.items() if i is not None}
         return dataclasses.replace(self, tokens={name: text for name, text in known.items() if text} | self.tokens)

@@ -42,6 +42,7 @@ def save(
     params: dict,
     tokenizer: Tokenizer | None = None,
     largest_file: int = _LARGEST_FILE,
+    chat_template: str | None = None,
     **note: object,
 ) -> None:
     """Writes a model of the Llama family, or a gated student of any backbone, into a new folder, whole or not at all.
@@ -50,6 +51,7 @@ def save(
       folder: its parent is there, itself it is not, or is empty.
       tokenizer: that comes along, if there is one.
       largest_file: bytes from which on weights are split over several files.
+      chat_template: of the tokenizer (Jinja), instead of the one that it came with.
       note: entries of `official.NOTES`; those that are None are left out. mask_id, cdf_order and, of gated students,
         adapter_rank, weights_dtype and base_digest are those of the model.
 
@@ -71,7 +73,7 @@ def save(
             config = fields | _ids(tokenizer) | {"torch_dtype": "float32", NOTE: note}
             (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         if tokenizer:
-            _as_of_model(tokenizer, model.cfg.vocab_size).save(temporary / "tokenizer.json")
+            _as_of_model(tokenizer, model.cfg.vocab_size, chat_template).save(temporary / "tokenizer.json")
         if target.exists():
             target.rmdir()
         temporary.rename(target)
@@ -182,10 +184,13 @@ def _ids(tokenizer) -> dict[str, int]:
     return {"eos_token_id": tokenizer.eos_id} | ({} if tokenizer.bos_id is None else {"bos_token_id": tokenizer.bos_id})
 
 
-def _as_of_model(tokenizer: Tokenizer, vocab_size: int) -> Tokenizer:
+def _as_of_model(tokenizer: Tokenizer, vocab_size: int, chat_template: str | None) -> Tokenizer:
     """What it says of itself then stands beside it."""
-    if tokenizer.of_model:
-        return tokenizer
+    said = tokenizer.of_model or _said(tokenizer, vocab_size)
+    return Tokenizer(tokenizer.backend, said._replace(chat_template=chat_template or said.chat_template))
+
+
+def _said(tokenizer, vocab_size) -> ModelTokens:
     ids = {
         "bos_token": tokenizer.bos_id,
         "eos_token": tokenizer.eos_id,
@@ -193,4 +198,4 @@ def _as_of_model(tokenizer: Tokenizer, vocab_size: int) -> Tokenizer:
         MASK_NAME: tokenizer.mask_id,
     }
     tokens = tuple((name, str(tokenizer.backend.id_to_token(i))) for name, i in ids.items() if i is not None)
-    return Tokenizer(tokenizer.backend, ModelTokens(vocab_size, tokens, tokenizer.begins_documents))
+    return ModelTokens(vocab_size, tokens, tokenizer.begins_documents)

@@ -6,7 +6,7 @@ import pytest
 
 from kforcing_jax.config import DataConfig
 from kforcing_jax.data.chat_template import ChatTemplate
-from kforcing_jax.data.tokenizers import train_tokenizer
+from kforcing_jax.data.tokenizers import ModelTokens, Tokenizer, train_tokenizer
 from kforcing_jax.errors import DataError
 
 SOURCE = (
@@ -131,3 +131,14 @@ def test_the_names_of_special_tokens_come_from_the_tokenizer_where_the_folder_ha
     assert template.render(MESSAGES[1:]) == "[user]hi!>"
     template.save(tmp_path)
     assert ChatTemplate.find(tmp_path) == template
+
+
+def test_a_models_tokenizer_says_the_names_in_training_as_in_serving(tmp_path):
+    """Also one that it does not put before texts, and where a template's own folder has another."""
+    said = ModelTokens(8, (("bos_token", "<s>"), ("eos_token", "</s>")), adds_bos=False)
+    tokenizer = Tokenizer(train_tokenizer(DataConfig(), ["abc"]).backend, said)
+    template = ChatTemplate("{{ bos_token }}" + SOURCE, {"eos_token": "!"}).of(tokenizer)
+    assert template.render(MESSAGES[1:]) == "<s>[user]hi</s>>"
+    tokenizer.save(tmp_path / "tokenizer.json")
+    template.save(tmp_path)
+    assert ChatTemplate.find(tmp_path).render(MESSAGES[1:]) == "<s>[user]hi</s>>"

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from commands import refused, run_command
 from micro import CONFIG_FILE, micro_config_dict
+from trained_runs import chat_run
 
 from kforcing_jax.config import parse
-from kforcing_jax.interop import official
+from kforcing_jax.interop import huggingface, official
 from kforcing_jax.models import CausalLM, PushForwardLM
 from kforcing_jax.sharding import make_mesh
 from kforcing_jax.training import curriculum
@@ -77,6 +78,13 @@ def test_a_gated_student_of_our_own_backbone_is_a_folder_that_adds_to_the_export
     there = run_command("generate", f"--workdir={tmp_path / 'run'}", *asked)
     assert json.loads(here.out)["tokens"] == json.loads(there.out)["tokens"]
     refused(run_command("generate", f"--checkpoint={student}", *asked), "give that as the base")
+
+
+def test_the_template_of_training_comes_along_and_not_the_models(tmp_path):
+    path = chat_run(tmp_path, "mine: {{ messages[0].content }}")
+    out = run_command("export", f"--workdir={path}", f"--output={tmp_path / 'model'}")
+    assert out.status == 0, out.err
+    assert huggingface.tokenizer(tmp_path / "model").of_model.chat_template == "mine: {{ messages[0].content }}"
 
 
 def test_what_there_is_no_stage_or_run_for_is_refused_and_nothing_is_written(run, tmp_path):

@@ -71,6 +71,13 @@ def test_the_tokenizer_comes_along(tmp_path):
     assert huggingface.chat_template(tmp_path / "ours") == huggingface.chat_template(teacher)
 
 
+def test_a_tokenizer_that_came_with_no_model_takes_the_template_of_its_data_along(tmp_path):
+    model, params = huggingface.load(write_folder(tmp_path / "theirs", FAMILIES["llama"]))
+    own = train_tokenizer(DataConfig(tokenizer="characters", vocab_size=61), ["abc"])
+    huggingface.save(tmp_path / "ours", model, params, own, chat_template="{{ messages }}")
+    assert huggingface.tokenizer(tmp_path / "ours").of_model.chat_template == "{{ messages }}"
+
+
 @pytest.fixture
 def student(tmp_path):
     """Of a model with an order, ordinary."""
@@ -183,24 +190,57 @@ def test_the_same_weights_in_half_precision_files_are_the_same_base(tmp_path):
     equal(huggingface.load_student(tmp_path / "k2", tmp_path / "f32")[1], params)
 
 
-@pytest.mark.parametrize("wrong", ["cut", "another rank", "missing", "no note"])
+def first_as(change):
+    """A change of the first tensor of a file, and none of its notes."""
+
+    def changed(tensors, notes):
+        name = min(tensors)
+        return tensors | {name: change(tensors[name])}, notes
+
+    return changed
+
+
+def with_rank(tensors, notes, rank=3):
+    note = json.loads(notes["kforcing_jax"]) | {"adapter_rank": rank}
+    return tensors, {"kforcing_jax": json.dumps(note)}
+
+
+DAMAGED_ADAPTERS = {
+    "another rank": (with_rank, r"expected \(.*3"),
+    "missing": (lambda tensors, notes: (without_last(tensors), notes), "missing"),
+    "no note": (lambda tensors, _: (tensors, None), "does not say"),
+    "a nested note": (lambda tensors, _: (tensors, {"kforcing_jax": "[" * 100_000}), "damaged"),
+    "whole numbers": (first_as(lambda tensor: tensor.astype(np.int32)), "numbers of type I32 are not read"),
+    "not finite": (first_as(lambda tensor: tensor * np.nan), r"adapter\.safetensors: backbone.* not finite"),
+}
+
+
+def without_last(tensors):
+    return dict(list(tensors.items())[:-1])
+
+
+@pytest.mark.parametrize("wrong", DAMAGED_ADAPTERS)
 def test_an_adapter_that_is_damaged_is_refused(tmp_path, wrong):
+    base, (change, said) = write_folder(tmp_path / "base", FAMILIES["llama"]), DAMAGED_ADAPTERS[wrong]
+    huggingface.save(tmp_path / "k2", *gated(base, 2), base=str(base), **TRAINED)
+    file = tmp_path / "k2" / "adapter.safetensors"
+    tensors, notes = change(load_file(file), read_header(file)[1])
+    save_file(tensors, file, metadata=notes)
+    with pytest.raises(CheckpointFormatError, match=said) as raised:
+        huggingface.load_student(tmp_path / "k2")
+    assert "\n" not in str(raised.value)
+
+
+def test_an_adapter_that_is_cut_is_named_once(tmp_path):
     base = write_folder(tmp_path / "base", FAMILIES["llama"])
     huggingface.save(tmp_path / "k2", *gated(base, 2), base=str(base), **TRAINED)
     file = tmp_path / "k2" / "adapter.safetensors"
-    tensors, notes = load_file(file), read_header(file)[1]
-    if wrong == "cut":
-        file.write_bytes(file.read_bytes()[:-50])
-    elif wrong == "another rank":
-        note = json.loads(notes["kforcing_jax"]) | {"adapter_rank": 3}
-        save_file(tensors, file, metadata={"kforcing_jax": json.dumps(note)})
-    elif wrong == "missing":
-        tensors.popitem()
-        save_file(tensors, file, metadata=notes)
-    else:
-        save_file(tensors, file)
-    said = {"cut": "cut short", "another rank": r"expected \(.*3", "missing": "missing", "no note": "does not say"}
-    with pytest.raises(CheckpointFormatError, match=said[wrong]):
+    file.write_bytes(file.read_bytes()[:-50])
+    with pytest.raises(CheckpointFormatError, match="is cut short") as raised:
+        huggingface.load_student(tmp_path / "k2")
+    assert str(raised.value).count(str(file)) == 1
+    file.write_bytes((29).to_bytes(8, "little") + b'{"__metadata__": ["not one"]}')
+    with pytest.raises(CheckpointFormatError, match="its notes are no object"):
         huggingface.load_student(tmp_path / "k2")
 
 

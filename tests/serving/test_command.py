@@ -11,9 +11,11 @@ from commands import refused, run_command
 from interop.families import TEACHER, write_teacher
 from micro import micro_config
 from serving_process import Serving
+from trained_runs import chat_run
 
 from kforcing_jax.decoding import memory
 from kforcing_jax.errors import ConfigError
+from kforcing_jax.serving import plan
 from kforcing_jax.sharding import make_mesh
 from kforcing_jax.training import curriculum
 from kforcing_jax.workdir import Workdir
@@ -101,6 +103,22 @@ def test_slots_are_counted_once_the_stacked_weights_are_gone(tmp_path, monkeypat
     result = run_command("serve", f"--checkpoint={folder}", "--port=0", "--max_length=16")
     assert result.status == 2 and "16 slots were asked for" in result.err, result.err
     assert shapes.count((32, 52)) == 2 * 2 and (2, 32, 52) not in shapes
+
+
+def test_a_run_is_served_with_the_template_of_its_training_and_not_with_the_models(tmp_path, monkeypatch):
+    own = "{{ bos_token }}{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    path = chat_run(tmp_path, own)
+    (tmp_path / "flag.jinja").write_text("{{ eos_token }}")
+    said = []
+
+    def served(**fields):
+        said.append(fields["chat_template"].render([{"role": "user", "content": "hi"}]))
+        raise ConfigError("that is all")
+
+    monkeypatch.setattr(plan, "Served", served)
+    for flags in ([], [f"--chat_template={tmp_path / 'flag.jinja'}"]):
+        refused(run_command("serve", f"--workdir={path}", "--slots=1", "--port=0", *flags), "that is all")
+    assert said == ["<|im_start|>hi<|im_end|>", "<|im_end|>"]
 
 
 def test_a_port_that_is_taken_is_refused_before_anything_is_loaded(run):
