@@ -108,6 +108,8 @@ def read_header(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
                 raise CheckpointFormatError(f"{file} is cut short, or no safetensors file")
             header = json.loads(opened.read(length))
         notes = header.pop("__metadata__", None) or {}
+        if not isinstance(notes, dict):
+            raise ValueError("its notes are no object")
         tensors = dict(_tensors(file, header, 8 + length))
     except OSError as error:
         raise CheckpointFormatError(f"{file} cannot be read: {error.strerror or error}") from None

@@ -110,9 +110,10 @@ def _placed(teacher, params, cfg, mesh) -> dict:
 
 
 def _note_of(adapter) -> dict[str, Any]:
+    said = read_header(adapter)[1].get(NOTE, "{}")
     try:
-        note = json.loads(read_header(adapter)[1].get(NOTE, "{}"))
-    except ValueError as error:
+        note = json.loads(said)
+    except (ValueError, TypeError, RecursionError) as error:
         raise CheckpointFormatError(f"{adapter} is damaged ({error})") from None
     if not isinstance(note, dict) or "adapter_rank" not in note:
         raise CheckpointFormatError(f"{adapter} does not say what it adds to which teacher")
@@ -131,6 +132,9 @@ def _own(adapter, cfg, mesh) -> dict:
         raise CheckpointFormatError(
             f"{ADAPTER}: {wrong[0]} is {there.get(wrong[0], 'missing')}, expected {expected.get(wrong[0], 'none')}"
         )
+    unread = sorted({tensor.dtype for tensor in tensors.values() if not tensor.is_readable})
+    if unread:
+        raise CheckpointFormatError(f"{ADAPTER}: numbers of type {', '.join(unread)} are not read, only floating ones")
     leaves = {path: _in_order(path, tensors[".".join(path)], cfg) for path in shapes}
     placed = [
         jax.device_put(leaf, sharding)
@@ -141,5 +145,7 @@ def _own(adapter, cfg, mesh) -> dict:
 
 def _in_order(path, tensor: Tensor, cfg) -> np.ndarray:
     leaf = np.array(tensor.rows(), np.float32)
+    if not np.isfinite(leaf).all():
+        raise CheckpointFormatError(f"{ADAPTER}: {'.'.join(path)} holds values that are not finite; it is of no use")
     is_of_tokens = "output_delta" in path and path[-1] != "down" and cfg.cdf_order is not None
     return leaf[..., cfg.cdf_order.tokens_V] if is_of_tokens else leaf
