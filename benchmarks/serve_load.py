@@ -18,6 +18,7 @@ import asyncio
 import contextlib
 import datetime
 import json
+import math
 import re
 import subprocess
 import sys
@@ -135,7 +136,7 @@ def at_rising_rates(load: Load) -> list[dict]:
             for mode, found in rounds.items():
                 found.append(load.open_loop(mode, due_N))
         ratios = [
-            k4["useful_tokens_per_second"] / ar["useful_tokens_per_second"]
+            k4["useful_tokens_per_second"] / (ar["useful_tokens_per_second"] or math.nan)
             for ar, k4 in zip(rounds["ar"], rounds["k4"], strict=True)
         ]
         by_mode = {mode: spread(found) for mode, found in rounds.items()}

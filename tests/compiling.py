@@ -26,5 +26,7 @@ def count_compilations():
             compiled.append(about.get("fun_name", name))
 
     jax.monitoring.register_event_duration_secs_listener(listen)
-    yield compiled
-    jax.monitoring.unregister_event_duration_listener(listen)
+    try:
+        yield compiled
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)

@@ -59,7 +59,8 @@ class Streaming(FakeEngine):
 
 
 def test_modes_take_the_same_requests_until_none_keeps_up(start, tmp_path):
-    running = start(Streaming(slots=4, max_length=64, k=4))
+    # So many that a machine that stands still for a moment refuses nobody.
+    running = start(Streaming(slots=4, max_length=64, k=4), most_waiting=1024)
     flags = ("--rounds=2", "--seconds=0.5", "--first_rate=20", "--factor=10", "--most_rates=2")
     plot = tmp_path / "load.svg"
     command = [sys.executable, str(BENCHMARK), f"--url={running.url}", *flags, f"--plot={plot}", "--json"]

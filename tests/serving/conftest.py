@@ -34,7 +34,8 @@ class Running:
         }
         served |= {name: settings.pop(name) for name in list(settings) if name in served}
         self.engine, self.tokenizer = engine, tokenizer
-        self.scheduler = Scheduler(engine, most_waiting=settings.pop("most_waiting", 64))
+        clock = settings.pop("clock", time.monotonic)
+        self.scheduler = Scheduler(engine, most_waiting=settings.pop("most_waiting", 64), clock=clock)
         self.metrics = Metrics("fake")
         self.metrics.watch(lambda: self.scheduler.running, lambda: self.scheduler.waiting, lambda: 0.5, engine.slots)
         eos_id = tokenizer.eos_id if tokenizer else None
@@ -59,7 +60,7 @@ class Running:
         """Whether every slot is free and nothing waits."""
         return (self.scheduler.running, self.scheduler.waiting, self.engine.free_slots) == (0, 0, self.engine.slots)
 
-    def wait_until(self, condition, seconds=10):
+    def wait_until(self, condition, seconds=60):
         """Fails when a condition does not come true in time."""
         ends = time.monotonic() + seconds
         while not condition():

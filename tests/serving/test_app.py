@@ -383,11 +383,10 @@ def test_the_time_of_a_token_leaves_out_those_that_came_first_at_once(start):
 
 
 def test_what_is_dropped_is_counted_with_what_it_cost(start):
-    running = start(FakeEngine(slots=1, k=1, max_length=500, seconds=0.005))
-    with httpx.stream(
-        "POST", f"{running.url}/v1/completions", json=dict(prompt="abc", max_tokens=400, stream=True)
-    ) as r:
-        next(r.iter_lines())
+    running = start(FakeEngine(slots=1, k=1, max_length=30_000, seconds=0.005))
+    asked = dict(prompt="abc", max_tokens=29_000, stream=True, ignore_eos=True)
+    with httpx.stream("POST", f"{running.url}/v1/completions", json=asked) as response:
+        next(response.iter_lines())
     running.wait_until(running.is_idle)
     running.wait_until(
         lambda: 'finished_reason="abort",model_name="fake"} 1.0' in httpx.get(f"{running.url}/metrics").text
