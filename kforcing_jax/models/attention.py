@@ -21,7 +21,8 @@ group are: row g R + r of a key head is token g under the r-th of R query heads.
 | -------------- | ------------------------------- | ---------------------------------------------------------------- |
 | dense          | short texts                     | all pairs, one softmax                                           |
 | blockwise      | anywhere                        | blocks of anchors, each against the keys up to its own end       |
-| splash         | TPU, texts of 128 i positions   | the stock flash kernel over the prefix, merged with the group    |
+| splash         | TPU, texts of 128 i positions,  | the stock flash kernel over the prefix, merged with the group    |
+|                | few enough rows a position      |                                                                  |
 | cudnn          | GPU, half precision, bare text  | the stock flash kernel; a group of one needs no merging          |
 """
 
@@ -117,7 +118,7 @@ def choose_implementation(
     serves = {
         "dense": True,
         "blockwise": True,
-        "splash": sliding is None and splash.fits(q_BxAxGxHxC.shape),
+        "splash": sliding is None and splash.fits(q_BxAxGxHxC, q_BxAxGxHxC.shape[3] // prefix.key.shape[2]),
         "cudnn": platform() == "gpu" and sliding is None and bare_text and q_BxAxGxHxC.dtype != jnp.float32,
     }
     if serves.get(wanted):

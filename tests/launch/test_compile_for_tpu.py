@@ -64,18 +64,41 @@ def test_attention_over_a_text_compiles_as_a_kernel_in_little_memory(dtype, leng
     own = KeyValue(*[array(batch, length, group - 1, heads, width)] * 2)
     segments = array(batch, length, dtype="int32") if segmented else None
 
+    compiled = compiled_kernels(mesh, q, own, text, segments)
+    scores = heads * (length * group) ** 2 * 4
+    arrays = 12 * length * group * heads * 2 * width * 4  # a dozen of the queries' size, padded to 128 lanes
+    assert compiled.memory_analysis().temp_size_in_bytes < max(scores / 6, arrays)
+
+
+def compiled_kernels(mesh, q, own, text, segments=None):
+    """Attention and its gradients, which are computed by the kernels."""
+
     def loss(q, own, text, segments):
-        precision = "highest" if dtype == "float32" else "default"
+        precision = "highest" if q.dtype == "float32" else "default"
         return group_attention(q, own, text, Causal(segments), precision=precision).astype(jnp.float32).sum()
 
     with jax.set_mesh(mesh):
         assert choose_implementation(q, own, text, Causal(), None) == "splash"
         compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(q, own, text, segments).compile()
-    text = compiled.as_text()
-    assert all(kernel in text for kernel in ("splash_mha_fwd", "splash_mha_dq", "splash_mha_dkv"))
-    scores = heads * (length * group) ** 2 * 4
-    arrays = 12 * length * group * heads * 2 * width * 4  # a dozen of the queries' size, padded to 128 lanes
-    assert compiled.memory_analysis().temp_size_in_bytes < max(scores / 6, arrays)
+    code = compiled.as_text()
+    assert all(kernel in code for kernel in ("splash_mha_fwd", "splash_mha_dq", "splash_mha_dkv"))
+    return compiled
+
+
+@pytest.mark.parametrize("dtype, sharing", [("float32", 4), ("bfloat16", 8)])
+def test_as_many_heads_over_the_same_keys_as_are_said_to_fit_do(dtype, sharing):
+    """With four tokens a group, 16 rows a position in f32 and 32 in bfloat16. One more head does not fit in f32."""
+    mesh = make_mesh(MeshConfig(data=1), list(tpu_mesh().devices.flat)[:1])
+
+    def array(*shape):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
+
+    text = KeyValue(*[array(1, 1024, 1, 128)] * 2)
+    own = KeyValue(*[array(1, 1024, 3, 1, 128)] * 2)
+    compiled_kernels(mesh, array(1, 1024, 4, sharing, 128), own, text)
+    with jax.set_mesh(mesh):
+        chosen = choose_implementation(array(1, 1024, 4, sharing + 1, 128), own, text, Causal(), None)
+    assert chosen == "blockwise"
 
 
 @pytest.mark.parametrize("mode", ["student", "ar"])

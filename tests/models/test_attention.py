@@ -202,6 +202,15 @@ def test_the_implementation_follows_the_wish_the_reach_and_the_length(length, re
     assert choose_implementation(q, *keys, reach, None, wanted) == chosen
 
 
+@pytest.mark.parametrize(
+    "dtype, sharing, chosen", [("float32", 4, "splash"), ("float32", 7, "blockwise"), ("bfloat16", 7, "splash")]
+)
+def test_more_rows_over_the_same_keys_than_a_tpu_has_room_for_go_in_blocks(dtype, sharing, chosen):
+    text, own, q = ((1, 1024, 4, 128), (1, 1024, 3, 4, 128), (1, 1024, 4, 4 * sharing, 128))
+    text, own, q = (jax.ShapeDtypeStruct(shape, dtype) for shape in (text, own, q))
+    assert choose_implementation(q, KeyValue(own, own), KeyValue(text, text), Causal(), None, "splash") == chosen
+
+
 def compiled(implementation, length, group, gradient):
     """The compiled attention of windows over a text, or its gradient."""
     shape = (1, length, group, 2, 16)
