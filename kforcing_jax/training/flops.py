@@ -64,10 +64,18 @@ def delta_entries(model: BackboneConfig, vocab_size: int) -> int:
     return model.adapter_rank * sum(inputs + outputs for inputs, outputs in matrices)
 
 
-def attended_pairs(length: int, group: int) -> float:
-    """Query-key pairs of one head over one text, every position with a group of tokens (DESIGN: W N^2/2 + N W^2/2)."""
-    windows = group - 1
-    return group * length * (length + 1) / 2 + length * windows * (windows + 1) / 2
+def attended_pairs(length: int, group: int, past: int = 0, sliding_window: int = 0) -> float:
+    """Query-key pairs of one head over one text, every position with a group of tokens after `past` of its own.
+
+    Token j of the group at position t sees t + past + j tokens (DESIGN: W N^2/2 + N W^2/2 in all), or those of them
+    that a sliding window lets through.
+    """
+    width = sliding_window or length + past + group
+    pairs = 0.0
+    for before in range(past, past + group):
+        growing = min(max(width - before, 0), length)  # positions that see everything
+        pairs += growing * (growing + 1) / 2 + growing * before + (length - growing) * width
+    return pairs
 
 
 def _rollout_flops(config, vocab_size, window, teacher_window):
@@ -86,6 +94,6 @@ def _rollout_flops(config, vocab_size, window, teacher_window):
 def _pass_flops(config, vocab_size, group, past, drawn):
     """Forward FLOPs per position: `group` tokens that see half the text, `past` tokens of their anchor, each other."""
     model = config.model
-    pairs = attended_pairs(config.data.seq_len, group) / config.data.seq_len + group * past
+    pairs = attended_pairs(config.data.seq_len, group, past, model.sliding_window) / config.data.seq_len
     weights, width = model.block_entries, model.num_heads * model.head_width
     return 2 * model.num_layers * (group * weights + 2 * width * pairs) + 2 * drawn * model.d_model * vocab_size

@@ -49,7 +49,9 @@ def test_the_arithmetic_is_what_is_traced_up_to_masked_pairs_and_the_noise_encod
     assert 0.97 < traced_flops(config, name) / step_flops(config, name, VOCABULARY.vocab_size) < 1.3
 
 
-def test_attended_pairs_are_counted_one_by_one():
+@pytest.mark.parametrize("sliding_window", [0, 1, 3, 6, 20])
+@pytest.mark.parametrize("past", [0, 2])
+def test_attended_pairs_are_counted_one_by_one(past, sliding_window):
     length, group = 5, 3
-    pairs = sum(t + 1 + j for t in range(length) for j in range(group))
-    assert attended_pairs(length, group) == pairs
+    seen = [t + 1 + past + j for t in range(length) for j in range(group)]
+    assert attended_pairs(length, group, past, sliding_window) == sum(min(n, sliding_window or n) for n in seen)
