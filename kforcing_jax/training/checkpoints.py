@@ -161,10 +161,6 @@ class StageCheckpoints:
         restored = self._newest_good(self._set_aside, ema=abstract.ema, training=training, progress=None)
         return TrainState(ema=restored["ema"], **restored["training"]), restored["progress"]
 
-    def restore_ema(self, abstract: dict, last_step: int | None = None) -> dict:
-        """The newest good averaged weights, see `restore_newest`."""
-        return self.restore_newest(abstract, last_step)[0]
-
     def restore_newest(self, abstract: dict, last_step: int | None = None) -> tuple[dict, int]:
         """The newest good averaged weights and their step, of those up to a last one; nothing is renamed.
 

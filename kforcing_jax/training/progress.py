@@ -108,7 +108,7 @@ class StageLog:
         means = {name: sum(m[name] for m in self._since_report) / count for name in self._since_report[0]}
         each = (stepping - self._last_report) / count
         record = {"stage": self._stage, "step": step, "time": _now()} | means | self._workload.rates(step, each)
-        record |= {"seconds": round(self._spent.total, 2)} | self._seconds_by_part() | validation
+        record |= self._seconds() | validation
         record = {name: _finite(value) for name, value in record.items()}
         if jax.process_index() == 0:
             _append(self._path, record)
@@ -118,8 +118,11 @@ class StageLog:
         if validation:
             self._say_validation(step, validation)
 
-    def _seconds_by_part(self):
-        return {f"seconds_{part}": round(seconds, 2) for part, seconds in self._spent.parts.items()}
+    def _seconds(self):
+        """All of them, and by part."""
+        parts = self._spent.parts
+        by_part = {f"seconds_{part}": round(seconds, 2) for part, seconds in parts.items()}
+        return {"seconds": round(sum(parts.values()), 2)} | by_part
 
     def _eta(self, step, each):
         """Seconds to the last step: steps as the last ones, saving and validating as often and as long as so far."""

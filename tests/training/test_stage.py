@@ -71,7 +71,7 @@ def run(directory, stage, profile=None, **logging):
     settings = LoggingConfig(**({"log_every": 2, "checkpoint_every": 3} | logging))
     with StageCheckpoints(directory / "checkpoints", settings) as checkpoints:
         train(stage, mesh, checkpoints, directory / "metrics.jsonl", settings, profile=profile)
-        return checkpoints.restore_ema(abstract_on(stage.initial_params, replicated(mesh)))
+        return checkpoints.restore_newest(abstract_on(stage.initial_params, replicated(mesh)))[0]
 
 
 def latest_step(directory):
@@ -268,7 +268,7 @@ def test_seconds_by_part_add_up_and_go_on_after_an_interruption(tmp_path):
     run(tmp_path, validated(Validations()), validate_every=2)
     lines = records(tmp_path)
     for line in lines:
-        assert sum(line[part] for part in parts) == pytest.approx(line["seconds"], abs=0.05)
+        assert sum(line[part] for part in parts) == pytest.approx(line["seconds"], abs=0.031)  # six are rounded
     assert all(lines[-1][part] >= lines[0][part] for part in parts)
     assert lines[-1]["seconds_restoring"] > 0 and lines[-1]["seconds_saving"] > 0
 
@@ -334,11 +334,12 @@ def test_damaged_weights_are_passed_over_and_left_where_they_are(tmp_path, caplo
     damage(tmp_path / "checkpoints/7", "ema/_METADATA", "cut short")
     abstract = abstract_on({"w": jnp.zeros(3)}, replicated(make_mesh(ONE_DEVICE)))
     with StageCheckpoints(tmp_path / "checkpoints") as checkpoints:
-        assert np.isfinite(checkpoints.restore_ema(abstract)["w"]).all()
+        params, step = checkpoints.restore_newest(abstract)
+        assert np.isfinite(params["w"]).all() and step == 6
         assert checkpoints.latest_step == 7 and "taking that of step 6" in caplog.text
         damage(tmp_path / "checkpoints/6", "ema/_METADATA", "emptied")
         with pytest.raises(RunError, match=r"checkpoints/6 is damaged .* no good one before it"):
-            checkpoints.restore_ema(abstract)
+            checkpoints.restore_newest(abstract)
 
 
 def test_what_metrics_say_of_an_earlier_try_is_dropped(tmp_path):
