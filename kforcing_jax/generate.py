@@ -62,10 +62,10 @@ _STEP = flags.DEFINE_integer(
 )
 _SEED = flags.DEFINE_integer("seed", 0, "Noise seed of the first sample; the others count up.", lower_bound=0)
 _TAU = flags.DEFINE_float(
-    "tau", None, "Temperature, in [1e-6, 1000]; by default 1, or the nearest that the stage was trained with."
+    "tau", None, "Temperature, in [1e-6, 1000]; by default 1, or the nearest that the students were trained with."
 )
 _TOP_P = flags.DEFINE_float(
-    "top_p", None, "Draw from the fewest likeliest tokens of this probability; a student has that of its training."
+    "top_p", None, "Draw from the fewest likeliest tokens of this probability; by default that of students' training."
 )
 _FREQUENCY_PENALTY = flags.DEFINE_float("frequency_penalty", 0.0, "Logit penalty per earlier use of a token.")
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the blocks and their caches.")
@@ -192,10 +192,10 @@ def _from_run(path: str) -> Decoder:
     stage, k = choose_stage(workdir.config, stages[0], _MODE.value, K.value, _STAGE.value, stages[1])
     data, evaluation = workdir.config.data, workdir.config.evaluation
     settings = workdir.config.stages[stage]
-    # The teacher takes any temperature and nucleus.
+    # The teacher takes any temperature and nucleus, and by default those of its students.
     trained = (settings.tau_min, settings.tau_max) if settings.window else None
-    tau = choose_tau(_TAU.value, trained, _MODE.value)
-    top_p = _top_p(settings.top_p if settings.window else None)
+    tau = choose_tau(_TAU.value, trained, workdir.config.evaluation_tau, _MODE.value)
+    top_p = _top_p(_MODE.value if settings.window else "ar", workdir.config.top_p)
     if not PREFIX_FILE.value:
         _prompts(tokenizer, tokenizer.vocab_size, data.seq_len)  # before weights are loaded
     model, params, _ = load_checkpoint(workdir, stage, tokenizer, step=_STEP.value)
@@ -205,13 +205,12 @@ def _from_run(path: str) -> Decoder:
     return Decoder(stage, model, params, teacher, *known, tau, top_p)
 
 
-def _top_p(trained: float | None) -> float:
-    """That of the requests; `trained` is that of the student, None without one."""
+def _top_p(mode: str, trained: float) -> float:
+    """That of the requests; `trained` is that of the students."""
     from kforcing_jax.decoding.requests import top_p_for
 
     try:
-        mode = "ar" if trained is None else _MODE.value
-        return top_p_for(mode, _TOP_P.value, 1.0 if trained is None else trained)
+        return top_p_for(mode, _TOP_P.value, trained)
     except DataError as error:
         raise ConfigError(f"--{str(error).replace(' = ', '=', 1)}; modes ar and exact take any") from None
 
@@ -240,8 +239,8 @@ def _from_checkpoint() -> Decoder:
         print(f"the tokenizer {release.tokenizer} is not here: ids in, ids out", file=sys.stderr)
     k = released.tokens_per_pass(K.value)
     is_student = _MODE.value != "ar" and not isinstance(model, CausalLM)
-    tau = choose_tau(_TAU.value, released.tau_range if is_student else None, _MODE.value)
-    top_p = _top_p(released.top_p if is_student else None)
+    tau = choose_tau(_TAU.value, released.tau_range if is_student else None, released.usual_tau, _MODE.value)
+    top_p = _top_p(_MODE.value if is_student else "ar", released.top_p)
     name = _TEACHER.value if _MODE.value == "ar" and _TEACHER.value else path
     known = tokenizer, released.eos_id, k, released.seq_len, released.prefix_length
     return Decoder(name, model, params, teacher, *known, tau, top_p)

@@ -61,6 +61,8 @@ _API_KEY = flags.DEFINE_string("api_key", None, "That clients have to have; KFOR
 _CALLERS = 4
 _PACKAGES = ("fastapi", "jinja2", "prometheus_client", "uvicorn")
 _LOG = logging.getLogger("kforcing_jax")
+# Of files of models, which are no part of their names; versions (3.2) are.
+_ENDINGS = (".ckpt", ".gguf", ".pt", ".safetensors")
 # Programs are compiled for so many texts at a time, unless memory or --slots says otherwise.
 _MOST_SLOTS, _MOST_SLOTS_ON_A_CPU = 64, 16
 
@@ -77,7 +79,8 @@ class Loaded(NamedTuple):
     k: int
     seq_len: int | None
     tau_range: tuple[float, float] | None
-    top_p: float  # of the nucleus that a student's tokens are from
+    tau: float  # of requests that do not say
+    top_p: float  # of the nucleus that students' tokens are from
 
 
 def main(_: Sequence[str]) -> None:
@@ -139,16 +142,16 @@ def _from_run(path: str) -> Loaded:
         raise RunError(f"{workdir.path} has no stage with a checkpoint; run kforcing_jax.main on it again")
     name = _NAME.value or workdir.path.absolute().name
     mesh = _mesh(config.model)
-    student, k, tau_range, top_p = None, 1, None, 1.0
+    student, k, tau_range = None, 1, None
     if _STAGE.value != "ar" and (_STAGE.value or begun != ["ar"]):
         finished, unfinished = finished_stages(workdir), unfinished_stages(workdir)
         stage, k = choose_stage(config, finished, "student", K.value, _STAGE.value, unfinished)
         student = load_stage(workdir, stage, tokenizer, mesh)
-        tau_range, top_p = (config.stages[stage].tau_min, config.stages[stage].tau_max), config.stages[stage].top_p
+        tau_range = config.stages[stage].tau_min, config.stages[stage].tau_max
     has_own = student is not None and student[0].cfg.is_gated
     teacher = load_stage(workdir, "ar", tokenizer, mesh) if "ar" in begun and not has_own else None
     known = tokenizer, workdir.data_path, tokenizer.eos_id, k, config.data.seq_len
-    return Loaded(name, student, teacher, *known, tau_range, top_p)
+    return Loaded(name, student, teacher, *known, tau_range, config.evaluation_tau, config.top_p)
 
 
 def _from_checkpoint(path: str) -> Loaded:
@@ -171,7 +174,7 @@ def _from_checkpoint(path: str) -> Loaded:
         _LOG.info("no tokenizer is here: prompts are ids, and so are answers")
     folder = expanded(TOKENIZER.value) if TOKENIZER.value and expanded(TOKENIZER.value).is_dir() else None
     return Loaded(
-        _NAME.value or Path(path).stem,
+        _NAME.value or _name_of(path),
         student,
         teacher,
         released.tokenizer,
@@ -180,8 +183,15 @@ def _from_checkpoint(path: str) -> Loaded:
         released.tokens_per_pass(K.value),
         released.seq_len,
         released.tau_range,
+        released.usual_tau,
         released.top_p,
     )
+
+
+def _name_of(path: str) -> str:
+    """Of a folder as it is called, also where that is `.`; of a file without its ending."""
+    place = Path(os.path.abspath(expanded(path)))
+    return place.stem if place.suffix.lower() in _ENDINGS and not place.is_dir() else place.name
 
 
 def _mesh(*models: "Architecture"):
@@ -223,6 +233,7 @@ def _app(loaded: Loaded, engine, template, mode):
         mode=mode,
         confidence=_CONFIDENCE.value,
         tau_range=loaded.tau_range,
+        tau=loaded.tau,
         top_p=loaded.top_p,
         most_texts=max(_QUEUE.value // _CALLERS, 1),
         chat_template=template,

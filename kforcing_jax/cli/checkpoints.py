@@ -25,7 +25,9 @@ PREFIX_LENGTH = flags.DEFINE_integer(
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Prefixes that are completed at a time.", lower_bound=1)
 K = flags.DEFINE_integer("k", None, "Tokens per pass; the (largest) trained window by default.", lower_bound=1)
 NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, "How many continuations (of every prefix).", lower_bound=1)
-MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", None, "As many as the context holds by default.", lower_bound=1)
+MAX_NEW_TOKENS = flags.DEFINE_integer(
+    "max_new_tokens", None, "As many as the context holds by default, 1,024 at most.", lower_bound=1
+)
 
 
 def check_one_model(workdir: str | None) -> None:

@@ -15,6 +15,9 @@ from kforcing_jax.decoding.completions import Completions, Prefix, complete
 from kforcing_jax.errors import ConfigError, DataError, RunError
 from kforcing_jax.models import CausalLM, PushForwardLM
 
+# New tokens, unless more are wanted: the contexts of some models hold a hundred times as many, and so would the cache.
+_MOST_BY_DEFAULT = 1024
+
 
 class Prompt(NamedTuple):
     """What is continued: the number of the prompt or the line of its file, its text if it came as text, its tokens."""
@@ -199,7 +202,7 @@ def check_prefixes_fit(tokenizer: Tokenizer | None, length: int | None) -> None:
 
 
 def room_for(prompt_length: int, seq_len: int | None, wanted: int | None) -> int:
-    """New tokens after a prompt: `wanted`, or all that the context of `seq_len` holds.
+    """New tokens after a prompt: `wanted`, or all that the context of `seq_len` holds, `_MOST_BY_DEFAULT` at most.
 
     Raises:
       ConfigError: neither is known.
@@ -210,7 +213,7 @@ def room_for(prompt_length: int, seq_len: int | None, wanted: int | None) -> int
             raise ConfigError("--max_new_tokens is missing: nothing says how long the texts of this checkpoint are")
         return wanted
     room = seq_len - prompt_length
-    wanted = room if wanted is None else wanted
+    wanted = min(room, _MOST_BY_DEFAULT) if wanted is None else wanted
     if wanted > room or room < 1:
         raise DataError(
             f"a prompt of {prompt_length} tokens and {max(wanted, 1)} new ones exceed the cache of {seq_len} positions "

@@ -48,14 +48,16 @@ def _windows(config, names) -> dict[str, int]:
     return {name: config.stages[name].window for name in names if name != "ar"}
 
 
-def choose_tau(wanted: float | None, trained: tuple[float, float] | None, mode: str = "student") -> float:
-    """`wanted`, by default 1 or what is nearest to it. `trained` is the range that a student knows, if it is known.
+def choose_tau(
+    wanted: float | None, trained: tuple[float, float] | None, usual: float = 1.0, mode: str = "student"
+) -> float:
+    """`wanted`, by default `usual`. `trained` is the range that a student knows, if it is known.
 
     Raises:
       ConfigError: `wanted` is outside that range and mode is `student`, where it would have no effect that is known.
     """
-    least, most = trained or (wanted or 1.0, wanted or 1.0)
+    least, most = trained or (wanted or usual, wanted or usual)
     if mode == "student" and wanted is not None and not least <= wanted <= most:
         known = f"{least}" if least == most else f"{least} to {most}"
         raise ConfigError(f"--tau={wanted} is not a temperature that this student was trained with: {known}")
-    return min(max(1.0, least), most) if wanted is None else wanted
+    return usual if wanted is None else wanted

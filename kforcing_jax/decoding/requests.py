@@ -116,8 +116,8 @@ _OF_TEACHERS = {"top_k": 0, "top_p": 1.0, "logit_bias": {}, "logprobs": None, "p
 def top_p_for(mode: str, wanted: float | None, trained: float = 1.0) -> float:
     """The `top_p` of a request, from what is wanted and what the student was trained with.
 
-    A student's tokens are from that nucleus, so nothing is left to cut from them. Modes `ar` and `exact` take any: by
-    default 1 in `ar`, and the student's in `exact`, where a draft from a nucleus stands if the teacher draws from it.
+    A student's tokens are from that nucleus, so nothing is left to cut from them. Modes `ar` and `exact` take any, by
+    default the student's: a draft from a nucleus stands if the teacher draws from it, and `exact` is what `ar` gives.
 
     Raises:
       DataError: in mode `student`, another one than the student was trained with.
@@ -129,7 +129,7 @@ def top_p_for(mode: str, wanted: float | None, trained: float = 1.0) -> float:
                 "settled by the noise that goes in"
             )
         return 1.0
-    return {"ar": 1.0, "exact": trained}[mode] if wanted is None else wanted
+    return trained if wanted is None else wanted
 
 
 def check_count(name: str, value: int) -> None:

@@ -42,9 +42,11 @@ class Served:
       mode: of requests that do not say.
       confidence: of the student's requests that do not say.
       tau_range: temperatures that the student was trained with; None where nothing says so.
-      top_p: of the nucleus that the student's tokens are from; 1 where nothing says so.
+      top_p: of the nucleus that the student's tokens are from; 1 where nothing says so. Also of requests in modes `ar`
+        and `exact` that do not say.
       most_texts: that one request may ask for.
       chat_template: None where the tokenizer has none.
+      tau: of requests that do not say, in every mode; by default 1, or the nearest in `tau_range`.
     """
 
     name: str
@@ -57,6 +59,13 @@ class Served:
     most_texts: int
     chat_template: ChatTemplate | None
     top_p: float = 1.0
+    tau: float | None = None
+
+    @property
+    def usual_tau(self) -> float:
+        """The temperature of requests that do not say."""
+        least, most = self.tau_range or (1.0, 1.0)
+        return min(max(1.0, least), most) if self.tau is None else self.tau
 
     @property
     def ids(self) -> dict[str, str]:
@@ -233,9 +242,9 @@ def _others_take_any(served) -> str:
 
 
 def _tau(request, served, mode) -> float:
-    wanted, trained = request.temperature, None if mode == "ar" else served.tau_range
+    wanted, trained = request.temperature, served.tau_range
     if wanted is None:
-        return min(max(1.0, trained[0]), trained[1]) if trained else 1.0
+        return served.usual_tau
     if mode == "student" and (wanted == 0 or (trained and not trained[0] <= wanted <= trained[1])):
         raise ApiError(400, _untrained(wanted, trained, served), "temperature")
     if wanted == 0:

@@ -106,9 +106,9 @@ class Run:
     ) -> Generation:
         """Continues every prompt by up to `max_new_tokens` tokens, see `kforcing_jax.decoding.generate`.
 
-        What is not given is the stage's own: `k` its window, `tau` 1 or what is nearest to it of `tau_range`, `top_p`
-        that of a student; `seeds` count up from 0. The teacher of modes "ar" and "exact" is the run's; it takes any
-        `tau` and `top_p`.
+        What is not given: `k` is the stage's window; `tau` and `top_p` are the `evaluation_tau` and `top_p` of the
+        run's config in every mode, so that "exact" gives what "ar" gives; `seeds` count up from 0. The teacher of modes
+        "ar" and "exact" is the run's; it takes any `tau` and `top_p`.
 
         Args:
           prompts: texts, or ids as `encode` gives them.
@@ -139,7 +139,7 @@ class Run:
             eos_id=self.eos_id,
             dtype=dtype,
             slots=slots,
-            top_p=top_p_for("ar" if self.stage == "ar" else mode, top_p, self.top_p),
+            top_p=top_p_for("ar" if self.stage == "ar" else mode, top_p, self.config.top_p),
             exact_windows=exact_windows,
         )
 
@@ -150,13 +150,11 @@ class Run:
 
     def _known_tau(self, tau, mode):
         """A teacher's logits take any temperature; a student has to have been trained with it."""
-        if mode == "ar" or self.tau_range is None:
-            return 1.0 if tau is None else tau
-        least, most = self.tau_range
         if tau is None:
-            return min(max(1.0, least), most)
-        if mode == "exact":
+            return self.config.evaluation_tau
+        if mode != "student" or self.tau_range is None:
             return tau
+        least, most = self.tau_range
         wrong = [value for value in np.ravel(tau) if not least <= value <= most]
         if wrong:
             known = f"{least}" if least == most else f"{least} to {most}"

@@ -138,6 +138,7 @@ def test_a_folder_that_cannot_be_written_is_named(push_forward_lm, tokenizer, tm
 def test_new_tokens_are_what_fits_or_what_is_asked():
     assert room_for(6, 128, None) == 122
     assert room_for(6, 128, 10) == 10
+    assert room_for(6, 131_072, None) == 1024 and room_for(6, 131_072, 2000) == 2000
     assert room_for(6, None, 10) == 10
     with pytest.raises(DataError, match="6 tokens and 123 new ones exceed the cache of 128"):
         room_for(6, 128, 123)

@@ -15,6 +15,8 @@ from trained_runs import chat_run
 
 from kforcing_jax.decoding import memory
 from kforcing_jax.errors import ConfigError
+from kforcing_jax.interop import official
+from kforcing_jax.models import CausalLM, ModelConfig, init_params
 from kforcing_jax.serving import plan
 from kforcing_jax.sharding import make_mesh
 from kforcing_jax.training import curriculum
@@ -119,6 +121,23 @@ def test_a_run_is_served_with_the_template_of_its_training_and_not_with_the_mode
     for flags in ([], [f"--chat_template={tmp_path / 'flag.jinja'}"]):
         refused(run_command("serve", f"--workdir={path}", "--slots=1", "--port=0", *flags), "that is all")
     assert said == ["<|im_start|>hi<|im_end|>", "<|im_end|>"]
+
+
+def test_a_model_is_called_as_its_folder_or_file(tmp_path, monkeypatch):
+    names = []
+
+    def served(**fields):
+        names.append(fields["name"])
+        raise ConfigError("that is all")
+
+    monkeypatch.setattr(plan, "Served", served)
+    folder = write_teacher(tmp_path / "Some-3.2-1B")
+    cfg = ModelConfig(vocab_size=5, mask_id=4, num_layers=1, d_model=8, num_heads=1)
+    official.save(tmp_path / "ar-1.5.safetensors", CausalLM(cfg), init_params(CausalLM(cfg), jax.random.key(0)))
+    for path in (folder, ".", tmp_path / "ar-1.5.safetensors"):
+        flags = [f"--checkpoint={path}", "--slots=1", "--max_length=16", "--port=0"]
+        assert "that is all" in run_command("serve", *flags, cwd=folder).err
+    assert names == ["Some-3.2-1B", "Some-3.2-1B", "ar-1.5"]
 
 
 def test_a_port_that_is_taken_is_refused_before_anything_is_loaded(run):

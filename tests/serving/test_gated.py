@@ -20,13 +20,14 @@ from kforcing_jax.training.runs import load_run
 from kforcing_jax.workdir import Workdir
 
 SIZES = {"slots": 2, "max_length": 8, "k": 2}
+SAMPLED = {"steps": 5, "batch_size": 4, "learning_rate": 1e-2, "tau_min": 0.5, "tau_max": 0.7, "top_p": 0.6}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """The folder of a finished micro run whose students are gated."""
-    config = micro_config_dict()
-    config.model.adapter_rank = 2
+    """The folder of a finished micro run whose students are gated, and sampled as people sample."""
+    config = micro_config_dict(**{name: SAMPLED | {"window": k} for name, k in (("k1", 1), ("k2", 2))})
+    config.model.adapter_rank, config.evaluation.tau = 2, 0.6
     workdir = Workdir.claim(tmp_path_factory.mktemp("gated") / "micro", parse(config))
     curriculum.run(workdir, workdir.corpus(), make_mesh(workdir.config.mesh))
     return workdir.path
@@ -45,7 +46,7 @@ def test_a_run_of_a_gated_student_has_its_teacher(run, monkeypatch):
     ar, exact = (run.generate([[1, 2], [0]], mode=mode, **settings) for mode in ("ar", "exact"))
     two_passes = run.generate([[1, 2], [0]], mode="exact", exact_windows=0, **settings)
     monkeypatch.undo()
-    expected = generate(*load_stage(run.workdir, "ar", run.tokenizer), [[1, 2], [0]], **settings)
+    expected = generate(*load_stage(run.workdir, "ar", run.tokenizer), [[1, 2], [0]], tau=0.6, top_p=0.6, **settings)
     for found in (ar, exact, two_passes):
         np.testing.assert_array_equal(found.tokens, expected.tokens)
 
@@ -78,12 +79,15 @@ def loads(monkeypatch):
 
 
 def test_commands_read_a_gated_stage_and_no_teacher_beside_it(folder, loads):
-    flags, answers = [f"--workdir={folder}", "--prompt=012", "--seed=3", "--max_new_tokens=4", "--json"], []
+    flags, answers = [f"--workdir={folder}", "--prompt=012", "--num_samples=6", "--max_new_tokens=4", "--json"], []
     for more in (["--mode=ar"], ["--mode=exact"], ["--mode=exact", "--exact_windows=0"]):
         answers.append(json.loads(run_command("generate", *flags, *more).out)["text"])
         assert loads.count("ar") == 1  # the base of the student, or the teacher alone
         loads.clear()
-    assert answers[0] == answers[1] == answers[2]
+    assert answers[0] == answers[1] == answers[2], "all at what the students were trained with"
+    assert json.loads(run_command("generate", *flags, "--mode=ar", "--tau=1", "--top_p=1").out)["text"] != answers[0]
+    for same in (["--mode=ar", "--tau=0.6", "--top_p=0.6"], ["--stage=ar"]):
+        assert json.loads(run_command("generate", *flags, *same).out)["text"] == answers[0]
     refused(run_command("generate", *flags, "--exact_windows=1"), "--exact_windows has no effect with --mode=student")
     refused(run_command("generate", *flags, "--mode=exact", "--exact_windows=3"), "exact_windows = 3 should be")
 
@@ -93,7 +97,9 @@ def test_the_server_of_a_run_holds_a_gated_student_once(folder, loads, monkeypat
     monkeypatch.setattr("kforcing_jax.serving.server.serve", lambda app, bound, *_: (apps.append(app), bound.close()))
     result = run_command("serve", f"--workdir={folder}", "--slots=2", "--port=0", "--exact_windows=1")
     assert result.status == 0 and "modes student, ar, exact, windows of up to 2" in result.err
-    engine = apps[0].state.service.served.engine
+    served = apps[0].state.service.served
+    engine = served.engine
+    assert (served.tau_range, served.usual_tau, served.top_p) == ((0.5, 0.7), 0.6, 0.6)
     assert engine.models.names == ("student",) and engine.models.exact_windows == 1
     assert loads == ["k2", "ar"]
 

@@ -117,7 +117,7 @@ def test_the_usual_temperature_is_the_nearest_that_is_known(run):
         cool.generate(["0"], max_new_tokens=4, tau=1.0)
 
 
-def test_exact_text_is_from_the_nucleus_of_the_student_by_default(run):
+def test_all_modes_are_at_the_temperature_and_nucleus_of_the_students_by_default(folder, run):
     stages = {
         name: dataclasses.replace(run.config.stages[name], top_p=0.6, tau_min=0.7, tau_max=0.7) for name in ("k1", "k2")
     }
@@ -131,6 +131,9 @@ def test_exact_text_is_from_the_nucleus_of_the_student_by_default(run):
     )
     np.testing.assert_array_equal(exact, nucleus)
     assert (exact != whole).any()
+    alone = dataclasses.replace(load_run(folder, "ar"), workdir=narrow.workdir)
+    for ar in (narrow.generate(prompts, max_new_tokens=4, mode="ar"), alone.generate(prompts, max_new_tokens=4)):
+        np.testing.assert_array_equal(ar.tokens, exact)
     np.testing.assert_array_equal(
         *(narrow.generate(prompts, max_new_tokens=4, **given).tokens for given in ({}, {"top_p": 0.6}))
     )
