@@ -88,6 +88,8 @@ def _evaluate_checkpoint():
 
     assert CHECKPOINT.value is not None  # `check_one_model`
     released = open_released(CHECKPOINT.value, TOKENIZER.value, WEIGHTS.value, base=BASE.value)
+    if released.model.cfg.is_gated:
+        cli.refuse_flags(["teacher"], f"with {CHECKPOINT.value}, a student that has its teacher")
     teacher = open_teacher(_TEACHER.value, released) if _TEACHER.value else None
     completions = complete_prefixes(
         released.model,

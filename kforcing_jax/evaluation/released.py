@@ -14,6 +14,7 @@ from kforcing_jax.evaluation.scorer import Scorer
 from kforcing_jax.evaluation.text_metrics import new_tokens
 from kforcing_jax.interop.released import Released
 from kforcing_jax.models import CausalLM
+from kforcing_jax.models.gated import base_params
 
 
 def evaluate_released(
@@ -23,7 +24,7 @@ def evaluate_released(
 
     Returns:
       throughput and the texts' own figures always; sample_nll and sample_entropy with a teacher (an AR model is its
-      own); agreement, chance and block_agreement for a student with a teacher, at every position of the teacher's own
+      own, and a gated student has its own); agreement, chance and block_agreement for a student with a teacher, at every position of the teacher's own
       completions of the same prefixes; external with a scorer.
     """
     prompt_of = np.arange(len(completions.tokens)) // completions.samples_per_prefix
@@ -33,7 +34,7 @@ def evaluate_released(
     figures = {"tau": tau, "throughput": completions.throughput}
     figures |= text_report([new_tokens(row, length, end, tokenizer.eos_id) for row, end in rows], prompt_of)
     is_student = not isinstance(released.model, CausalLM)
-    teacher = teacher or (None if is_student else released)
+    teacher = teacher or _own_teacher(released)
     if teacher:
         assert isinstance(teacher.model, CausalLM)
         texts = completions.tokens, completions.lengths
@@ -44,6 +45,14 @@ def evaluate_released(
         samples = completions.tokens, completions.lengths, length, tokenizer
         figures["external"] = external_figures(scorer, *samples, prompt_of=prompt_of)
     return figures
+
+
+def _own_teacher(released) -> Released | None:
+    model = released.model
+    if isinstance(model, CausalLM):
+        return released
+    own = model.cfg.is_gated
+    return released._replace(model=model.text_model, params=base_params(released.params)) if own else None
 
 
 def _agreement(released, completions, teacher, tau):
