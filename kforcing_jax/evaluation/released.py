@@ -24,8 +24,8 @@ def evaluate_released(
 
     Returns:
       throughput and the texts' own figures always; sample_nll and sample_entropy with a teacher (an AR model is its
-      own, and a gated student has its own); agreement, chance and block_agreement for a student with a teacher, at every position of the teacher's own
-      completions of the same prefixes; external with a scorer.
+      own, and a gated student has its own); agreement, chance and block_agreement for a student with a teacher, at
+      every position of the teacher's own completions of the same prefixes; external with a scorer.
     """
     prompt_of = np.arange(len(completions.tokens)) // completions.samples_per_prefix
     tokenizer, length = released.tokenizer, completions.prefix_length
