@@ -372,10 +372,12 @@ class Config:
             self._check_teachers_temperatures(name)
         self._check_evaluations_temperature()
         self._check_one_top_p()
-        if self.model.weights_dtype != "float32" and not (self.stages["ar"].checkpoint and self.model.adapter_rank):
+        is_frozen = not self.stages["ar"].last_step and self.model.adapter_rank
+        if self.model.weights_dtype != "float32" and not is_frozen:
             raise ConfigError(
                 f'model.weights_dtype = "{self.model.weights_dtype}" should be "float32": weights are trained here; '
-                "only those of a stages.ar.checkpoint with gated students (model.adapter_rank) stay as they are"
+                "only those of a stages.ar.checkpoint, or of a stages.ar.init_from with stages.ar.steps = 0, stay as "
+                "they are, with gated students (model.adapter_rank)"
             )
         if self.evaluation.prompt_length + self.evaluation.new_tokens > self.data.seq_len:
             raise ConfigError(
@@ -588,7 +590,9 @@ def _check_student(name, stage, stages, seq_len):
     windows = {other.window for other in stages.values()}
     needs_earlier = window > 1 and not (stage.init_from and (stage.teacher == "ar" or stage.steps == 0))
     if needs_earlier and (window % 2 or window // 2 not in windows):
+        later = [f"stages.{other.replace('-', '_')} = none" for other, s in stages.items() if s.window >= window]
+        out = f"; it builds on k{window // 2}, and without that goes too: {', '.join(later)}"
         raise ConfigError(
             f"stages.{key}.window = {window} does not double the window of an earlier stage; "
-            f"windows go 1, 2, 4, ... (others given: {sorted(windows - {0, window})})"
+            f"windows go 1, 2, 4, ... (others given: {sorted(windows - {0, window})}){'' if window % 2 else out}"
         )

@@ -41,6 +41,8 @@ def test_stages_may_be_added_in_any_order(file):
 def test_the_first_student_is_added_as_the_teacher(file):
     config = given(file, "stages.k2=none", "stages.k1=none", "stages.ar.batch_size=8", "stages.k1.window=1")
     assert list(config.students) == ["k1"]
+    own = given(file, "stages.k2=none", "stages.k1=none", "stages.k1.window=1", "stages.k1.objective=distillation")
+    assert own.stages["k1"].objective == "distillation"
 
 
 def test_another_teacher_is_another_name_also_for_the_other_flags(file, caplog):
@@ -72,7 +74,11 @@ def test_a_stage_is_taken_out(file):
             ["stages.k2.steps=9", "stages.k2=none"],
             r"stages.k2.steps has no effect: stages.k2 = none leaves .* out",
         ),
-        (["stages.k1=none"], "stages.k2.window = 2 does not double the window of an earlier stage"),
+        (
+            ["stages.k1=none", "stages.k4.window=4"],
+            "stages.k2.window = 2 does not double the window of an earlier stage.*it builds on k1, and without that "
+            "goes too: stages.k2 = none, stages.k4 = none$",
+        ),
         (["stages.ar=none"], "stages.ar is missing"),
         (
             ["stages.k2_from_ar.window=2", "stages.k2.teacher=ar"],

@@ -87,7 +87,7 @@ def _add(stages, key, text):
         raise unknown_field(f"stages.{key}", stages)
     fields = {**stages[base], **_OWN, "window": window, "teacher": "ar" if key.endswith(_SUFFIX) else "previous"}
     if not stages[base].get("window", 0):
-        fields.pop("objective", None)  # of a teacher
+        fields["objective"] = ""  # not that of a teacher
     stages[key] = fields
     _LOG.info(f"stage {stage_name(key)} is new: window = {window}, all else as {stage_name(base)} unless given")
 

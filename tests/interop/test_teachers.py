@@ -158,9 +158,9 @@ def _flags(folder, teacher):
     return [f"--config={folder / 'config.py'}"]
 
 
-def claimed(folder, teacher):
+def claimed(folder, teacher, **model):
     """A work directory as `main` claims it, with the AR stage alone."""
-    config = config_of(teacher, write_text(folder))
+    config = config_of(teacher, write_text(folder), **model)
     for name in ("k1", "k2"):
         del config.stages[name]
     config = with_teacher(parse(config), folder / "run")
@@ -187,6 +187,21 @@ def test_a_run_has_the_teachers_weights_and_needs_the_folder_no_longer(tmp_path)
     curriculum.run(again, again.corpus(), mesh)
     with pytest.raises(CheckpointFormatError, match="cannot be read"):
         check_teacher_of(with_teacher(parse(config_of(folder)), tmp_path / "another run"))
+
+
+def test_the_teacher_of_another_run_stays_in_its_dtype(tmp_path):
+    model = {"adapter_rank": 2, "weights_dtype": "bfloat16"}
+    first = claimed(tmp_path, write_teacher(tmp_path / "teacher", dtype=BFLOAT16), **model)
+    ar = dataclasses.replace(first.config.stages["ar"], checkpoint="", init_from=str(first.path / "ar"), steps=0)
+    second = Workdir.claim(tmp_path / "second", dataclasses.replace(first.config, stages={"ar": ar}))
+    mesh = make_mesh(first.config.mesh)
+    for workdir in (first, second):
+        curriculum.run(workdir, workdir.corpus(), mesh)
+    theirs, ours = (load_stage(workdir, "ar", workdir.tokenizer())[1] for workdir in (first, second))
+    assert ours["backbone"]["blocks"]["mlp_in"]["kernel"].dtype == "bfloat16"
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+    with pytest.raises(ConfigError, match=r'model.weights_dtype = "bfloat16" should be "float32"'):
+        dataclasses.replace(first.config, stages={"ar": dataclasses.replace(ar, steps=5)})
 
 
 @pytest.mark.smoke
