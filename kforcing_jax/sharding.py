@@ -98,7 +98,7 @@ def make_mesh_that_fits(config: Config) -> Mesh:
 
 
 def check_divisible(config: Config, mesh: Mesh) -> None:
-    """Raises ConfigError when a batch or the model cannot be split evenly over the mesh."""
+    """Raises ConfigError when a batch of a stage that trains, or the model, cannot be split evenly over the mesh."""
     rows, fsdp, tensor = mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["fsdp"], mesh.shape["tensor"]
     heads = "num_kv_heads" if config.model.num_kv_heads else "num_heads"
     if config.model.kv_heads % tensor:
@@ -111,7 +111,7 @@ def check_divisible(config: Config, mesh: Mesh) -> None:
         )
     for name, stage in config.stages.items():
         field = f"stages.{name.replace('-', '_')}"
-        if stage.batch_size % (rows * stage.accumulation):
+        if stage.last_step and stage.batch_size % (rows * stage.accumulation):
             raise ConfigError(
                 f"{field}.batch_size = {stage.batch_size} is not divisible by mesh.data * mesh.fsdp * "
                 f"{field}.accumulation = {rows} * {stage.accumulation}"

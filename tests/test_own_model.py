@@ -28,9 +28,8 @@ TINY = [
     *(
         "--config.evaluation.confidences=0,0.5",
         "--config.evaluation.speed_batches=1",
-        "--config.stages.ar.batch_size=2",
+        "--config.logging.validation_rows=2",
     ),
-    *("--config.stages.ar.batch_size=2", "--config.logging.validation_rows=2"),
 ] + [
     f"--config.stages.{stage}.{field}"
     for stage in ("k1", "k2", "k4")
@@ -81,7 +80,9 @@ def test_a_newcomer_gets_from_a_folder_to_a_server_with_the_pages_commands(tmp_p
     before, student, _, exact, ar, adapter = texts
     assert len(before) == 1 and exact == ar and adapter == student
     assert (tmp_path / "mine_k2/adapter.safetensors").stat().st_size < 300_000
-    serving = Serving(f"--workdir={tmp_path / 'runs/mine'}", *_flags_of_serve(page), "--slots=1")
+    # In bfloat16 a draw may meet an edge of the rounding, on this processor or on that.
+    flags = [*_flags_of_serve(page), "--slots=1", "--dtype=float32"]
+    serving = Serving(f"--workdir={tmp_path / 'runs/mine'}", *flags)
     try:
         check_chats(serving.url)
     finally:

@@ -65,12 +65,13 @@ def run(workdir: Workdir, corpus: Corpus, mesh: Mesh, profile: ProfiledSteps | N
     check_divisible(workdir.config, mesh)
     names = ["ar", *workdir.config.students]
     if profile:
-        profile.check(max(stage.steps for stage in workdir.config.stages.values()))
+        profile.check(max(stage.last_step for stage in workdir.config.stages.values()))
     check_own_parts(workdir.config, run_vocabulary(workdir, corpus), corpus.segmented)
     sample_of(workdir.config, "ar", _model(workdir, corpus, "ar"), corpus)
     corpus.beginnings(1, workdir.config.evaluation.prompt_length)  # which the evaluation will want
-    for name in names:
-        corpus.check_batch_size(f"stages.{name.replace('-', '_')}.batch_size", workdir.config.stages[name].batch_size)
+    for name, stage in workdir.config.stages.items():
+        if stage.last_step:
+            corpus.check_batch_size(f"stages.{name.replace('-', '_')}.batch_size", stage.batch_size)
     with workdir.locked(), jax.set_mesh(mesh):
         for name in names:
             check_made_from(workdir, name, corpus)

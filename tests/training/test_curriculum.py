@@ -11,11 +11,12 @@ from micro import micro_config, micro_config_dict
 from trained_runs import train
 
 from kforcing_jax.config import parse
-from kforcing_jax.errors import DataError, RunError
+from kforcing_jax.errors import ConfigError, DataError, RunError
 from kforcing_jax.noise import CdfOrder
 from kforcing_jax.sharding import make_mesh
 from kforcing_jax.training import curriculum
 from kforcing_jax.training.checkpoints import finished_stages, load_stage
+from kforcing_jax.training.profiling import ProfiledSteps
 from kforcing_jax.training.recipes import predecessors
 from kforcing_jax.training.records import stage_progress
 from kforcing_jax.workdir import Workdir
@@ -122,6 +123,15 @@ def test_teachers_and_origins_follow_the_recipe():
 def test_a_batch_larger_than_the_corpus_is_refused_before_any_stage(tmp_path):
     with pytest.raises(DataError, match=r"stages\.k2\.batch_size = 49 is more than the 48 training rows"):
         train(tmp_path, micro_config(k2=dict(batch_size=49)))
+
+
+def test_a_stage_that_trains_nothing_has_no_batch_and_no_steps_to_profile(finished, tmp_path):
+    raw = micro_config_dict(ar=dict(init_from=str(finished[0].path), steps=0, batch_size=49))
+    raw.stages = {"ar": raw.stages.ar}
+    assert train(tmp_path / "ar", parse(raw))[0].summary()["stages"]["ar"]["steps"] == 0
+    imported = Workdir.claim(tmp_path / "imported", micro_config(ar=dict(checkpoint="x.ckpt", steps=1000)))
+    with pytest.raises(ConfigError, match="begins after step 5, the last one of the longest stage"):
+        curriculum.run(imported, finished[1], make_mesh(imported.config.mesh), ProfiledSteps(20, 25))
     assert not (tmp_path / "stages").exists()
 
 

@@ -204,5 +204,12 @@ def test_what_cannot_be_split_evenly_is_refused(stage, mesh, message):
         check_divisible(parse(raw), shape)
 
 
+def test_the_batch_of_a_stage_that_trains_nothing_is_not_split():
+    stages = {"ar": dict(checkpoint="x.ckpt", batch_size=6), "k1": dict(batch_size=8), "k2": dict(batch_size=8)}
+    check_divisible(
+        parse(micro_config_dict(**stages)), jax.sharding.AbstractMesh((1, 4, 1), ("data", "fsdp", "tensor"))
+    )
+
+
 def test_a_process_holds_all_rows_when_it_is_alone():
     assert process_share(mesh_of(data=4, tensor=2), 8) == (0, 1)
