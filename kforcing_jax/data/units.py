@@ -114,7 +114,7 @@ class Reader:
 
     def documents(self) -> Iterable[str]:
         """Texts in the order of the source; blank ones and repetitions are left out later."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no documents()")
 
     def distinct_documents(self) -> list[str]:
         """The documents that are not blank, each of them once.
@@ -123,7 +123,7 @@ class Reader:
           DataError: there are none, or they cannot be read.
         """
         try:
-            documents = list(self.documents())
+            documents = _texts(self.documents())
         except UserError:
             raise
         except Exception as error:  # of a source of one's own: anything can be raised
@@ -131,6 +131,8 @@ class Reader:
                 raise
             reason = " ".join(str(error).split())
             raise DataError(f"data.source = {self.config.source!r} fails: {type(error).__name__}: {reason}") from None
+        if is_own(self.config.source) and not any(map(str.strip, documents)):
+            raise DataError(f"data.source = {self.config.source!r} gives no text; its documents() should")
         return sources.distinct(documents, self.config.path)
 
     def files(self) -> Sequence[str]:
@@ -161,6 +163,17 @@ class Reader:
             )
         train, validation = split_at_random(self.config, self.seed, documents)
         return {"train": _in_parts(train), "validation": _in_parts(validation)}
+
+
+def _texts(documents: Iterable[str]) -> list[str]:
+    """As a list. Raises TypeError when they are no texts, or one text, which would be taken letter by letter."""
+    if isinstance(documents, str):
+        raise TypeError("documents() gives one text, it should give several: a list, or one by one")
+    documents = list(documents)
+    for document in documents:
+        if not isinstance(document, str):
+            raise TypeError(f"documents() gives {type(document).__name__} among its texts")
+    return documents
 
 
 class News(Reader):

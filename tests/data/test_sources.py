@@ -1,3 +1,4 @@
+import re
 import subprocess
 import zipfile
 from pathlib import Path
@@ -9,7 +10,7 @@ from kforcing_jax.config import DataConfig
 from kforcing_jax.data import sources
 from kforcing_jax.data.sources import clean_news, markov_chain, markov_rows
 from kforcing_jax.data.tokenizers import markov_tokenizer
-from kforcing_jax.data.units import encode_and_pack, reader
+from kforcing_jax.data.units import Reader, encode_and_pack, reader
 from kforcing_jax.data.wheels import sha256
 from kforcing_jax.errors import DataError
 
@@ -20,6 +21,30 @@ def documents(config):
 
 def text_config(path, **changes):
     return DataConfig(source="text_files", path=str(path), **changes)
+
+
+class Given(Reader):
+    """A source of one's own: what a test says."""
+
+    texts: list
+
+    def documents(self):
+        return self.texts
+
+
+@pytest.mark.parametrize(
+    ("texts", "says"),
+    [
+        (["a", 7], "fails: TypeError: documents() gives int among its texts"),
+        ("one text", "fails: TypeError: documents() gives one text, it should give several"),
+        (["", " "], "gives no text"),
+    ],
+)
+def test_what_a_source_of_ones_own_gives_and_should_not_is_named(texts, says, monkeypatch):
+    monkeypatch.setattr(Given, "texts", texts, raising=False)
+    source = f"{__name__}:Given"
+    with pytest.raises(DataError, match=re.escape(f"data.source = {source!r} {says}")):
+        documents(DataConfig(source=source))
 
 
 # What is damaged in the articles, one example of each rule.
