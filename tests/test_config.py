@@ -129,7 +129,8 @@ REFUSED = [
     (
         {"model__weights_dtype": "bfloat16", "model__adapter_rank": 8},
         'model.weights_dtype = "bfloat16" should be "float32": weights are trained here; only those of a '
-        "stages.ar.checkpoint with gated students (model.adapter_rank) stay as they are",
+        "stages.ar.checkpoint, or of a stages.ar.init_from with stages.ar.steps = 0, stay as they are, with gated "
+        "students (model.adapter_rank)",
     ),
     ({"stages__k1__teacher": "both"}, "stages.k1.teacher = 'both' is not one of previous, ar"),
     (
