@@ -25,7 +25,7 @@ from jax.sharding import Mesh, NamedSharding
 from kforcing_jax.decoding.logprobs import Logprobs
 from kforcing_jax.decoding.memory import Memory, bytes_left, check_memory, sharded_bytes
 from kforcing_jax.decoding.passes import Decoding, Models, slots_after_a_text
-from kforcing_jax.decoding.programs import Programs, Report
+from kforcing_jax.decoding.programs import Programs, Report, temporary_bytes
 from kforcing_jax.decoding.requests import Request, check_count, check_mode, is_whole_number
 from kforcing_jax.decoding.slots import Settings
 from kforcing_jax.errors import DataError
@@ -279,7 +279,7 @@ class Engine:
         return Memory(
             weights=sum(map(sharded_bytes, jax.tree.leaves(self.weights))),
             caches=self.programs.state_bytes,
-            programs=max((self.programs.temporary_bytes(*key) for key in self._compiled), default=0),
+            programs=max(map(temporary_bytes, self._compiled.values()), default=0),
             left=bytes_left(self.device),
         )
 
@@ -355,12 +355,12 @@ class Engine:
         if key not in self._compiled:
             self._compiled[key] = self.programs.compiled(*key)
             if self._state is not None:
-                self._check_memory(0, self.programs.temporary_bytes(*key))
+                self._check_memory(0, temporary_bytes(self._compiled[key]))
         return self._compiled[key]
 
     def _allocate(self):
         """Slots and caches, if the memory suffices for them and for the largest of the programs so far."""
-        temporary = max(self.programs.temporary_bytes(*key) for key in self._compiled)
+        temporary = max(map(temporary_bytes, self._compiled.values()))
         self._check_memory(self.programs.state_bytes, temporary)
         self._state = self._program(("empty",))()
 

@@ -65,8 +65,8 @@ class Programs:
         return _compiled(self, key)[1]
 
     def temporary_bytes(self, *key: Any) -> int:
-        """What a program needs on a device besides its arguments; 0 where the platform does not say."""
-        return _temporary_bytes(self, key)
+        """`temporary_bytes` of a program."""
+        return temporary_bytes(self.compiled(*key))
 
     @property
     def state_bytes(self) -> int:
@@ -214,9 +214,9 @@ def _compiled(programs: Programs, key: tuple) -> tuple[jax.stages.Compiled, floa
     return programs.lower(*key).compile(), time.perf_counter() - start
 
 
-@functools.lru_cache(maxsize=128)
-def _temporary_bytes(programs: Programs, key: tuple) -> int:
-    analysis = programs.compiled(*key).memory_analysis()
+def temporary_bytes(program: jax.stages.Compiled) -> int:
+    """What a program needs on a device besides its arguments; 0 where the platform does not say."""
+    analysis = program.memory_analysis()
     return 0 if analysis is None else analysis.temp_size_in_bytes
 
 

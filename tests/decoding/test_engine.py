@@ -1,6 +1,7 @@
 """The engine against step-by-step decoding, and what a request may and may not depend on."""
 
 import dataclasses
+import functools
 import itertools
 import weakref
 
@@ -380,6 +381,15 @@ def test_slots_are_as_many_as_fit(student, teacher, monkeypatch):
     monkeypatch.setattr(memory, "bytes_left", lambda device: 10_000)
     with pytest.raises(RunError, match="1 slots of 128 positions take"):
         memory.slots_that_fit(engine_of, 3, ["ar"])
+
+
+def test_memory_is_told_of_what_is_compiled_and_nothing_compiles_again(student, monkeypatch):
+    """However many programs there are."""
+    monkeypatch.setattr(programs, "_compiled", functools.lru_cache(maxsize=1)(programs._compiled.__wrapped__))
+    engine = Engine(student=student, slots=1, max_length=LONGEST, k=K)
+    engine.warm_up(["student"])
+    monkeypatch.setattr(programs.Programs, "compiled", lambda *_: pytest.fail("compiled again"))
+    assert engine.memory.programs > 0
 
 
 @pytest.mark.parametrize("shape", [{"data": 2, "tensor": 2}, {"data": 1, "fsdp": 2, "tensor": 2}])
