@@ -4,6 +4,7 @@ import dataclasses
 
 from kforcing_jax.decoding.passes import Models
 from kforcing_jax.models import ModelConfig
+from kforcing_jax.models.gated import delta_size
 
 _F32 = 4
 _BYTES = {"float32": 4, "bfloat16": 2}
@@ -81,21 +82,14 @@ def _head_cost(cfg, slots, rows):
 
 
 def _head_delta_cost(cfg, slots, rows):
-    numbers = _delta_size(cfg, cfg.d_model, cfg.vocab_size)
+    numbers = delta_size(cfg.adapter_rank, cfg.d_model, cfg.vocab_size)
     return Cost(2 * slots * rows * numbers, numbers * _F32)
 
 
 def _deltas_cost(cfg, slots, rows):
     """What noise rows add to the matrices of the blocks."""
-    numbers = cfg.num_layers * sum(_delta_size(cfg, *shape) for shape in cfg.matrices)
+    numbers = cfg.num_layers * sum(delta_size(cfg.adapter_rank, *shape) for shape in cfg.matrices)
     return Cost(2 * slots * rows * numbers, numbers * _BYTES[cfg.dtype])
-
-
-def _delta_size(cfg, inputs, outputs):
-    """Entries of the matrices that a noise row multiplies with beside one of the teacher's."""
-    if not cfg.is_gated:
-        return 0
-    return inputs * outputs if cfg.adapter_rank < 0 else cfg.adapter_rank * (inputs + outputs)
 
 
 def _noise(models, slots, rows):

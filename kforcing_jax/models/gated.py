@@ -9,6 +9,8 @@ from typing import Any
 
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from kforcing_jax.config import FULL_RANK
+
 
 def is_own(path: tuple[str, ...]) -> bool:
     """Whether a leaf, by its path of names, is the student's own."""
@@ -38,3 +40,8 @@ def in_weights_dtype(dtype: str, params: Mapping[str, Any]) -> dict:
             for path, leaf in flatten_dict(params).items()
         }
     )
+
+
+def delta_size(rank: int, inputs: int, outputs: int) -> int:
+    """Entries of what a student of an adapter rank adds to a matrix, which every noise row multiplies with."""
+    return inputs * outputs if rank == FULL_RANK else rank * (inputs + outputs)

@@ -3,7 +3,8 @@
 And what a device can do, so that a share of it can be told.
 """
 
-from kforcing_jax.config import FULL_RANK, BackboneConfig, Config, predecessors
+from kforcing_jax.config import BackboneConfig, Config, predecessors
+from kforcing_jax.models.gated import delta_size
 
 # A backward pass costs twice the forward pass: gradients of activations and of weights.
 _FORWARD_AND_BACKWARD = 3
@@ -59,9 +60,7 @@ def _noise_flops(config, vocab_size, window):
 def delta_entries(model: BackboneConfig, vocab_size: int) -> int:
     """Entries of all deltas of a gated student: of every matrix of its blocks, and of the output layer."""
     matrices = [*model.matrices * model.num_layers, (model.d_model, vocab_size)]
-    if model.adapter_rank == FULL_RANK:
-        return sum(inputs * outputs for inputs, outputs in matrices)
-    return model.adapter_rank * sum(inputs + outputs for inputs, outputs in matrices)
+    return sum(delta_size(model.adapter_rank, *shape) for shape in matrices)
 
 
 def attended_pairs(length: int, group: int, past: int = 0, sliding_window: int = 0) -> float:
