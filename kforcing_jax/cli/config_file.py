@@ -35,13 +35,20 @@ def read_config(name: str, overrides: Mapping[str, str]) -> Config:
     """The validated configuration. Raises ConfigError."""
     path, variant = _split(name)
     try:
-        config = runpy.run_path(str(path))["get_config"](*variant)
+        names = runpy.run_path(str(path))
+        if "get_config" not in names:
+            raise ConfigError(f"--config={name}: the file has no function get_config")
+        config = names["get_config"](*variant)
     except UserError:
         raise
     except Exception as error:  # such files are code: anything can be raised
         reason = " ".join(str(error).split()) or "it fails"
         raise ConfigError(f"--config={name} cannot be read: {type(error).__name__}: {reason}") from None
     plain = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else config
+    if not isinstance(plain, dict):
+        raise ConfigError(
+            f"--config={name}: get_config gives {type(plain).__name__}; it should return what default_config() made"
+        )
     if isinstance(plain.get("stages"), dict):
         overrides = change_stages(plain["stages"], overrides)
     for field, text in overrides.items():
