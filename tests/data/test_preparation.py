@@ -304,12 +304,19 @@ def test_reading_in_processes_gives_the_same_batches_from_a_plain_script(tmp_pat
     assert done.stdout == "equal\n"
 
 
+# Many shards; where it is to be killed, it does not come to an end before.
+KILLED_CONFIG = """
+import os, time
+from kforcing_jax.data import files, preparation
+files._BYTES_PER_RANGE = 2000
+if "IS_KILLED" in os.environ:
+    preparation._manifest = lambda *_: time.sleep(600)
+"""
+
+
 def test_the_command_can_be_killed_and_run_again(text, tokenizer, tmp_path):
     config = tmp_path / "config.py"
-    config.write_text(
-        "from kforcing_jax.data import files\n"
-        "files._BYTES_PER_RANGE = 2000\n" + (REPOSITORY / "configs/owt.py").read_text(encoding="utf-8")
-    )
+    config.write_text(KILLED_CONFIG + (REPOSITORY / "configs/owt.py").read_text(encoding="utf-8"))
     flags = [
         f"--config={config}:smoke",
         f"--workdir={tmp_path / 'run'}",
@@ -320,8 +327,9 @@ def test_the_command_can_be_killed_and_run_again(text, tokenizer, tmp_path):
     ]
     command = [sys.executable, "-m", "kforcing_jax.prepare", *flags]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, start_new_session=True)
-    deadline = time.monotonic() + 60
+    killed = environment | {"IS_KILLED": "1"}
+    process = subprocess.Popen(command, cwd=tmp_path, env=killed, stderr=subprocess.PIPE, start_new_session=True)
+    deadline = time.monotonic() + 120
     while not list((tmp_path / "run").glob("data/*-of-*.json")):
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.01)
