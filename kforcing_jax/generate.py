@@ -50,7 +50,10 @@ _PROMPT_FILE = flags.DEFINE_string(
 )
 _OUTPUT_DIR = flags.DEFINE_string("output_dir", "samples", "Where samples.jsonl and throughput.json of prefixes go.")
 _MODE = flags.DEFINE_enum(
-    "mode", "student", ["student", "ar", "exact"], "Who decodes: the student, the AR teacher, or it what that drafts."
+    "mode",
+    "student",
+    ["student", "ar", "exact"],
+    "Who decodes: the student, the AR teacher, or exactly the teacher, from drafts of the student.",
 )
 _TEACHER = flags.DEFINE_string("teacher", None, "The AR .ckpt for --mode=ar and exact of a --checkpoint.")
 _CONFIDENCE = flags.DEFINE_float(

@@ -17,7 +17,9 @@ from kforcing_jax.errors import ConfigError
 
 _LOG = logging.getLogger("kforcing_jax")
 
-_CONFIG = flags.DEFINE_string("config", None, "A file of configs/; fields by --config.model.num_layers=6.")
+_CONFIG = flags.DEFINE_string(
+    "config", None, "A file, or an installed one's name (tiny); fields by --config.model.num_layers=6."
+)
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run directory; it is created, or resumed.")
 _PROFILE = flags.DEFINE_string("profile", None, "FIRST:LAST: profile these steps of every stage, into WORKDIR/profile.")
 

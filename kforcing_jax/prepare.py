@@ -15,7 +15,9 @@ from kforcing_jax import cli
 from kforcing_jax.data.places import expanded
 from kforcing_jax.errors import ConfigError
 
-_CONFIG = flags.DEFINE_string("config", None, "A file of configs/; fields by --config.data.seq_len=128.")
+_CONFIG = flags.DEFINE_string(
+    "config", None, "A file, or an installed one's name (tiny); fields by --config.data.seq_len=128."
+)
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run directory, unless data.prepared says where.")
 _WORKERS = flags.DEFINE_integer("workers", None, "Processes; one per core by default.", lower_bound=1)
 

@@ -195,6 +195,11 @@ def test_a_bad_field_or_flag_is_named_before_anything_is_written(tmp_path, flags
     assert not (tmp_path / "run").exists()
 
 
+def test_help_is_no_failure():
+    done = run_command("compare", "--help")
+    assert done.status == 0 and "--output" in done.out and not done.err
+
+
 def test_a_config_that_is_not_there_is_named(tmp_path):
     workdir = f"--workdir={tmp_path / 'run'}"
     refused(run_command("main", "--config=configs/tinny.py", workdir), "configs/tinny.py", "no such file")

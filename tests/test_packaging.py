@@ -270,6 +270,7 @@ def test_every_program_answers_for_help_with_its_own_flags(installed, tmp_path):
     assert found == set(listing.COMMANDS)
     for name, module in listing.COMMANDS.items():
         done = program(installed, name, "--help", cwd=tmp_path)
+        assert done.status == 0, done
         assert f"kforcing_jax/{module}.py:\n" in done.out and "\n  --" in done.out, done
         assert str(REPOSITORY) not in done.out
 

@@ -87,6 +87,8 @@ def _parse_flags(argv):
         near = difflib.get_close_matches(error.flagname, list(flags.FLAGS), n=1)
         hint = f"; did you mean --{near[0]}?" if near else "; see --help"
         _fail(f"unknown flag --{error.flagname}{hint}")
+    except SystemExit:  # help was asked for and shown, which absl ends as a failure
+        sys.exit(0)
     except flags.Error as error:
         _fail(" ".join(str(error).split()))
     for name in flags.FLAGS:
