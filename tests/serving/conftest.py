@@ -39,7 +39,7 @@ class Running:
         self.metrics = Metrics("fake")
         self.metrics.watch(lambda: self.scheduler.running, lambda: self.scheduler.waiting, lambda: 0.5, engine.slots)
         eos_id = tokenizer.eos_id if tokenizer else None
-        drain_seconds = settings.pop("drain_seconds", 5)
+        drain_seconds = settings.pop("drain_seconds", 60)
         self.service = Service(
             Served("fake", engine, tokenizer, eos_id, **served),
             self.scheduler,
