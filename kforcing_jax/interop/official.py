@@ -415,7 +415,9 @@ class _Tensors:
     def shape(self, name, rank):
         if name not in self.by_name:
             there = ", ".join(ascii(each)[1:-1][:80] for each in list(self.by_name)[:3])
-            raise CheckpointFormatError(f"tensor {name} is missing; of {len(self.by_name)} the first are {there}")
+            is_of_hub = any(".self_attn." in each for each in self.by_name)
+            hint = "; for a model of the Llama family, name its folder, with config.json" if is_of_hub else ""
+            raise CheckpointFormatError(f"tensor {name} is missing; of {len(self.by_name)} the first are {there}{hint}")
         shape = self.by_name[name].shape
         if len(shape) != rank:
             raise CheckpointFormatError(f"tensor {name} has shape {shape}, expected {rank} axes")

@@ -116,7 +116,10 @@ class LanguageModel(nn.Module):
         return Pass(rows(slice(None, known)), rows(slice(known, None)))
 
     def logits(self, hidden_xD: jax.Array) -> jax.Array:
-        """f32 logits_xV in vocabulary order, the mask id at -1000."""
+        """f32 logits_xV in vocabulary order, the mask id at -1000.
+
+        A gated student's are those of noise rows; of its known rows `text_model` has them.
+        """
         ordered_xV, order = self.ordered_logits(hidden_xD), self.cfg.cdf_order
         return ordered_xV if order is None else ordered_xV[..., order.ranks_V]
 

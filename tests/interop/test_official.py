@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from interop.archives import Object, described, released_tensors, write_checkpoint
+from interop.families import FAMILIES, write_folder
 
 from kforcing_jax.interop import official
 from kforcing_jax.models import CausalLM, ModelConfig, PushForwardLM, init_params
@@ -237,6 +238,12 @@ def test_names_of_something_else_are_shown():
     tensors = {f"net.{name}": array for name, array in released_tensors().items()}
     with pytest.raises(official.CheckpointFormatError, match=r"missing; of 29 the first are net\.backbone\.vocab_"):
         official.from_state_dict(tensors)
+
+
+def test_a_file_of_a_model_folder_is_told_so(tmp_path):
+    folder = write_folder(tmp_path, FAMILIES["llama"])
+    with pytest.raises(official.CheckpointFormatError, match=r"missing; .*; for a model of the Llama family, name its"):
+        official.load(folder / "model.safetensors")
 
 
 def test_two_tensors_of_one_name_are_refused():
