@@ -262,7 +262,7 @@ REFUSED = [
     (
         {"stages__k8": {"window": 8}},
         "stages.k8.window = 8 does not double the window of an earlier stage; windows go 1, 2, 4, ... "
-        "(others given: [1, 2])",
+        "(others given: [1, 2]); it builds on k4, and without that goes too: stages.k8 = none",
     ),
     (
         {"stages__k3": {"window": 3}},
