@@ -64,6 +64,8 @@ def run(workdir: Workdir, corpus: Corpus, mesh: Mesh, profile: ProfiledSteps | N
     """
     check_divisible(workdir.config, mesh)
     names = ["ar", *workdir.config.students]
+    for name in names:  # first: no model can be made in the order of another vocabulary's tokens
+        check_source(workdir, name, corpus)
     if profile:
         profile.check(max(stage.last_step for stage in workdir.config.stages.values()))
     check_own_parts(workdir.config, run_vocabulary(workdir, corpus), corpus.segmented)

@@ -229,6 +229,18 @@ def test_a_stage_ends_at_a_checkpoint_it_has_and_goes_on_from_where_it_was(finis
     assert again.summary()["stages"]["k1"]["weights"] == whole["weights"]
 
 
+def test_an_order_of_another_vocabulary_is_refused_as_another_vocabulary(tmp_path):
+    raw = micro_config_dict()
+    raw.model.cdf_order = "shuffled"
+    other = Workdir.claim(tmp_path / "other", parse(raw))
+    progress = other.checkpoints_path("ar") / "5/progress"
+    progress.mkdir(parents=True)
+    (progress / "metadata").write_text('{"made_from": {"vocabulary": "bbbbbbbb", "cdf_order": [2, 0, 1]}}')
+    raw.stages.ar.update(init_from=str(other.path), steps=0)
+    with pytest.raises(RunError, match=r"stages\.ar\.init_from = '.*other': it has another vocabulary \(bbbbbbbb\)"):
+        train(tmp_path / "run", parse(raw))
+
+
 def test_weights_of_another_run_are_a_stage_or_where_one_starts(finished, tmp_path):
     """Also from a stage that is not finished, at its newest checkpoint."""
     other = Workdir(shutil.copytree(finished[0].path, tmp_path / "other"))
