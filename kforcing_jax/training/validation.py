@@ -18,7 +18,7 @@ from kforcing_jax.config import Config
 from kforcing_jax.data.packing import Batch
 from kforcing_jax.data.pipeline import Corpus
 from kforcing_jax.decoding.generate import engine_for, generate
-from kforcing_jax.errors import ConfigError, UserError
+from kforcing_jax.errors import ConfigError, DataError, UserError
 from kforcing_jax.models import CausalLM, PushForwardLM
 from kforcing_jax.models.cached import weights_forgotten_after
 from kforcing_jax.models.gated import with_own
@@ -207,7 +207,10 @@ def sample_of(config: Config, name: str, model: CausalLM | PushForwardLM, corpus
 def _prompt(config, corpus) -> tuple[Sequence[int], int]:
     """(tokens, how many new ones fit after them)"""
     if config.logging.sample_prompt:
-        prompt = corpus.tokenizer.encode_prompt(config.logging.sample_prompt)
+        try:
+            prompt = corpus.tokenizer.encode_prompt(config.logging.sample_prompt)
+        except DataError as error:
+            raise DataError(f"logging.sample_prompt = {config.logging.sample_prompt!r}: {error}") from None
     else:
         length = config.evaluation.prompt_length
         prompt = corpus.beginnings(1, length)[0][:length]

@@ -206,7 +206,7 @@ def test_a_run_is_looked_at_once_a_stage_if_no_more_is_asked_for(looked_at):
             dict(sample_prompt="01230123"),
             "logging.sample_prompt has 8 tokens; it should have fewer than data.seq_len = 8",
         ),
-        (dict(sample_prompt="0X1"), "the prompt has 'X'"),
+        (dict(sample_prompt="0X1"), "logging.sample_prompt = '0X1': the prompt has 'X'"),
     ],
 )
 def test_a_prompt_that_cannot_be_continued_is_refused_before_any_stage(looked_at, tmp_path, changes, says):
