@@ -16,7 +16,7 @@ _SMALL = (
     *(f"stages.{stage}.{field}" for stage in ("ar", "k1", "k2", "k4") for field in ("steps=2", "batch_size=2")),
     *("evaluation.rows=2", "evaluation.samples=2", "evaluation.batch_size=2", "evaluation.prompt_length=4"),
     *("evaluation.new_tokens=8", "evaluation.speed_batches=1", "evaluation.speed_rounds=1"),
-    *("evaluation.confidences=", "logging.log_every=1", "logging.validation_rows=2", "logging.sample_tokens=4"),
+    *("evaluation.confidences=", "logging.log_every=1", "logging.validation_rows=2", "logging.sample_tokens=0"),
 )
 SMALL = [f"--config.{field}" for field in _SMALL]
 
