@@ -151,6 +151,7 @@ def _described(app, name) -> dict:
         "confidence": served.confidence if mode == "student" else 0.0,
         "modes": list(served.engine.modes),
         "tau": list(served.tau_range) if served.tau_range else None,
+        "temperature": served.usual_tau,
         "top_p": served.top_p if "student" in served.engine.modes else None,
     }
 

@@ -178,7 +178,7 @@ def test_a_student_of_a_nucleus_takes_that_one_and_drafts_from_it_by_default(sta
         assert error.json()["error"]["message"].startswith(message)
         assert error.json()["error"]["message"].endswith("mode ar or exact takes any")
     (model,) = (m for m in running.http.get(running.url + "/v1/models").json()["data"] if m["id"] == "fake")
-    assert (model["tau"], model["top_p"]) == ([0.7, 0.7], 0.9)
+    assert (model["tau"], model["temperature"], model["top_p"]) == ([0.7, 0.7], 0.7, 0.9)
 
 
 def test_neutral_fields_of_other_servers_are_taken(running):

@@ -15,7 +15,15 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium, chromium-
 
 PAGE = resources.files("kforcing_jax.serving").joinpath("page.html").read_bytes()
 MODES = ["student", "ar", "exact"]
-MODEL = {"id": "tiny", "max_model_len": 128, "k": 4, "mode": "student", "modes": MODES, "tau": [0.5, 1.5]}
+MODEL = {
+    "id": "tiny",
+    "max_model_len": 128,
+    "k": 4,
+    "mode": "student",
+    "modes": MODES,
+    "tau": [0.5, 1.5],
+    "temperature": 0.75,
+}
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -316,7 +324,7 @@ def test_a_model_alone_has_one_text_and_the_page_says_why(browser, server, mode,
 
 def test_controls_stay_within_what_the_models_allow(page, server):
     limits = [page.run(f"[{name}.min, {name}.max, {name}.value]") for name in ("k", "tau", "max_tokens")]
-    assert limits == [["1", "4", "4"], ["0.5", "1.5", "1"], ["1", "128", "64"]]
+    assert limits == [["1", "4", "4"], ["0.5", "1.5", "0.75"], ["1", "128", "64"]]
     fill(page, tau="3")
     press(page, "#start")
     assert page.run("document.getElementById('stop').disabled") and not server.requests
